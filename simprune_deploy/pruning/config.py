@@ -1,0 +1,175 @@
+"""How a model is pruned: the choices a user makes, checked, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from simprune_deploy.errors import SimpruneError
+
+PAD_LOG_SIZE = -1e4
+"""log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
+
+SELECTIONS = ("cover", "redundancy")
+REDUCTIONS = ("merge", "drop")
+
+Selection = Literal["cover", "redundancy"]
+Reduction = Literal["merge", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """A resolved pruning configuration: every number here is what the model really does.
+
+    Args:
+        threshold: Cosine similarity from which a patch counts as the same as another, in [-1, 2].
+            Above 1 nothing is pruned. Default 0.85.
+        layers: Block indices, ascending; tokens are pruned before each of them.
+        selection: "cover" (greedy cover, the default) or "redundancy" (mean similarity).
+        reduction: "merge" (pruned patches are averaged into their kept patch, the default) or
+            "drop" (only their count is kept).
+        proportional_attention: Attend with ``softmax(qk + log_size)``. Default True. Without it the
+            term only masks padding.
+        capacities: Patches kept by each layer, one per layer: every shape is static. Empty (the
+            default) keeps as many as the image needs.
+        multiple_of: Round the number of tokens up to a multiple of this. Default 1.
+
+    Raises:
+        SimpruneError: a value is out of its range.
+    """
+
+    threshold: float = 0.85
+    layers: tuple[int, ...] = ()
+    selection: Selection = "cover"
+    reduction: Reduction = "merge"
+    proportional_attention: bool = True
+    capacities: tuple[int, ...] = ()
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if self.selection not in SELECTIONS:
+            raise SimpruneError(
+                f"selection {self.selection!r} is unknown: use one of {', '.join(SELECTIONS)}"
+            )
+        if self.reduction not in REDUCTIONS:
+            raise SimpruneError(
+                f"reduction {self.reduction!r} is unknown: use one of {', '.join(REDUCTIONS)}"
+            )
+        if self.multiple_of < 1:
+            raise SimpruneError(f"multiple-of {self.multiple_of} must be 1 or more")
+        if self.multiple_of > 1 and self.capacities:
+            raise SimpruneError(
+                "a fixed number of tokens and multiple-of exclude each other: give one of them"
+            )
+        if len(self.capacities) not in (0, len(self.layers)):
+            raise SimpruneError(
+                f"{len(self.capacities)} token counts for {len(self.layers)} prune layers: "
+                "give one count, or one per layer"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise SimpruneError(
+                f"layers {format_numbers(self.layers)} must ascend without repeats"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON types."""
+        values = dataclasses.asdict(self)
+        return {**values, "layers": list(self.layers), "capacities": list(self.capacities)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
+        """Build a configuration from :meth:`to_dict`'s result; unknown keys are refused."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise SimpruneError(
+                f"the pruning configuration has unknown keys {', '.join(sorted(unknown))}: "
+                "it was written by a newer version, update simprune-deploy"
+            )
+        try:
+            return cls(
+                **{
+                    **values,
+                    "layers": tuple(int(layer) for layer in values.get("layers", ())),
+                    "capacities": tuple(int(k) for k in values.get("capacities", ())),
+                }
+            )
+        except (TypeError, ValueError) as error:
+            raise SimpruneError(f"the pruning configuration is damaged: {error}") from error
+
+    def capacity_of(self, position: int) -> int:
+        """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""
+        return self.capacities[position] if self.capacities else 0
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that is not a number in [-1, 2]."""
+    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+        raise SimpruneError(f"threshold {threshold} is not a number: use one in [-1, 2]")
+    if not -1 <= threshold <= 2:
+        raise SimpruneError(
+            f"threshold {threshold} is outside [-1, 2]: it is a cosine similarity, "
+            "and above 1 nothing is pruned"
+        )
+
+
+def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Turn "auto" or block indices into the blocks before which tokens are pruned.
+
+    "auto" spreads three prune layers over the depth, at its quarters: 3, 6, 9 of 12.
+
+    Raises:
+        SimpruneError: an index is outside the depth, or the order is wrong.
+    """
+    if layers == "auto":
+        return tuple(sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)}))
+    if isinstance(layers, str):
+        raise SimpruneError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise SimpruneError(
+                f"layer {layer} is outside the model's depth: it has blocks 0 to {depth - 1}"
+            )
+    return tuple(int(layer) for layer in layers)
+
+
+def resolve_capacities(
+    tokens: None | int | Sequence[int], num_layers: int, num_patches: int
+) -> tuple[int, ...]:
+    """Turn the wished number of kept patches into one per prune layer.
+
+    None keeps the count dynamic. One number is what the last layer keeps; the layers before it
+    step down to it in equal ratios (196 patches, 3 layers, K = 64: 135, 93, 64). Several numbers
+    are taken as they are.
+
+    Raises:
+        SimpruneError: a count is below 1, above what reaches the layer, or the number of counts is
+            not the number of layers.
+    """
+    if tokens is None:
+        return ()
+    if isinstance(tokens, int):
+        if not 1 <= tokens <= num_patches:
+            raise SimpruneError(
+                f"{tokens} tokens: between 1 and {num_patches} (the model's patches) can be kept"
+            )
+        ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
+        steps = [max(tokens, round(num_patches * ratio**i)) for i in range(1, num_layers)]
+        return (*steps, tokens) if num_layers else ()
+    counts = tuple(int(count) for count in tokens)
+    available = num_patches
+    for count in counts:
+        if not 1 <= count <= available:
+            raise SimpruneError(
+                f"tokens {format_numbers(counts)}: {count} is not between 1 and {available}, "
+                "the patches that reach that layer"
+            )
+        available = count
+    return counts
+
+
+def format_numbers(values: Sequence[int]) -> str:
+    """Return "3,6,9"."""
+    return ",".join(str(value) for value in values)

@@ -1,0 +1,324 @@
+"""The pruned Vision Transformer: embed, then (prune, block) over the depth, norm, pool, head."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from timm.models import VisionTransformer
+from timm.models._manipulate import checkpoint as recompute_in_backward
+from torch import nn
+
+from simprune_deploy.errors import CheckpointError, SimpruneError
+from simprune_deploy.pruning.config import (
+    PAD_LOG_SIZE,
+    PruneConfig,
+    check_threshold,
+    resolve_capacities,
+    resolve_layers,
+)
+from simprune_deploy.pruning.families import check_prunable
+from simprune_deploy.pruning.operator import similarity_prune
+
+STATE_FORMAT = 1
+"""Version of what :meth:`PrunedViT.get_extra_state` writes."""
+
+EXTRA_STATE_KEY = "_extra_state"
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneTrace:
+    """What one prune layer read and decided, for one batch of B images.
+
+    Attributes:
+        layer: The block it runs before.
+        tokens: Its input, T[B, N, D].
+        log_size: Its input, float32[B, N].
+        kept_index: Its output, int64[B, K].
+        assignment: Its output, int64[B, N].
+    """
+
+    layer: int
+    tokens: torch.Tensor
+    log_size: torch.Tensor
+    kept_index: torch.Tensor
+    assignment: torch.Tensor
+
+
+class PrunedViT(nn.Module):
+    """A timm ``VisionTransformer`` that prunes similar patches before chosen blocks.
+
+    It trains, saves and loads like any module; its ``state_dict`` carries the pruning
+    configuration and what is needed to rebuild the architecture (as a uint8 tensor of JSON, so
+    that safetensors, EMA and DDP take it too).
+
+    Args:
+        vit: The model to prune; it is used, not copied.
+        config: The resolved configuration; see :func:`prune` for the friendly way.
+
+    Raises:
+        UnsupportedModelError: `vit` is of a family that cannot be pruned.
+        SimpruneError: the configuration does not fit the model.
+    """
+
+    def __init__(self, vit: nn.Module, config: PruneConfig) -> None:
+        super().__init__()
+        check_prunable(vit)
+        self.vit = cast(VisionTransformer, vit)
+        self.config = config
+        _check_fits(self.vit, config)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P: class, distillation and register tokens."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image at the model's input size."""
+        return int(self.vit.patch_embed.num_patches)
+
+    @property
+    def num_tokens(self) -> int:
+        """N before the first prune layer."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        threshold: float | torch.Tensor | None = None,
+        traces: list[PruneTrace] | None = None,
+    ) -> torch.Tensor:
+        """Classify images.
+
+        Args:
+            images: float[B, C, H, W], normalised as the model wants it.
+            threshold: Overrides the configuration's for this run: a number, float32[1], or
+                float32[B] with one per image.
+            traces: A list that receives a :class:`PruneTrace` for each prune layer.
+
+        Returns:
+            The model's output [B, num_classes], or features [B, D] without a head.
+        """
+        tokens, log_size = self.forward_features(images, threshold, traces)
+        return self.forward_head(tokens, log_size)
+
+    def forward_features(
+        self,
+        images: torch.Tensor,
+        threshold: float | torch.Tensor | None = None,
+        traces: list[PruneTrace] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the final tokens [B, K, D] and their float32[B, K] log_size."""
+        vit = self.vit
+        limit = self._threshold_tensor(threshold, images.device)
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        log_size = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
+        bias: torch.Tensor | None = None
+        for index, block in enumerate(vit.blocks):
+            if index in self.config.layers:
+                tokens, log_size = self._prune(index, tokens, log_size, limit, traces)
+                bias = self._attention_bias(log_size, tokens.dtype)
+            if vit.grad_checkpointing and self.training:
+                tokens = recompute_in_backward(block, tokens, bias)
+            else:
+                tokens = block(tokens, attn_mask=bias)
+        return vit.norm(tokens), log_size
+
+    def _prune(
+        self,
+        index: int,
+        tokens: torch.Tensor,
+        log_size: torch.Tensor,
+        limit: torch.Tensor,
+        traces: list[PruneTrace] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        kept, kept_log_size, kept_index, assignment = similarity_prune(
+            tokens,
+            log_size,
+            limit,
+            num_prefix_tokens=self.num_prefix_tokens,
+            selection=config.selection,
+            reduction=config.reduction,
+            capacity=config.capacity_of(config.layers.index(index)),
+            multiple_of=config.multiple_of,
+            opt_tokens=self.num_tokens,
+            max_tokens=self.num_tokens,
+        )
+        if traces is not None:
+            traces.append(PruneTrace(index, tokens, log_size, kept_index, assignment))
+        return kept, kept_log_size
+
+    def _attention_bias(self, log_size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The term added to q.k: how many patches a key stands for, and PAD for padding."""
+        if not self.config.proportional_attention:
+            log_size = log_size.clamp_max(0.0)
+        return log_size[:, None, None, :].to(dtype)
+
+    def forward_head(self, tokens: torch.Tensor, log_size: torch.Tensor) -> torch.Tensor:
+        """Pool [B, K, D] with the sizes as weights, then classify."""
+        vit = self.vit
+        if not self.config.layers or vit.global_pool == "token":
+            return vit.forward_head(tokens)
+        pooled = vit.fc_norm(self._pool(tokens, log_size))
+        return vit.head(vit.head_drop(pooled))
+
+    def _pool(self, tokens: torch.Tensor, log_size: torch.Tensor) -> torch.Tensor:
+        vit = self.vit
+        if not vit.pool_include_prefix:
+            tokens = tokens[:, self.num_prefix_tokens :]
+            log_size = log_size[:, self.num_prefix_tokens :]
+        if vit.attn_pool is not None:
+            return vit.attn_pool(tokens, attn_mask=self._attention_bias(log_size, tokens.dtype))
+        # softmax of the log-sizes is size / sum of sizes, and 0 for padding
+        shares = log_size.softmax(1).to(tokens.dtype)
+        mean = (shares.unsqueeze(1) @ tokens).squeeze(1)
+        if vit.global_pool == "avg":
+            return mean
+        lowest = torch.finfo(tokens.dtype).min
+        is_padding = (log_size <= PAD_LOG_SIZE / 2).unsqueeze(2)
+        largest = tokens.masked_fill(is_padding, lowest).amax(1)
+        return largest if vit.global_pool == "max" else 0.5 * (largest + mean)
+
+    def _threshold_tensor(
+        self, threshold: float | torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        if isinstance(threshold, torch.Tensor):
+            return threshold
+        value = self.config.threshold if threshold is None else threshold
+        check_threshold(value)
+        return torch.full((1,), value, dtype=torch.float32, device=device)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What `state_dict` carries beside the weights: uint8 JSON, see :func:`read_extra_state`."""
+        state = {
+            "simprune_format": STATE_FORMAT,
+            "pruning": self.config.to_dict(),
+            **describe_vit(self.vit),
+        }
+        text = json.dumps(state).encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take the pruning configuration of a loaded `state_dict`."""
+        config = PruneConfig.from_dict(read_extra_state(state)["pruning"])
+        _check_fits(self.vit, config)
+        self.config = config
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config.to_dict().items())
+
+
+def prune(
+    model: nn.Module,
+    threshold: float | None = None,
+    layers: str | Sequence[int] | None = None,
+    selection: str | None = None,
+    reduction: str | None = None,
+    proportional_attention: bool | None = None,
+    tokens: None | str | int | Sequence[int] = None,
+    multiple_of: int | None = None,
+) -> PrunedViT:
+    """Prune a timm ViT, or a pruned one anew; what is left out keeps its value or its default.
+
+    Args:
+        model: A timm ``VisionTransformer`` or a :class:`PrunedViT`. Its weights are shared.
+        threshold: Cosine similarity in [-1, 2] from which patches are the same. Default 0.85.
+        layers: "auto" (three, at the quarters of the depth) or block indices. Default "auto".
+        selection: "cover" or "redundancy". Default "cover".
+        reduction: "merge" or "drop". Default "merge".
+        proportional_attention: Attend to a token as to the patches it stands for. Default True.
+        tokens: "dynamic", or how many patches the last prune layer keeps, or one count per layer.
+            Default "dynamic".
+        multiple_of: Round token counts up to a multiple of this. Default 1.
+
+    Raises:
+        UnsupportedModelError: the family cannot be pruned; the message says why.
+        SimpruneError: a value is out of range or does not fit the model.
+    """
+    base: PruneConfig | None = None
+    vit = model
+    if isinstance(model, PrunedViT):
+        base, vit = model.config, model.vit
+    check_prunable(vit)
+    old = base or PruneConfig()
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    if layers is None:
+        new_layers = base.layers if base else resolve_layers("auto", depth)
+    else:
+        new_layers = resolve_layers(layers, depth)
+    if tokens is None:
+        capacities = old.capacities if new_layers == old.layers else ()
+    else:
+        num_patches = vit.patch_embed.num_patches  # type: ignore[union-attr]
+        wish = None if tokens == "dynamic" else cast("int | Sequence[int]", tokens)
+        capacities = resolve_capacities(wish, len(new_layers), num_patches)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {
+        "threshold": threshold,
+        "selection": selection,
+        "reduction": reduction,
+        "proportional_attention": proportional_attention,
+        "multiple_of": multiple_of,
+    }
+    config = dataclasses.replace(
+        old,
+        layers=new_layers,
+        capacities=capacities,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    return PrunedViT(vit, config)
+
+
+def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
+    resolve_layers(config.layers, len(vit.blocks))
+    if config.capacities:
+        resolve_capacities(config.capacities, len(config.layers), vit.patch_embed.num_patches)
+
+
+def describe_vit(vit: nn.Module) -> dict[str, Any]:
+    """Return what rebuilds `vit` with ``timm.create_model`` and feeds it: JSON types only."""
+    cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
+    wanted = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+    return {
+        "architecture": cfg.get("architecture") or "",
+        "model_args": _json_only(getattr(vit, "_model_args", {})),
+        "preprocessing": _json_only({key: cfg[key] for key in wanted if cfg.get(key) is not None}),
+    }
+
+
+def _json_only(values: dict[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, value in values.items():
+        try:
+            result[key] = json.loads(json.dumps(value))
+        except TypeError:
+            raise SimpruneError(
+                f"the model argument {key}={value!r} cannot be saved: build the model with "
+                "plain values"
+            ) from None
+    return result
+
+
+def read_extra_state(state: torch.Tensor) -> dict[str, Any]:
+    """Decode what :meth:`PrunedViT.get_extra_state` wrote.
+
+    Raises:
+        CheckpointError: it is damaged, or of a newer format.
+    """
+    try:
+        values = json.loads(bytes(state.to("cpu", torch.uint8).numpy()))
+        found = values["simprune_format"]
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the saved pruning configuration ({EXTRA_STATE_KEY}) is damaged: {error}"
+        ) from error
+    if found != STATE_FORMAT:
+        raise CheckpointError(
+            f"the saved pruning configuration has format {found}, and this version reads "
+            f"{STATE_FORMAT}: update simprune-deploy"
+        )
+    return cast("dict[str, Any]", values)
