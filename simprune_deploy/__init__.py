@@ -1,0 +1,50 @@
+"""Export pruned Vision Transformers to ONNX and TensorRT, proved equal to PyTorch.
+
+>>> import simprune_deploy as sd
+>>> vit = sd.load("model.pt", arch="deit_small_patch16_224")      # doctest: +SKIP
+>>> pruned = sd.prune(vit, threshold=0.85)                         # doctest: +SKIP
+>>> sd.export(pruned, "exported").verdict.status                   # doctest: +SKIP
+'proven'
+
+Names are resolved on first use, so that importing the package loads neither torch nor ONNX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckFailedError": "simprune_deploy.errors",
+    "ExportOptions": "simprune_deploy.onnx.exporter",
+    "PruneConfig": "simprune_deploy.pruning.config",
+    "PrunedViT": "simprune_deploy.pruning.model",
+    "SimpruneError": "simprune_deploy.errors",
+    "export": "simprune_deploy.bundle",
+    "load": "simprune_deploy.checkpoint",
+    "prune": "simprune_deploy.pruning.model",
+    "save": "simprune_deploy.checkpoint",
+    "verify": "simprune_deploy.bundle",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from simprune_deploy.bundle import export, verify
+    from simprune_deploy.checkpoint import load, save
+    from simprune_deploy.errors import CheckFailedError, SimpruneError
+    from simprune_deploy.onnx.exporter import ExportOptions
+    from simprune_deploy.pruning.config import PruneConfig
+    from simprune_deploy.pruning.model import PrunedViT, prune
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -86,6 +86,17 @@ class PrunedViT(nn.Module):
         """N before the first prune layer."""
         return self.num_prefix_tokens + self.num_patches
 
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return int(self.vit.in_chans)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        height, width = self.vit.patch_embed.img_size
+        return int(height), int(width)
+
     def forward(
         self,
         images: torch.Tensor,

@@ -1,0 +1,241 @@
+"""The folder that ships: model, manifest with hashes, verdict and golden cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import simprune_deploy
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import check_destination, sha256, staged_folder, write_json
+
+if TYPE_CHECKING:
+    import onnx
+
+    from simprune_deploy.images import ImageSet
+    from simprune_deploy.onnx.exporter import ExportOptions
+    from simprune_deploy.parity.verdict import Verdict
+    from simprune_deploy.pruning.model import PrunedViT
+
+MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
+FORMAT = 1
+
+Progress = Callable[[str], None]
+
+
+def _silent(step: str) -> None:
+    """Ignore progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """An exported folder.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What ``manifest.json`` says.
+        verdict: The proof's, or None if it was not asked for.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    verdict: Verdict | None
+
+
+def export(
+    model: PrunedViT,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    images: str | Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    source: dict[str, Any] | None = None,
+    progress: Progress = _silent,
+) -> ExportResult:
+    """Export a pruned model to a folder and prove the result equal to it.
+
+    Args:
+        model: From :func:`simprune_deploy.prune`.
+        output: The folder to write. It appears whole, or not at all.
+        options: The graph's form. Default: :class:`ExportOptions`'s defaults.
+        images: Folder of pictures for the proof. Default: photographs that come along.
+        verify: Run the proof. Default True.
+        force: Replace an earlier result. Default False.
+        source: What to say of the checkpoint in the manifest.
+        progress: Called with a word on each step.
+
+    Returns:
+        The folder and the verdict. A verdict other than "proven" raises nothing: look at
+        ``result.verdict.status``.
+
+    Raises:
+        SimpruneError: the destination, the options or the images cannot be used.
+    """
+    from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+    from simprune_deploy.parity.golden import save_golden
+    from simprune_deploy.parity.proof import prove_against_torch
+
+    options = options or ExportOptions()
+    folder = Path(output)
+    check_destination(folder, force, MANIFEST)
+    _check_finite(model)
+    # pictures first: a wrong folder should not cost the user an export
+    pictures = _pictures(model, images, not options.normalize) if verify else None
+    progress("tracing and translating to ONNX")
+    graph = export_onnx(model, options)
+    verdict, golden = None, None
+    if pictures is not None:
+        verdict, golden = prove_against_torch(graph, model, pictures, progress)
+    progress("writing")
+    with staged_folder(folder, force, MANIFEST) as staging:
+        (staging / MODEL).write_bytes(graph.SerializeToString())
+        if verdict is not None and golden is not None:
+            write_json(staging / PARITY, verdict.to_dict())
+            save_golden(staging / GOLDEN, golden)
+        manifest = _manifest(graph, staging, verdict, source or {})
+        write_json(staging / MANIFEST, manifest)
+    return ExportResult(folder, manifest, verdict)
+
+
+def _pictures(model: PrunedViT, images: str | Path | None, normalize: bool) -> ImageSet:
+    from simprune_deploy.images import Preprocessing, load_folder, sample_images
+
+    preprocessing = Preprocessing.of_model(model)
+    if images is None:
+        return sample_images(preprocessing, normalize=normalize)
+    return load_folder(Path(images), preprocessing, normalize=normalize)
+
+
+def _check_finite(model: PrunedViT) -> None:
+    import torch
+
+    for name, tensor in model.vit.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise SimpruneError(f"the weight {name} holds NaN or infinity: train or load it again")
+
+
+def _manifest(
+    graph: onnx.ModelProto, folder: Path, verdict: Verdict | None, source: dict[str, Any]
+) -> dict[str, Any]:
+    import importlib.metadata
+
+    from simprune_deploy.onnx.metadata import read_facts
+
+    packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy")
+    return {
+        "format": FORMAT,
+        "verdict": verdict.status if verdict else "not verified",
+        "model": read_facts(graph).to_dict(),
+        "inputs": [_describe(value) for value in graph.graph.input],
+        "outputs": [_describe(value) for value in graph.graph.output],
+        "source": source,
+        "versions": {
+            "simprune-deploy": simprune_deploy.__version__,
+            **{name: _version_of(importlib.metadata, name) for name in packages},
+        },
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.iterdir())
+        },
+    }
+
+
+def _version_of(metadata: Any, name: str) -> str | None:
+    for package in (name, f"{name}-gpu"):
+        try:
+            return str(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    import onnx
+
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest and check that its files are the ones it was made with.
+
+    Raises:
+        SimpruneError: it is no result of ours, of a newer format, or a file was changed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found, files = manifest["format"], dict(manifest["files"])
+    except FileNotFoundError:
+        raise SimpruneError(
+            f"{folder} holds no {MANIFEST}: give a folder that `simprune-deploy export` wrote"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SimpruneError(f"{path} is damaged: {error}") from error
+    if found != FORMAT:
+        raise SimpruneError(
+            f"{path} has format {found}, and this version reads {FORMAT}: update simprune-deploy"
+        )
+    for name, facts in files.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise SimpruneError(f"{file} is missing: export again")
+        if sha256(file) != facts["sha256"]:
+            raise SimpruneError(f"{file} is not the file that was exported: its SHA-256 differs")
+    return dict(manifest)
+
+
+def verify(
+    target: str | Path,
+    *,
+    reference: PrunedViT | None = None,
+    images: str | Path | None = None,
+    progress: Progress = _silent,
+) -> Verdict:
+    """Prove an exported model again, here and now.
+
+    Args:
+        target: A folder that :func:`export` wrote, or an ONNX file of one.
+        reference: The PyTorch model to compare with. Default: the golden cases beside the file,
+            for which torch need not be installed.
+        images: Folder of pictures, only with a reference. Default: photographs that come along.
+        progress: Called with a word on each step.
+
+    Raises:
+        SimpruneError: the target is damaged, or there is nothing to compare it with.
+    """
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.variants import layer_of, prune_nodes
+    from simprune_deploy.parity.golden import load_golden
+    from simprune_deploy.parity.proof import prove_against_golden, prove_against_torch
+
+    target = Path(target)
+    if not target.exists():
+        raise SimpruneError(f"{target} does not exist: give an exported folder or its model.onnx")
+    path = target
+    if target.is_dir():
+        read_manifest(target)
+        path = target / MODEL
+    graph = load_graph(path)
+    facts = read_facts(graph)
+    if reference is None:
+        if images is not None:
+            raise SimpruneError(
+                "--images needs --reference: golden cases hold PyTorch's answers to their own "
+                "images only"
+            )
+        layers = [layer_of(node) for node in prune_nodes(graph)]
+        golden = load_golden(path.parent / GOLDEN, layers)
+        return prove_against_golden(graph, golden, progress)
+    pictures = _pictures(reference, images, not facts.export["normalize"])
+    return prove_against_torch(graph, reference, pictures, progress)[0]

@@ -1,0 +1,325 @@
+"""What is installed, what is missing, and the command that installs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["ok", "missing", "too old", "broken", "optional"]
+
+MINIMUM_VERSIONS = {
+    "python": "3.10",
+    "numpy": "1.26",
+    "onnx": "1.18",
+    "onnxruntime": "1.20",
+    "onnxscript": "0.5",
+    "polygraphy": "0.49",
+    "safetensors": "0.4",
+    # IPluginV3, which the plugin implements, begins with TensorRT 10
+    "tensorrt": "10.0",
+    "timm": "1.0.31",
+    "torch": "2.14",
+}
+"""The oldest version of each that works; what is not listed may have any version."""
+
+EXPORT_EXTRA = "pip install 'simprune-deploy[export]'"
+MATCHING_TORCHVISION = "pip install --force-reinstall torch torchvision"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        name: What was looked for.
+        state: "ok"; "missing", "too old" or "broken"; "optional" for what is not there and need
+            not be.
+        version: What was found, "" if nothing.
+        needed_for: What does not work without it.
+        remedy: The command that puts it right, "" if nothing is to be done.
+        detail: What else there is to know, in one line; "" if nothing.
+        needed: False for what only some users need, whatever its state. Default True.
+    """
+
+    name: str
+    state: State
+    version: str
+    needed_for: str
+    remedy: str
+    detail: str = ""
+    needed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Package:
+    """A Python package to look for.
+
+    Attributes:
+        name: As in MINIMUM_VERSIONS; its module is called the same.
+        needed_for: What does not work without it.
+        remedy: The command that installs it, if it is missing.
+        imported: Only an import tells whether it works: it has compiled parts that may not fit.
+        distributions: What pip may call it, if not `name`.
+        needed: False for what only some users need. Default True.
+    """
+
+    name: str
+    needed_for: str
+    remedy: str
+    imported: bool = False
+    distributions: tuple[str, ...] = ()
+    needed: bool = True
+
+
+def _core(name: str, needed_for: str, **details: Any) -> _Package:
+    minimum = MINIMUM_VERSIONS.get(name)
+    wish = f"'{name}>={minimum}'" if minimum else name
+    return _Package(name, needed_for, f"pip install {wish}", **details)
+
+
+def _packages() -> list[_Package]:
+    tensorrt = "sudo apt-get install nvidia-jetpack" if _on_jetson() else "pip install tensorrt"
+    return [
+        _core("numpy", "everything", imported=True),
+        _core("onnx", "writing and reading ONNX files", imported=True),
+        _core(
+            "onnxruntime",
+            "running ONNX files, the reference of every check",
+            imported=True,
+            distributions=("onnxruntime", "onnxruntime-gpu"),
+        ),
+        _core("polygraphy", "comparing runtimes"),
+        _core("typer", "the command line"),
+        _core("rich", "the command line"),
+        _Package("torch", "pruning and exporting models", EXPORT_EXTRA, imported=True),
+        _Package("torchvision", "timm, which imports it", EXPORT_EXTRA),
+        _Package("timm", "the models and their transforms", EXPORT_EXTRA),
+        _Package("onnxscript", "exporting models", EXPORT_EXTRA),
+        _Package("safetensors", "reading checkpoints", EXPORT_EXTRA),
+        _Package(
+            "tensorrt",
+            "building engines on the device they run on",
+            tensorrt,
+            imported=True,
+            needed=False,
+        ),
+        _Package(
+            "tensorrt_rtx",
+            "building TensorRT-RTX engines, also without a GPU",
+            "pip install tensorrt-rtx",
+            imported=True,
+            distributions=("tensorrt-rtx",),
+            needed=False,
+        ),
+    ]
+
+
+def examine() -> list[Finding]:
+    """Look for everything this project can use, and return one finding for each."""
+    findings = {"python": _examine_python()}
+    for package in _packages():
+        findings[package.name] = _examine_package(package)
+    torch_works = findings["torch"].state == "ok"
+    if torch_works and findings["torchvision"].state == "ok":
+        findings["torchvision"] = _try_torchvision(findings["torchvision"])
+    if findings["onnxruntime"].state == "ok":
+        findings["onnxruntime"] = _with_providers(findings["onnxruntime"])
+    return [*findings.values(), _examine_gpu(torch_works), _examine_nvcc()]
+
+
+def all_needed_present(findings: list[Finding]) -> bool:
+    """Return whether nothing is missing, too old or broken that every user needs."""
+    return all(finding.state in ("ok", "optional") for finding in findings if finding.needed)
+
+
+def _examine_python() -> Finding:
+    version = platform.python_version()
+    minimum = MINIMUM_VERSIONS["python"]
+    if is_older(version, minimum):
+        remedy = f"install Python {minimum} or later, and make a new virtual environment with it"
+        return Finding("python", "too old", version, "everything", remedy, f"needs {minimum}")
+    return Finding("python", "ok", version, "everything", "")
+
+
+def _examine_package(package: _Package) -> Finding:
+    finding = Finding(
+        package.name, "ok", _find_version(package), package.needed_for, "", needed=package.needed
+    )
+    if not finding.version:
+        state: State = "missing" if package.needed else "optional"
+        return dataclasses.replace(finding, state=state, remedy=package.remedy)
+    minimum = MINIMUM_VERSIONS.get(package.name, "0")
+    if is_older(finding.version, minimum):
+        return dataclasses.replace(
+            finding,
+            state="too old",
+            remedy=_upgrade_command(package, minimum),
+            detail=f"needs {minimum} or later",
+        )
+    if package.imported and (problem := _import_problem(package.name)):
+        distribution = _distribution(package)
+        return dataclasses.replace(
+            finding,
+            state="broken",
+            remedy=f"pip install --force-reinstall {distribution}",
+            detail=problem,
+        )
+    return finding
+
+
+def _find_version(package: _Package) -> str:
+    """Return the version, "" if it is not installed, "unknown" if it does not tell."""
+    for distribution in package.distributions or (package.name,):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            # None where an uninstall left a folder without metadata behind
+            if version := metadata.version(distribution):
+                return version
+    # system packages and hand-made builds may come without metadata
+    if importlib.util.find_spec(package.name) is None or _import_problem(package.name):
+        return ""
+    return str(getattr(sys.modules[package.name], "__version__", "unknown"))
+
+
+def _distribution(package: _Package) -> str:
+    """Return pip's name of the installed package: onnxruntime may be onnxruntime-gpu."""
+    names = package.distributions or (package.name,)
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if metadata.version(name):
+                return name
+    return names[0]
+
+
+def _upgrade_command(package: _Package, minimum: str) -> str:
+    if package.name == "tensorrt" and _on_jetson():
+        return package.remedy
+    # torchvision is built for one torch, and follows it
+    also = " torchvision" if package.name == "torch" else ""
+    return f"pip install --upgrade '{_distribution(package)}>={minimum}'{also}"
+
+
+def is_older(version: str, minimum: str) -> bool:
+    """Compare the numbers at the start of versions; one without numbers counts as new enough."""
+    numbers = _numbers(version)
+    return bool(numbers) and numbers < _numbers(minimum)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(number) for number in match.group().split(".")] if match else []
+    while len(numbers) > 1 and not numbers[-1]:
+        numbers.pop()  # 10 is as new as 10.0
+    return tuple(numbers)
+
+
+def _import_problem(module: str) -> str:
+    """Return why a module cannot be imported, in one line; "" if it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    # a compiled package that does not fit raises ImportError, OSError, RuntimeError, ...
+    except Exception as error:
+        return _one_line(error)
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _try_torchvision(finding: Finding) -> Finding:
+    """Import torchvision, which fails where its compiled part was built for another torch."""
+    problem = _import_problem("torchvision")
+    if not problem:
+        return finding
+    if "torchvision::nms" in problem:
+        problem = (
+            "its compiled part does not fit this torch (a CUDA build beside a CPU torch, or "
+            f"another version), so timm cannot be imported: {problem}"
+        )
+    return dataclasses.replace(finding, state="broken", remedy=MATCHING_TORCHVISION, detail=problem)
+
+
+def _with_providers(finding: Finding) -> Finding:
+    providers = importlib.import_module("onnxruntime").get_available_providers()
+    return dataclasses.replace(finding, detail=", ".join(providers))
+
+
+def _examine_gpu(torch_works: bool) -> Finding:
+    """Return the GPUs that torch sees, or why it sees none."""
+    finding = Finding(
+        name="CUDA GPU",
+        state="optional",
+        version="",
+        needed_for="running engines and timing them",
+        remedy="install NVIDIA's driver (nvidia-smi must list the GPU)",
+        needed=False,
+    )
+    if not torch_works:
+        return dataclasses.replace(finding, detail="not looked for: torch does not work")
+    torch = importlib.import_module("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        visible = torch.cuda.is_available()
+    if not visible:
+        if torch.version.cuda is None:
+            return dataclasses.replace(
+                finding, detail="this torch is a CPU build", remedy=MATCHING_TORCHVISION
+            )
+        return dataclasses.replace(finding, detail="torch sees none")
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        names.append(f"{name} (compute capability {major}.{minor})")
+    return dataclasses.replace(finding, state="ok", version=", ".join(names), remedy="")
+
+
+def _examine_nvcc() -> Finding:
+    """Return the CUDA compiler's version; only its own words tell that it runs."""
+    jetson = "sudo apt-get install nvidia-jetpack"
+    finding = Finding(
+        name="nvcc",
+        state="optional",
+        version="",
+        needed_for="building the TensorRT plugin from source",
+        remedy=jetson if _on_jetson() else "sudo apt-get install nvidia-cuda-toolkit",
+        needed=False,
+    )
+    path = _find_nvcc()
+    if path is None:
+        return finding
+    try:
+        shown = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return dataclasses.replace(finding, state="broken", detail=_one_line(error))
+    match = re.search(r"release (\d+\.\d+)", shown)
+    version = match.group(1) if match else "unknown"
+    return dataclasses.replace(finding, state="ok", version=version, remedy="", detail=path)
+
+
+def _find_nvcc() -> str | None:
+    """Return nvcc from PATH, or from where CUDA's installers put it without touching PATH."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = ["nvcc", *(str(Path(folder, "bin", "nvcc")) for folder in folders if folder)]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _on_jetson() -> bool:
+    return Path("/etc/nv_tegra_release").exists()

@@ -1,0 +1,326 @@
+"""A pruned model in, an ONNX model out: one SimilarityPrune node a prune layer, one function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+import simprune_deploy
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.onnx.function_body import (
+    ATTRIBUTES,
+    DOMAIN,
+    DOMAIN_VERSION,
+    INPUTS,
+    MAX_OPSET,
+    MIN_OPSET,
+    OP_TYPE,
+    OUTPUTS,
+    BodyVariant,
+    build_function,
+)
+from simprune_deploy.onnx.metadata import Facts, write_facts
+from simprune_deploy.onnx.names import make_readable
+from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
+
+IMAGES, THRESHOLD = "images", "threshold"
+MAX_ONNX_BYTES = 2_000_000_000
+"""Protobuf files end at 2 GiB; a little is left for the graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What the exported graph looks like, beside the model itself.
+
+    Args:
+        opset: ONNX opset, 18 to 23. Default 20, the first with a native Gelu.
+        batch: Smallest and largest batch; equal ones make the batch static. Default 1 to 8.
+        runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
+        normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
+        softmax: Give probabilities instead of logits.
+        emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
+
+    Raises:
+        SimpruneError: a value is out of its range.
+    """
+
+    opset: int = 20
+    batch: tuple[int, int] = (1, 8)
+    runtime_threshold: bool = False
+    normalize: bool = False
+    softmax: bool = False
+    emit_assignments: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.batch
+        if low < 1 or high < low:
+            raise SimpruneError(
+                f"batch {low}..{high} is not a range: give 1..8, or one number for a fixed batch"
+            )
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise SimpruneError(
+                f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use --opset 20"
+            )
+
+
+class _ExportedModel(nn.Module):
+    """The pruned model between the graph's inputs and outputs."""
+
+    def __init__(self, model: PrunedViT, options: ExportOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.register_buffer("threshold", torch.tensor([model.config.threshold]))
+        if options.normalize:
+            preprocessing = describe_vit(model.vit)["preprocessing"]
+            for name in ("mean", "std"):
+                values = _per_channel(preprocessing[name], model.channels)
+                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, images: torch.Tensor, threshold: torch.Tensor | None = None) -> Any:
+        if self.options.normalize:
+            images = (images - self.mean) / self.std
+        limit = self.threshold if threshold is None else threshold
+        traces: list[PruneTrace] = []
+        output = self.model(images, threshold=limit, traces=traces)
+        if self.options.softmax:
+            output = output.softmax(-1)
+        if self.options.emit_assignments:
+            return (output, *(trace.assignment for trace in traces))
+        return output
+
+
+def _per_channel(values: list[float], channels: int) -> list[float]:
+    return [float(values[i % len(values)]) for i in range(channels)]
+
+
+def output_names(model: PrunedViT, options: ExportOptions) -> list[str]:
+    """Return the names of the graph's outputs, the main one first."""
+    if options.softmax:
+        main = "probabilities"
+    else:
+        main = "logits" if model.vit.num_classes else "features"
+    layers = model.config.layers if options.emit_assignments else ()
+    return [main, *(f"assignment_{layer}" for layer in layers)]
+
+
+def is_dense(model: PrunedViT, options: ExportOptions) -> bool:
+    """Tell whether nothing can ever be pruned, so that the graph needs no prune nodes."""
+    config = model.config
+    never = config.threshold > 1 and not options.runtime_threshold and not config.capacities
+    return not config.layers or never
+
+
+def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.ModelProto:
+    """Trace a pruned model and return it as ONNX, checked.
+
+    The model is put into eval mode and back. A threshold above 1 that is fixed, or no prune
+    layers, gives the dense model without prune nodes.
+
+    Raises:
+        SimpruneError: the model is too large for one file, or not float32 on the CPU.
+    """
+    options = options or ExportOptions()
+    _check_exportable(model)
+    if is_dense(model, options):
+        dense = dataclasses.replace(model.config, layers=(), capacities=())
+        exported = PrunedViT(model.vit, dense)
+    else:
+        exported = model
+    wrapper = _ExportedModel(exported, options)
+    was_training = model.training
+    try:
+        wrapper.eval()
+        with _unfused_attention(wrapper), _quiet(), torch.no_grad():
+            graph = _trace(wrapper, exported, options)
+    finally:
+        wrapper.train(was_training)
+    _add_function(graph, exported, options)
+    make_readable(graph, exported.config.layers)
+    graph.producer_name = "simprune-deploy"
+    graph.producer_version = simprune_deploy.__version__
+    write_facts(graph, model_facts(exported, options))
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def _check_exportable(model: PrunedViT) -> None:
+    parameters = list(model.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    if size > MAX_ONNX_BYTES:
+        raise SimpruneError(
+            f"the weights take {size / 1e9:.1f} GB and an ONNX file holds at most "
+            f"{MAX_ONNX_BYTES / 1e9:.0f} GB: use a smaller architecture"
+        )
+    if kinds := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
+        raise SimpruneError(f"the model is {', '.join(kinds)}: export it as float32 (model.float())")
+    if devices := {p.device.type for p in parameters if p.device.type != "cpu"}:
+        raise SimpruneError(f"the model is on {', '.join(devices)}: export it from the CPU")
+
+
+@contextlib.contextmanager
+def _unfused_attention(model: nn.Module) -> Iterator[None]:
+    """Use timm's written-out attention: its fused path does not trace with a data-dependent K."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and advice away from the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    others = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [(each, each.level) for each in (logger, *others)]
+    try:
+        for each, _ in levels:
+            each.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in levels:
+            each.setLevel(level)
+
+
+def _trace(
+    wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions
+) -> onnx.ModelProto:
+    low, high = options.batch
+    dynamic = high > low
+    size = 2 if dynamic else low
+    args: tuple[torch.Tensor, ...] = (torch.zeros(size, model.channels, *model.image_size),)
+    batch = torch.export.Dim("batch")
+    shapes: dict[str, Any] = {IMAGES: {0: batch} if dynamic else None}
+    names = [IMAGES]
+    if options.runtime_threshold:
+        args = (*args, torch.full((3,), model.config.threshold))
+        shapes[THRESHOLD] = {0: torch.export.Dim("thresholds")}
+        names.append(THRESHOLD)
+    program = torch.onnx.export(
+        wrapper,
+        args,
+        dynamo=True,
+        opset_version=options.opset,
+        dynamic_shapes=shapes,
+        input_names=names,
+        output_names=output_names(model, options),
+        custom_translation_table={
+            torch.ops.simprune.similarity_prune.default: _onnx_operator(options.opset)
+        },
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _onnx_operator(opset: int) -> Any:
+    """Return the onnxscript operator that becomes our node, its attributes in schema order."""
+    import onnxscript
+
+    formal = onnx.defs.OpSchema.FormalParameter
+    attribute = onnx.defs.OpSchema.Attribute
+    kinds = onnx.defs.OpSchema.AttrType
+    strings = ("reduction", "selection")
+    schema = onnx.defs.OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        DOMAIN_VERSION,
+        inputs=[
+            formal(INPUTS[0], "T"),
+            formal(INPUTS[1], "tensor(float)"),
+            formal(INPUTS[2], "tensor(float)"),
+        ],
+        outputs=[
+            formal(OUTPUTS[0], "T"),
+            formal(OUTPUTS[1], "tensor(float)"),
+            formal(OUTPUTS[2], "tensor(int64)"),
+            formal(OUTPUTS[3], "tensor(int64)"),
+        ],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "type of the tokens")
+        ],
+        attributes=[
+            attribute(name, kinds.STRING if name in strings else kinds.INT) for name in ATTRIBUTES
+        ],
+    )
+    domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
+    operator = onnxscript.values.Op(domain, OP_TYPE, op_schema=schema)
+
+    def translate(
+        tokens: Any,
+        log_size: Any,
+        threshold: Any,
+        num_prefix_tokens: int,
+        selection: str = "cover",
+        reduction: str = "merge",
+        capacity: int = 0,
+        multiple_of: int = 1,
+        opt_tokens: int = 0,
+        max_tokens: int = 0,
+    ) -> Any:
+        return operator(
+            tokens,
+            log_size,
+            threshold,
+            capacity=capacity,
+            max_tokens=max_tokens,
+            multiple_of=multiple_of,
+            num_prefix_tokens=num_prefix_tokens,
+            opt_tokens=opt_tokens,
+            reduction=reduction,
+            selection=selection,
+        )
+
+    return translate
+
+
+def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptions) -> None:
+    del graph.functions[:]
+    if not model.config.layers:
+        return
+    variant = BodyVariant.of(model.config, model.num_prefix_tokens)
+    graph.functions.append(build_function(variant, options.opset))
+    if DOMAIN not in {entry.domain for entry in graph.opset_import}:
+        graph.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+
+
+def model_facts(model: PrunedViT, options: ExportOptions) -> Facts:
+    """Return what an exported file will say of itself."""
+    vit = model.vit
+    embed_dim = int(vit.embed_dim)
+    return Facts(
+        **describe_vit(vit),
+        pruning=model.config,
+        export={**dataclasses.asdict(options), "batch": list(options.batch)},
+        output=output_names(model, options)[0],
+        num_classes=int(vit.num_classes),
+        num_prefix_tokens=model.num_prefix_tokens,
+        num_patches=model.num_patches,
+        depth=len(vit.blocks),
+        channels=model.channels,
+        image_size=model.image_size,
+        embed_dim=embed_dim,
+        mlp_dim=_mlp_dim(vit.blocks[0], embed_dim),
+        parameters=sum(p.numel() for p in vit.parameters()),
+    )
+
+
+def _mlp_dim(block: nn.Module, embed_dim: int) -> int:
+    """Return the MLP's hidden width, as if all beside 4 D x D projections were two matrices."""
+    matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)
+    return max(0, matrices - 4 * embed_dim**2) // (2 * embed_dim)

@@ -1,0 +1,134 @@
+"""The facts an exported file carries about itself, written and read. No torch needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.pruning.config import PruneConfig
+from simprune_deploy.pruning.cost import BlockShape
+
+METADATA_KEY = "simprune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What an exported model says of itself.
+
+    Attributes:
+        architecture: timm's name.
+        model_args: What it was built with, beside the name.
+        preprocessing: mean, std, interpolation, crop, as in timm's configurations.
+        pruning: The configuration in the graph (no layers: the dense model).
+        export: The export options: opset, batch, runtime_threshold, normalize, softmax, ...
+        output: Name of the main output.
+        num_classes: 0 if the output is features.
+        num_prefix_tokens, num_patches, depth, channels: Of the model.
+        image_size: Height and width in pixels.
+        embed_dim, mlp_dim: Widths of a block; the MLP's as if it had two matrices.
+        parameters: Number of weights.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    preprocessing: dict[str, Any]
+    pruning: PruneConfig
+    export: dict[str, Any]
+    output: str
+    num_classes: int
+    num_prefix_tokens: int
+    num_patches: int
+    depth: int
+    channels: int
+    image_size: tuple[int, int]
+    embed_dim: int
+    mlp_dim: int
+    parameters: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def block(self) -> BlockShape:
+        return BlockShape(self.embed_dim, self.mlp_dim)
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        low, high = self.export["batch"]
+        return int(low), int(high)
+
+    @property
+    def mean(self) -> list[float]:
+        return [float(value) for value in self.preprocessing["mean"]]
+
+    @property
+    def std(self) -> list[float]:
+        return [float(value) for value in self.preprocessing["std"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON types."""
+        return {
+            **dataclasses.asdict(self),
+            "pruning": self.pruning.to_dict(),
+            "image_size": list(self.image_size),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Facts:
+        """Build facts from :meth:`to_dict`'s result."""
+        return cls(
+            **{
+                **values,
+                "pruning": PruneConfig.from_dict(values["pruning"]),
+                "image_size": tuple(values["image_size"]),
+            }
+        )
+
+
+def write_facts(graph: onnx.ModelProto, facts: Facts) -> None:
+    """Put the facts into the graph's metadata, in place of what was there."""
+    del graph.metadata_props[:]
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, json.dumps(facts.to_dict())
+
+
+def read_facts(graph: onnx.ModelProto) -> Facts:
+    """Read what :func:`write_facts` wrote.
+
+    Raises:
+        SimpruneError: the model was not made by simprune-deploy, or its facts are damaged.
+    """
+    for entry in graph.metadata_props:
+        if entry.key == METADATA_KEY:
+            try:
+                return Facts.from_dict(json.loads(entry.value))
+            except (ValueError, KeyError, TypeError) as error:
+                raise SimpruneError(f"the ONNX model's metadata is damaged: {error}") from error
+    raise SimpruneError("the ONNX model was not made by simprune-deploy: it has no metadata of ours")
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        SimpruneError: it is missing, or not an ONNX model.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path)
+    except FileNotFoundError:
+        raise SimpruneError(f"{path} does not exist") from None
+    except OSError as error:
+        raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
+    except DecodeError:
+        raise SimpruneError(f"{path} is not an ONNX model, or is damaged") from None
+    if not graph.graph.node:
+        raise SimpruneError(f"{path} is not an ONNX model, or is damaged")
+    return graph

@@ -1,0 +1,141 @@
+"""Other forms of an exported graph, made from it without tracing again."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+from simprune_deploy.onnx.function_body import OP_TYPE
+
+DIAGNOSTICS = ("tokens", "log_size", "kept_index", "assignment")
+"""What a prune layer read and decided; :func:`diagnostic_name` names them as graph outputs."""
+
+
+def diagnostic_name(layer: int, what: str) -> str:
+    """Return the name of a diagnostic output, such as ``diagnosis_3/tokens``."""
+    return f"diagnosis_{layer}/{what}"
+
+
+def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that also outputs what every prune layer read and decided."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    main = copy.graph
+    for node in [node for node in main.node if node.op_type == OP_TYPE]:
+        layer = layer_of(node)
+        values = (node.input[0], node.input[1], node.output[2], node.output[3])
+        for what, value in zip(DIAGNOSTICS, values, strict=True):
+            name = diagnostic_name(layer, what)
+            main.node.append(helper.make_node("Identity", [value], [name], name=name))
+            kind = _element_type(copy, value) if what == "tokens" else None
+            fixed = TensorProto.FLOAT if what == "log_size" else TensorProto.INT64
+            main.output.append(helper.make_tensor_value_info(name, kind or fixed, None))
+    return copy
+
+
+def layer_of(node: onnx.NodeProto) -> int:
+    """Return the block that a prune node runs before; its name says it."""
+    return int(node.name.rsplit("_", 1)[1])
+
+
+def prune_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the graph's prune nodes, in order."""
+    return [node for node in graph.graph.node if node.op_type == OP_TYPE]
+
+
+def _element_type(graph: onnx.ModelProto, value: str) -> int:
+    for info in graph.graph.value_info:
+        if info.name == value:
+            return int(info.type.tensor_type.elem_type)
+    return int(TensorProto.FLOAT)
+
+
+def with_log_size_in_keys(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy whose attention reads the log-sizes as one more channel of the keys.
+
+    ``q.k + b`` is ``[q, 1].[k, b]``: the same sum without a pass over the heads x N x K scores,
+    which on a CPU costs as much as the softmax. GPU kernels that fuse attention want the plain
+    form, with an additive mask and an unchanged head dimension.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    main = copy.graph
+    producers = {output: node for node in main.node for output in node.output}
+    readers: dict[str, int] = {}
+    for node in main.node:
+        for value in node.input:
+            readers[value] = readers.get(value, 0) + 1
+    biases = _attention_biases(main)
+    rewritten: list[onnx.NodeProto] = []
+    columns: set[str] = set()
+    for node in main.node:
+        if node.op_type != "Add" or node.input[1] not in biases:
+            rewritten.append(node)
+            continue
+        scores = producers.get(node.input[0])
+        keys = producers.get(scores.input[1]) if scores is not None else None
+        if (
+            scores is None
+            or keys is None
+            or scores.op_type != "MatMul"
+            or keys.op_type != "Transpose"
+            or list(keys.attribute[0].ints) != [0, 1, 3, 2]
+            or readers[scores.output[0]] != 1
+            or readers[keys.output[0]] != 1
+        ):
+            rewritten.append(node)
+            continue
+        rewritten.remove(scores)
+        rewritten.remove(keys)
+        rewritten.extend(_scores_with_bias(node, scores, keys, columns))
+    del main.node[:]
+    main.node.extend(rewritten)
+    if columns:
+        main.initializer.append(helper.make_tensor("one_channel", TensorProto.INT64, [1], [1]))
+    return copy
+
+
+def _attention_biases(graph: onnx.GraphProto) -> set[str]:
+    """Return the values [B, 1, 1, K] that are added to attention scores."""
+    log_sizes = {node.output[1] for node in graph.node if node.op_type == OP_TYPE}
+    biases: set[str] = set()
+    for node in graph.node:
+        if node.op_type in ("Unsqueeze", "Clip", "Min", "Reshape", "Cast") and (
+            node.input[0] in log_sizes or node.input[0] in biases
+        ):
+            biases.add(node.output[0])
+    return biases
+
+
+def _scores_with_bias(
+    add: onnx.NodeProto, scores: onnx.NodeProto, keys: onnx.NodeProto, columns: set[str]
+) -> list[onnx.NodeProto]:
+    bias, query, key = add.input[1], scores.input[0], keys.input[0]
+    at = scores.name
+    column = f"{bias}/as_key_channel"
+    nodes = []
+    if column not in columns:
+        columns.add(column)
+        nodes.append(
+            helper.make_node("Transpose", [bias], [column], name=column, perm=[0, 1, 3, 2])
+        )
+
+    def named(op_type: str, inputs: list[str], what: str, **attributes: object) -> str:
+        name = f"{at}/{what}"
+        nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        return name
+
+    key_rows = named("Shape", [key], "key_rows", start=0, end=3)
+    key_shape = named("Concat", [key_rows, "one_channel"], "key_channel_shape", axis=0)
+    key_channel = named("Expand", [column, key_shape], "key_channel")
+    longer_key = named("Concat", [key, key_channel], "key_with_log_size", axis=3)
+    turned = named("Transpose", [longer_key], "key_turned", perm=[0, 1, 3, 2])
+    query_rows = named("Shape", [query], "query_rows", start=0, end=3)
+    query_shape = named("Concat", [query_rows, "one_channel"], "query_channel_shape", axis=0)
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    query_channel = named("ConstantOfShape", [query_shape], "query_channel", value=one)
+    longer_query = named("Concat", [query, query_channel], "query_with_one", axis=3)
+    nodes.append(
+        helper.make_node("MatMul", [longer_query, turned], [add.output[0]], name=scores.name)
+    )
+    return nodes

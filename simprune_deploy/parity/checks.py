@@ -1,0 +1,276 @@
+"""The questions of a proof, each a function from two runs to a :class:`Check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from polygraphy.comparator import CompareFunc, IterationResult
+
+from simprune_deploy.parity.decisions import (
+    Array,
+    PruneRecord,
+    broken_structure,
+    float_noise,
+    similarity_matrix,
+    violation,
+)
+from simprune_deploy.parity.runners import Run
+from simprune_deploy.parity.verdict import Check
+from simprune_deploy.pruning.config import PruneConfig
+from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
+
+OUTPUT_ATOL, OUTPUT_RTOL = 1e-4, 1e-5
+"""Outputs may differ by 1e-4 plus 1e-5 of the largest reference output (float32)."""
+
+INPUT_NOISE = 8
+"""When two runtimes are compared, their similarities also differ because their tokens do. Where
+both tokens are at hand that difference is measured; against golden cases, which hold none, it is
+taken as at most 8 times the noise of the similarity itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What the checks need to know of the pruned model.
+
+    Attributes:
+        config: Its configuration.
+        num_prefix_tokens: P.
+        num_tokens: N before the first prune layer.
+        depth: Blocks.
+        block: Their widths.
+    """
+
+    config: PruneConfig
+    num_prefix_tokens: int
+    num_tokens: int
+    depth: int
+    block: BlockShape
+
+
+def check_outputs(reference: Run, run: Run, same: Array) -> Check:
+    """Compare outputs by Polygraphy, over the images whose decisions agree.
+
+    An image with a decision that noise turned has another output, rightly; those are reported
+    apart and held to no tolerance here, but to the margin of the decision in
+    :func:`check_decisions`.
+    """
+    limit = OUTPUT_ATOL + OUTPUT_RTOL * float(np.abs(reference.outputs).max())
+    numbers: dict[str, Any] = {"tolerance": limit, "images": int(same.sum())}
+    if not np.isfinite(run.outputs).all() or not np.isfinite(reference.outputs).all():
+        return Check("outputs", False, "outputs hold NaN or infinity", numbers)
+    if not same.all():
+        turned = np.abs(reference.outputs[~same] - run.outputs[~same])
+        numbers["turned_images"] = int((~same).sum())
+        numbers["largest_difference_of_turned_images"] = float(turned.max())
+    if not same.any():
+        return Check("outputs", False, "no image has the same decisions in both", numbers)
+    compare = CompareFunc.simple(atol=limit, rtol=0, check_error_stat="max")
+    results = compare(
+        IterationResult({"output": reference.outputs[same]}, runner_name=reference.name),
+        IterationResult({"output": run.outputs[same]}, runner_name=run.name),
+    )
+    result = results["output"]
+    numbers["largest_difference"] = float(result.max_absdiff)
+    numbers["mean_difference"] = float(result.mean_absdiff)
+    numbers["largest_output"] = float(np.abs(reference.outputs).max())
+    passed = bool(result)
+    return Check(
+        "outputs",
+        passed,
+        f"largest output difference {result.max_absdiff:.2e}, mean {result.mean_absdiff:.2e} "
+        f"({'within' if passed else 'above'} {limit:.2e})",
+        numbers,
+    )
+
+
+def check_top1(reference: Run, run: Run, same: Array, has_classes: bool) -> Check:
+    """Compare the winning class of every image."""
+    if not has_classes:
+        return Check("top1", None, "the model gives features, not classes")
+    mine, theirs = run.outputs.argmax(1), reference.outputs.argmax(1)
+    agree = mine == theirs
+    # where the reference itself is undecided within the output tolerance, either class is right
+    ordered = np.sort(reference.outputs, axis=1)
+    gap = ordered[:, -1] - ordered[:, -2] if ordered.shape[1] > 1 else np.full(len(agree), np.inf)
+    tie = gap <= 2 * (OUTPUT_ATOL + OUTPUT_RTOL * np.abs(reference.outputs).max())
+    passed = bool((agree | tie | ~same).all())
+    count = int(agree.sum())
+    return Check(
+        "top1",
+        passed,
+        f"top-1 agrees on {count} of {len(agree)} images",
+        {"agree": count, "images": len(agree), "ties": int((tie & ~agree).sum())},
+    )
+
+
+def images_with_same_decisions(reference: Run, run: Run) -> Array:
+    """Return bool[n]: the images whose every decision is the same in both runs."""
+    same = np.ones(len(run.outputs), bool)
+    for layer, records in run.records.items():
+        pairs = zip(records, reference.records[layer], strict=True)
+        same &= np.array([mine.same_decisions(other) for mine, other in pairs])
+    return same
+
+
+def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
+    """Judge every decision of `run` in float64, and explain every one that differs.
+
+    Right means: what the definition says, if similarities may move by the float noise. Where an
+    image first differs from the reference, the margin is how far the similarities must move to
+    give the other outcome; after that layer the two see different tokens and are only judged
+    each on its own.
+    """
+    config, prefix = pruning.config, pruning.num_prefix_tokens
+    noise = float_noise(pruning.block.embed_dim)
+    broken: list[str] = []
+    worst, margins, unexplained, decisions = 0.0, [], 0, 0
+    turned = np.zeros(len(run.outputs), bool)
+    for position, layer in enumerate(config.layers):
+        capacity = config.capacity_of(position)
+        for image, record in enumerate(run.records[layer]):
+            other = reference.records[layer][image]
+            decisions += len(record.valid_assignment()) - prefix
+            if reason := broken_structure(record, prefix):
+                broken.append(f"image {image}, layer {layer}: {reason}")
+                continue
+            worst = max(worst, violation(record, config, capacity, prefix))
+            if not turned[image] and not record.same_decisions(other):
+                turned[image] = True
+                margin, allowed = _explain(record, other, config, capacity, prefix, noise)
+                margins.append(margin)
+                unexplained += margin > allowed
+    passed = not broken and worst <= noise and not unexplained
+    numbers = {
+        "decisions": decisions,
+        "images": len(turned),
+        "images_that_differ": int(turned.sum()),
+        "margins_of_differences": [_finite(margin) for margin in margins],
+        "unexplained_differences": int(unexplained),
+        "largest_violation": _finite(worst),
+        "float_noise": noise,
+        "broken": broken[:5],
+    }
+    return Check("decisions", passed, _decisions_summary(numbers, worst, margins), numbers)
+
+
+def _decisions_summary(numbers: dict[str, Any], worst: float, margins: list[float]) -> str:
+    if numbers["broken"]:
+        return f"decisions are inconsistent: {numbers['broken'][0]}"
+    text = (
+        f"{numbers['decisions']} decisions, wrong by at most {worst:.1e} in similarity "
+        f"(float noise {numbers['float_noise']:.1e})"
+    )
+    if not margins:
+        return f"{text}; all images decided alike"
+    return (
+        f"{text}; {len(margins)} of {numbers['images']} images decided otherwise, "
+        f"at a margin of {max(margins):.1e}"
+    )
+
+
+def _explain(
+    record: PruneRecord,
+    other: PruneRecord,
+    config: PruneConfig,
+    capacity: int,
+    prefix: int,
+    noise: float,
+) -> tuple[float, float]:
+    """Return the margin of a difference and the largest that float noise can explain."""
+    seen = dataclasses.replace(
+        record, kept_index=other.kept_index, assignment=_fit(other, len(record.assignment))
+    )
+    margin = violation(seen, config, capacity, prefix)
+    if other.tokens is None:
+        return margin, noise * (1 + INPUT_NOISE)
+    count = min(len(record.tokens), len(other.tokens))
+    apart = similarity_matrix(record.tokens[:count], prefix) - similarity_matrix(
+        other.tokens[:count], prefix
+    )
+    return margin, noise + float(np.abs(apart).max())
+
+
+def _fit(other: PruneRecord, length: int) -> Array:
+    """Return the other's assignment with as much padding as this batch has."""
+    valid = other.valid_assignment()
+    return np.concatenate([valid, np.full(max(0, length - len(valid)), -1, valid.dtype)])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def check_batch_invariance(alone: Run, mixed: Run, pruning: Pruning) -> Check:
+    """Compare every image alone with itself among others."""
+    count = len(alone.outputs)
+    head = Run(
+        mixed.name,
+        mixed.outputs[:count],
+        {layer: records[:count] for layer, records in mixed.records.items()},
+    )
+    decided = check_decisions(head, alone, pruning)
+    same = images_with_same_decisions(head, alone)
+    outputs = check_outputs(head, alone, same)
+    passed = bool(decided.passed and outputs.passed)
+    return Check(
+        "batch_invariance",
+        passed,
+        f"{count} images alone and in a batch: {outputs.summary}; "
+        f"{int(same.sum())} of {count} decided alike",
+        {"outputs": outputs.numbers, "decisions": decided.numbers},
+    )
+
+
+def check_pruning(run: Run, pruning: Pruning) -> Check:
+    """Say how many tokens went. Nothing pruned proves nothing."""
+    config, prefix = pruning.config, pruning.num_prefix_tokens
+    if not config.layers:
+        return Check(
+            "pruning", False, "the model has no prune layers, so nothing about pruning was proven"
+        )
+    kept = np.array([[len(r.heads()) for r in run.records[layer]] for layer in config.layers])
+    read = np.array(
+        [[len(r.valid_assignment()) for r in run.records[layer]] for layer in config.layers]
+    )
+    pruned = int((read - kept).sum())
+    by_image = [
+        spread_over_blocks(pruning.num_tokens, config.layers, row.tolist(), pruning.depth)
+        for row in kept.T
+    ]
+    processed = float(np.mean(by_image) / pruning.num_tokens)
+    flops = float(
+        np.mean([flops_share(pruning.block, pruning.num_tokens, row) for row in by_image])
+    )
+    numbers = {
+        "pruned_patches": pruned,
+        "patches": pruning.num_tokens - prefix,
+        "kept_by_layer": {
+            str(layer): {
+                "mean": float(row.mean() - prefix),
+                "smallest": int(row.min()) - prefix,
+                "largest": int(row.max()) - prefix,
+            }
+            for layer, row in zip(config.layers, kept, strict=True)
+        },
+        "tokens_processed": processed,
+        "flops": flops,
+    }
+    if not pruned:
+        return Check(
+            "pruning",
+            False,
+            "nothing was pruned on these images, which proves nothing: lower --threshold, "
+            "or give pictures of your own with --images",
+            numbers,
+        )
+    chain = " -> ".join(f"{row.mean() - prefix:.0f}" for row in kept)
+    return Check(
+        "pruning",
+        True,
+        f"patches {pruning.num_tokens - prefix} -> {chain} on average; "
+        f"{processed:.1%} of the tokens and {flops:.1%} of the blocks' FLOPs remain",
+        numbers,
+    )

@@ -1,0 +1,104 @@
+"""Golden cases: inputs with PyTorch's outputs and decisions, to check a model where torch is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.parity.decisions import Array, PruneRecord
+from simprune_deploy.parity.runners import Inputs, Run
+
+MAX_IMAGES = 4
+"""Enough to mix a batch, small enough to ship: 2.4 MB at 224 pixels before compression."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A few images, what PyTorch gave for them, and who made it.
+
+    Attributes:
+        images: float32[n, C, H, W], as the graph takes them.
+        thresholds: float32[n].
+        reference: PyTorch's run; its records hold decisions without tokens.
+    """
+
+    images: Array
+    thresholds: Array
+    reference: Run
+
+
+def golden_of(inputs: Inputs, reference: Run) -> Golden:
+    """Take the first images of a run as golden cases."""
+    count = min(MAX_IMAGES, len(inputs.images))
+    records = {
+        layer: [dataclasses.replace(record, tokens=None) for record in found[:count]]
+        for layer, found in reference.records.items()
+    }
+    run = Run(reference.name, reference.outputs[:count], records)
+    return Golden(inputs.images[:count], inputs.thresholds[:count], run)
+
+
+def save_golden(path: Path, golden: Golden) -> None:
+    """Write golden cases as ``.npz``."""
+    arrays = {
+        "images": golden.images,
+        "thresholds": golden.thresholds.astype(np.float32),
+        "output": golden.reference.outputs,
+        "reference": np.array(golden.reference.name),
+    }
+    for layer, records in golden.reference.records.items():
+        arrays[f"kept_index_{layer}"] = _stack([r.heads() for r in records], -1)
+        arrays[f"assignment_{layer}"] = _stack([r.valid_assignment() for r in records], -1)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def load_golden(path: Path, layers: list[int]) -> Golden:
+    """Read golden cases for a model with the given prune layers.
+
+    Raises:
+        SimpruneError: the file is missing, damaged, or of a model with other prune layers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        images, thresholds = arrays["images"], arrays["thresholds"]
+        count = len(images)
+        records = {layer: _records(arrays, layer, thresholds) for layer in layers}
+        if images.ndim != 4 or len(arrays["output"]) != count or len(thresholds) != count:
+            raise ValueError("its arrays do not fit together")
+        reference = Run(str(arrays["reference"]), arrays["output"], records)
+    except FileNotFoundError:
+        raise SimpruneError(
+            f"{path} does not exist: without golden cases give the checkpoint with --reference"
+        ) from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise SimpruneError(f"{path} holds no golden cases for this model: {error}") from error
+    return Golden(images, thresholds, reference)
+
+
+def _records(arrays: dict[str, Array], layer: int, thresholds: Array) -> list[PruneRecord]:
+    records = []
+    pairs = zip(arrays[f"kept_index_{layer}"], arrays[f"assignment_{layer}"], strict=True)
+    for limit, (heads, assignment) in zip(thresholds, pairs, strict=True):
+        records.append(
+            PruneRecord(
+                tokens=None,
+                log_size=np.zeros(0, np.float32),
+                threshold=float(limit),
+                kept_index=heads[heads >= 0],
+                assignment=assignment[assignment >= 0],
+            )
+        )
+    return records
+
+
+def _stack(rows: list[Array], fill: int) -> Array:
+    """Stack rows of different lengths, filled up at the end."""
+    width = max(len(row) for row in rows)
+    return np.stack(
+        [np.concatenate([row, np.full(width - len(row), fill, row.dtype)]) for row in rows]
+    )

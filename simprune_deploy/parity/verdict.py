@@ -1,0 +1,79 @@
+"""The verdict: named checks, each with its numbers and its limit, and what was not looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Status = Literal["proven", "failed", "not proven"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: "outputs", "top1", "decisions", "batch_invariance", "pruning".
+        passed: The answer; None if the question was not asked, and `summary` says why.
+        summary: One line for a person.
+        numbers: The measurements and limits behind it, JSON types.
+    """
+
+    name: str
+    passed: bool | None
+    summary: str
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a proof found.
+
+    Attributes:
+        checks: In the order in which they are to be read.
+        environment: What ran on what.
+        inputs: Which images, how many, where from.
+    """
+
+    checks: tuple[Check, ...]
+    environment: dict[str, Any]
+    inputs: dict[str, Any]
+
+    @property
+    def status(self) -> Status:
+        """"failed" if a check failed, "not proven" if nothing was pruned, else "proven"."""
+        by_name = {check.name: check for check in self.checks}
+        if any(check.passed is False for name, check in by_name.items() if name != "pruning"):
+            return "failed"
+        return "proven" if by_name["pruning"].passed else "not proven"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not "proven"; empty if it is."""
+        return "; ".join(check.summary for check in self.checks if check.passed is False)
+
+    def check(self, name: str) -> Check:
+        """Return a check by its name."""
+        return next(check for check in self.checks if check.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as JSON types."""
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "checks": {
+                check.name: {
+                    "passed": check.passed,
+                    "summary": check.summary,
+                    **check.numbers,
+                }
+                for check in self.checks
+            },
+            "skipped": [
+                {"check": check.name, "why": check.summary}
+                for check in self.checks
+                if check.passed is None
+            ],
+            "inputs": self.inputs,
+            "environment": self.environment,
+        }

@@ -1,0 +1,93 @@
+"""What a file or folder is, as names and JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.bundle import MANIFEST, MODEL, read_manifest
+from simprune_deploy.errors import SimpruneError
+
+
+def inspect_target(
+    target: str, arch: str | None = None, trust_pickle: bool = False
+) -> dict[str, Any]:
+    """Describe an exported folder, an ONNX file of ours, or a checkpoint.
+
+    Raises:
+        SimpruneError: it is none of these, or damaged.
+    """
+    path = Path(target)
+    if path.is_dir() and (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        return {
+            "kind": "exported folder",
+            "verdict": manifest["verdict"],
+            **_describe_graph(path / MODEL),
+            "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+            "versions": manifest["versions"],
+        }
+    if path.is_file() and _looks_like_onnx(path):
+        return {"kind": "ONNX model", **_describe_graph(path)}
+    return _describe_checkpoint(target, arch, trust_pickle)
+
+
+def _looks_like_onnx(path: Path) -> bool:
+    # field 1 of a ModelProto, the IR version, comes first: tag 8, then a small number
+    with path.open("rb") as file:
+        head = file.read(2)
+    return len(head) == 2 and head[0] == 8 and 3 <= head[1] <= 32
+
+
+def _describe_graph(path: Path) -> dict[str, Any]:
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.variants import prune_nodes
+
+    graph = load_graph(path)
+    facts = read_facts(graph).to_dict()
+    return {
+        **facts,
+        "inputs": [_signature(value) for value in graph.graph.input],
+        "outputs": [_signature(value) for value in graph.graph.output],
+        "nodes": len(graph.graph.node),
+        "prune_nodes": [node.name for node in prune_nodes(graph)],
+    }
+
+
+def _signature(value: Any) -> str:
+    import onnx
+
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    shape = ", ".join(str(dim.dim_param or dim.dim_value) for dim in tensor.shape.dim)
+    return f"{value.name} {dtype}[{shape}]"
+
+
+def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> dict[str, Any]:
+    from simprune_deploy.checkpoint import load_checkpoint
+    from simprune_deploy.pruning.families import check_prunable
+    from simprune_deploy.pruning.model import PrunedViT, describe_vit, prune
+
+    checkpoint = load_checkpoint(target, arch=arch, trust_pickle=trust_pickle)
+    model = checkpoint.model
+    is_pruned = isinstance(model, PrunedViT)
+    try:
+        check_prunable(getattr(model, "vit", model))
+    except SimpruneError as error:
+        return {"kind": checkpoint.kind, "notes": list(checkpoint.notes), "prunable": str(error)}
+    pruned = prune(model)
+    height, width = pruned.image_size
+    return {
+        "kind": checkpoint.kind,
+        "notes": list(checkpoint.notes),
+        **describe_vit(pruned.vit),
+        "parameters": sum(p.numel() for p in pruned.parameters()),
+        "num_classes": int(pruned.vit.num_classes),
+        "image_size": [height, width],
+        "channels": pruned.channels,
+        "num_patches": pruned.num_patches,
+        "num_prefix_tokens": pruned.num_prefix_tokens,
+        "depth": len(pruned.vit.blocks),
+        "pruning": pruned.config.to_dict() if is_pruned else None,
+        "auto_layers": list(prune(pruned.vit, layers="auto").config.layers),
+    }

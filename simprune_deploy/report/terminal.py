@@ -1,0 +1,113 @@
+"""What the commands print for a person, with rich. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from simprune_deploy.doctor import Finding
+    from simprune_deploy.parity.verdict import Verdict
+    from simprune_deploy.pruning.families import PrunableModel
+
+MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[dim]not asked[/dim]"}
+COLOURS = {"proven": "green", "failed": "red", "not proven": "yellow"}
+
+
+@contextlib.contextmanager
+def progress(enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Show the step that runs, on stderr; nothing where that is not a terminal."""
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status("starting") as status:
+        yield lambda step: status.update(step)
+
+
+def print_verdict(console: Console, verdict: Verdict) -> None:
+    """Print the checks as a table and the status below it."""
+    table = Table("check", "passed", "what was found", box=None, pad_edge=False)
+    for check in verdict.checks:
+        table.add_row(check.name.replace("_", " "), MARKS[check.passed], escape(check.summary))
+    console.print(table)
+    against = f"{verdict.environment['runtime']} against {verdict.environment['reference']}"
+    console.print(f"{against}, on {_source(verdict.inputs)}", style="dim", highlight=False)
+    for name, reason in verdict.inputs["skipped"]:
+        console.print(f"skipped {escape(name)}: {escape(reason)}", style="yellow")
+    console.print(f"verdict: [bold {COLOURS[verdict.status]}]{verdict.status}[/]", highlight=False)
+
+
+def _source(inputs: dict[str, Any]) -> str:
+    images = inputs["images"]
+    count = images if isinstance(images, int) else len(images)
+    return f"{inputs['source']} ({count} images)"
+
+
+def print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """Print names and values, one a line; nested values are joined."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, escape(_text(value)), style=None)
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(each) for each in value) if value else "none"
+    return str(value)
+
+
+def print_models(
+    rows: list[PrunableModel], refused: list[tuple[str, str]], named: bool
+) -> None:
+    """Print the prunable architectures; the refused ones with reasons if they were asked for."""
+    console = Console()
+    if rows:
+        table = Table(
+            "architecture", "image", "patches", "prefix", "blocks", "width", "pooling", box=None
+        )
+        for row in rows:
+            height, width = row.image_size
+            table.add_row(
+                row.name,
+                f"{height}x{width}",
+                str(row.num_patches),
+                str(row.num_prefix_tokens),
+                str(row.depth),
+                str(row.embed_dim),
+                row.pooling,
+            )
+        console.print(table)
+    if named:
+        for name, reason in refused:
+            console.print(f"{name} cannot be pruned: {reason}", style="yellow", highlight=False)
+    elif refused:
+        console.print(
+            f"{len(refused)} other architectures cannot be pruned; name one to see why",
+            style="dim",
+            highlight=False,
+        )
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print what the doctor found, with the remedy below what needs one."""
+    console = Console()
+    colours = {"ok": "green", "optional": "dim"}
+    table = Table("what", "state", "version", "needed for", box=None, pad_edge=False)
+    for each in findings:
+        colour = colours.get(each.state, "red")
+        table.add_row(
+            each.name, f"[{colour}]{each.state}[/]", escape(each.version or ""), each.needed_for
+        )
+    console.print(table)
+    for each in findings:
+        if each.remedy and each.state != "ok":
+            console.print(f"{each.name}: {escape(each.remedy)}", highlight=False)

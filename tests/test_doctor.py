@@ -1,0 +1,266 @@
+"""The doctor names what is missing, too old or broken, and the command that puts it right."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from simprune_deploy import doctor
+from simprune_deploy.doctor import Finding, all_needed_present, examine, is_older
+
+GOOD = {
+    "numpy": "2.0.0",
+    "onnx": "1.20.0",
+    "onnxruntime": "1.25.0",
+    "onnxscript": "0.7.0",
+    "polygraphy": "0.50.0",
+    "rich": "15.0.0",
+    "safetensors": "0.8.0",
+    "timm": "1.0.31",
+    "torch": "2.14.1+cpu",
+    "torchvision": "0.29.1",
+    "typer": "0.29.0",
+}
+Machine = Callable[..., dict[str, Finding]]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Return a function that examines a made-up machine."""
+
+    def examine_it(
+        versions: dict[str, str | None] | None = None,
+        failing: dict[str, Exception] | None = None,
+        modules: dict[str, Any] | None = None,
+        jetson: bool = False,
+    ) -> dict[str, Finding]:
+        installed = {**GOOD, **(versions or {})}
+        made_up = {
+            "torch": SimpleNamespace(
+                cuda=SimpleNamespace(is_available=lambda: False),
+                version=SimpleNamespace(cuda="13.0"),
+            ),
+            "onnxruntime": SimpleNamespace(
+                get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            ),
+            **(modules or {}),
+        }
+
+        def version(name: str) -> str | None:
+            if installed.get(name) is None:
+                raise metadata.PackageNotFoundError(name)
+            return installed[name]
+
+        def import_module(name: str) -> Any:
+            if failing and name in failing:
+                raise failing[name]
+            return made_up.get(name, SimpleNamespace())
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(importlib, "import_module", import_module)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(doctor, "_find_nvcc", lambda: None)
+        monkeypatch.setattr(doctor, "_on_jetson", lambda: jetson)
+        return {finding.name: finding for finding in examine()}
+
+    return examine_it
+
+
+def test_this_machine() -> None:
+    findings = {finding.name: finding for finding in examine()}
+    assert findings["python"].state == "ok"
+    assert findings["numpy"].version == metadata.version("numpy")
+    assert "CPUExecutionProvider" in findings["onnxruntime"].detail
+    for finding in findings.values():
+        assert finding.needed_for
+        assert finding.state == "ok" or finding.remedy
+        assert "\n" not in finding.detail
+
+
+def test_import_is_cheap() -> None:
+    code = "import sys, simprune_deploy.doctor; print(*{'torch', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
+
+
+def test_a_complete_machine(machine: Machine) -> None:
+    findings = machine()
+    assert all_needed_present(list(findings.values()))
+    assert {name for name, finding in findings.items() if finding.state == "optional"} == {
+        "tensorrt", "tensorrt_rtx", "CUDA GPU", "nvcc",
+    }  # fmt: skip
+    assert findings["onnxruntime"].detail == "CUDAExecutionProvider, CPUExecutionProvider"
+    assert findings["CUDA GPU"].detail == "torch sees none"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("torch", "pip install 'simprune-deploy[export]'"),
+        ("timm", "pip install 'simprune-deploy[export]'"),
+        ("onnxscript", "pip install 'simprune-deploy[export]'"),
+        ("onnx", "pip install 'onnx>=1.18'"),
+        ("rich", "pip install rich"),
+    ],
+)
+def test_missing(machine: Machine, name: str, remedy: str) -> None:
+    findings = machine({name: None})
+    assert findings[name].state == "missing"
+    assert findings[name].version == ""
+    assert findings[name].remedy == remedy
+    assert not all_needed_present(list(findings.values()))
+
+
+def test_nothing_else_is_imported_without_torch(machine: Machine) -> None:
+    findings = machine(
+        {"torch": None},
+        failing={name: AssertionError("imported") for name in ("torch", "torchvision", "timm")},
+    )
+    assert findings["torchvision"].state == "ok"
+    assert "torch does not work" in findings["CUDA GPU"].detail
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "remedy"),
+    [
+        ("torch", "2.9.1+cu128", "pip install --upgrade 'torch>=2.14' torchvision"),
+        ("timm", "1.0.9", "pip install --upgrade 'timm>=1.0.31'"),
+        ("onnx", "1.17.0", "pip install --upgrade 'onnx>=1.18'"),
+        ("numpy", "1.25.2", "pip install --upgrade 'numpy>=1.26'"),
+    ],
+)
+def test_too_old(machine: Machine, name: str, version: str, remedy: str) -> None:
+    findings = machine({name: version})
+    assert findings[name].state == "too old"
+    assert findings[name].version == version
+    assert findings[name].remedy == remedy
+    assert doctor.MINIMUM_VERSIONS[name] in findings[name].detail
+    assert not all_needed_present(list(findings.values()))
+
+
+def test_torchvision_of_another_torch(machine: Machine) -> None:
+    error = RuntimeError("operator torchvision::nms does not exist")
+    findings = machine(failing={"torchvision": error})
+    found = findings["torchvision"]
+    assert found.state == "broken"
+    assert "does not fit this torch" in found.detail
+    assert "torchvision::nms" in found.detail
+    assert found.remedy == "pip install --force-reinstall torch torchvision"
+    assert not all_needed_present(list(findings.values()))
+
+
+def test_broken_for_another_reason(machine: Machine) -> None:
+    error = ImportError("libcudart.so.13:\n cannot open " + "x" * 300)
+    findings = machine(failing={"onnxruntime": error, "torchvision": error})
+    for name in ("onnxruntime", "torchvision"):
+        assert findings[name].state == "broken"
+        assert findings[name].detail.startswith("libcudart.so.13: cannot open")
+        assert len(findings[name].detail) <= 200
+    assert findings["onnxruntime"].remedy == "pip install --force-reinstall onnxruntime"
+
+
+def test_onnxruntime_gpu_is_onnxruntime(machine: Machine) -> None:
+    findings = machine({"onnxruntime": None, "onnxruntime-gpu": "1.19.2"})
+    assert findings["onnxruntime"].state == "too old"
+    assert "'onnxruntime-gpu>=1.20'" in findings["onnxruntime"].remedy
+
+
+def test_broken_tensorrt_does_not_count(machine: Machine) -> None:
+    findings = machine({"tensorrt": "10.16.1"}, failing={"tensorrt": OSError("libnvinfer.so.10")})
+    assert findings["tensorrt"].state == "broken"
+    assert all_needed_present(list(findings.values()))
+
+
+def test_tensorrt_of_jetpack_5(machine: Machine) -> None:
+    findings = machine({"tensorrt": "8.5.2"}, jetson=True)
+    assert findings["tensorrt"].state == "too old"
+    assert findings["tensorrt"].remedy == "sudo apt-get install nvidia-jetpack"
+
+
+def test_package_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", refuse)
+    findings = {finding.name: finding for finding in examine()}
+    assert findings["numpy"].state == "ok"
+    assert findings["numpy"].version == sys.modules["numpy"].__version__
+
+
+def test_uninstalled_package_that_left_a_folder(machine: Machine) -> None:
+    assert machine({"onnx": ""})["onnx"].state == "missing"
+
+
+def test_old_python(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.18")
+    findings = machine()
+    assert findings["python"].state == "too old"
+    assert "3.10" in findings["python"].remedy
+    assert not all_needed_present(list(findings.values()))
+
+
+def test_gpus(machine: Machine) -> None:
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_name=lambda index: ("Orin", "H100")[index],
+        get_device_capability=lambda index: ((8, 7), (9, 0))[index],
+    )
+    found = machine(modules={"torch": SimpleNamespace(cuda=cuda)})["CUDA GPU"]
+    assert found.state == "ok"
+    assert found.version == "Orin (compute capability 8.7), H100 (compute capability 9.0)"
+
+
+def test_torch_for_cpu_says_so(machine: Machine) -> None:
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: False), version=SimpleNamespace(cuda=None)
+    )
+    assert machine(modules={"torch": torch})["CUDA GPU"].detail == "this torch is a CPU build"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "version"),
+    [
+        ("echo 'Cuda compilation tools, release 13.0, V13.0.88'", "ok", "13.0"),
+        ("echo hello", "ok", "unknown"),
+        ("exit 1", "broken", ""),
+    ],
+)
+def test_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str, version: str
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = doctor._examine_nvcc()
+    assert (found.state, found.version) == (state, version)
+
+
+@pytest.mark.parametrize(
+    ("version", "minimum", "older"),
+    [
+        ("2.9.1", "2.14", True),
+        ("2.14.0a0+git1234", "2.14", False),
+        ("2.14", "2.14", False),
+        ("1.0.31.dev0", "1.0.31", False),
+        ("1.0.9", "1.0.31", True),
+        ("2", "1.26", False),
+        ("10", "10.0", False),
+        ("unknown", "1.26", False),
+    ],
+)
+def test_is_older(version: str, minimum: str, older: bool) -> None:
+    assert is_older(version, minimum) is older
