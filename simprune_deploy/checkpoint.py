@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,10 @@ def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 def _existing(path: Path) -> Path:
     try:
         exists = path.exists()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # too long, a null character, a folder denied
+        raise CheckpointError(f"cannot read {str(path)[:200]!r}: {one_line(error)}") from error
     if exists:
         return path
-    # a Path, so that hf-hub:timm//x cannot matter: only the beginning is looked at
     if str(path).startswith("hf-hub:") or fitting.known_architecture(str(path)):
         raise CheckpointError(
             f"the file {path} does not exist: for timm's own weights add --pretrained"
@@ -184,9 +184,9 @@ def _from_timm(request: _Request) -> Contents:
     source = request.source
     if not source.startswith("hf-hub:"):
         if (known := fitting.known_architecture(source)) is None:
-            hint = ": leave --pretrained out" if Path(source).exists() else _did_you_mean(source)
+            hint = ": leave --pretrained out" if os.path.exists(source) else _did_you_mean(source)
             raise CheckpointError(
-                f"--pretrained takes a timm name or hf-hub:org/name, not {source}{hint}"
+                f"--pretrained takes a timm name or hf-hub:org/name, not {source:.200}{hint}"
             )
         fitting.check_family(known)
         source = known

@@ -93,7 +93,13 @@ def fit(state: State, arch: str, args: Mapping[str, Any], size: tuple[int, int] 
         model = _build(arch, {**clean, **changes})
     check_prunable(model)
     _check_patches(model)
-    return Fit(model, _mismatches(model, state), notes)
+    mismatches = _mismatches(model, state)
+    if len(mismatches) == 1 and mismatches[0].startswith("pos_embed is"):
+        raise CheckpointError(
+            f"{mismatches[0]}, and everything else fits {arch}: the patches are no square grid, "
+            "give the height and width the model was trained at with --img-size"
+        )
+    return Fit(model, mismatches, notes)
 
 
 def check_size(size: tuple[int, int], model: VisionTransformer) -> None:
@@ -211,7 +217,10 @@ def _pooling(model: VisionTransformer, state: State) -> str | None:
 def _image_size(
     model: VisionTransformer, state: State, size: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Return the image size for which pos_embed was made; None if the model has it already."""
+    """Return the image size for which pos_embed was made.
+
+    None if the model has it already, or if the positions are no square grid.
+    """
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or model.pos_embed is None:
         return None
@@ -223,10 +232,7 @@ def _image_size(
         return size
     side = math.isqrt(max(0, patches))
     if patches < 1 or side * side != patches:
-        raise CheckpointError(
-            f"pos_embed has {patches} patch positions, which are no square grid: give the height "
-            "and width the model was trained at with --img-size"
-        )
+        return None
     if patches > MAX_PATCHES:
         raise CheckpointError(
             f"pos_embed has {patches} patch positions, more than {MAX_PATCHES}: "

@@ -337,9 +337,9 @@ def from_timm(module: nn.Module) -> Contents:
 
 def _read_header(path: Path | str, header: dict[str, Any], contents: Contents) -> None:
     """Take the architecture and its arguments from a training checkpoint's `arch` and `args`."""
-    args = header.get("args") or {}
+    args = header.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, Mapping) else {}
+    args = plain(dict(args)) if isinstance(args, Mapping) else {}
     for name in (header.get("arch"), args.get("model")):
         if isinstance(name, str) and contents.arch is None:
             contents.arch = name
@@ -356,13 +356,22 @@ def _read_header(path: Path | str, header: dict[str, Any], contents: Contents) -
         stated["img_size"] = stated["img_size"] or size
     if isinstance(kwargs := args.get("model_kwargs"), Mapping):
         stated.update(kwargs)
-    contents.model_args = {key: plain(value) for key, value in stated.items() if value is not None}
-    contents.preprocessing = {key: plain(args[key]) for key in _PREPROCESSING if args.get(key)}
+    contents.model_args = {key: value for key, value in stated.items() if value is not None}
+    contents.preprocessing = {key: args[key] for key in _PREPROCESSING if args.get(key)}
 
 
 def plain(value: Any) -> Any:
-    """Return NumPy scalars as Python numbers; everything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Return NumPy and torch numbers as Python's, within lists and dicts too."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        dense = value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+        return value.tolist() if dense and value.numel() < 100 else None
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
 
 
 def _strip(path: Path | str, contents: Contents) -> None:
@@ -432,7 +441,7 @@ def _read_hub_folder(folder: Path, trust_pickle: bool) -> Contents:
         )
     try:
         cfg, arch, args = load_model_config_from_path(folder)
-        args, cfg = dict(args), dict(cfg)
+        arch, args, cfg = str(arch), dict(args), dict(cfg)
     except Exception as error:  # timm trusts the file's layout
         raise CheckpointError(f"{folder}/config.json is damaged: {one_line(error)}") from error
     found = [folder / name for name in HUB_WEIGHTS if (folder / name).is_file()]

@@ -123,8 +123,9 @@ def test_allowed_objects_beside_the_weights(tmp_path: Path, old: bool) -> None:
     same(load(path), small_vit())
 
 
-def test_numpy_scalars_in_the_arguments(tmp_path: Path) -> None:
-    args = arguments(num_classes=np.int64(10), mean=[np.float64(0.5)] * 3)
+def test_numpy_and_torch_numbers_in_the_arguments(tmp_path: Path) -> None:
+    mean = [np.float32(0.5)] * 3
+    args = arguments(num_classes=np.int64(10), mean=mean, std=torch.ones(3))
     found = load(saved(tmp_path, training_checkpoint(small_vit(), args=args)))
     assert json.dumps(describe_vit(found)["preprocessing"])
 
@@ -260,6 +261,14 @@ def test_wrong_architecture_names_keys_shapes_and_others(tmp_path: Path) -> None
     assert "more" in message
 
 
+def test_distilled_weights_in_a_model_without(tmp_path: Path) -> None:
+    """Their positions are no square grid there, which is not the trouble to name."""
+    args = arguments("deit_tiny_patch16_224")
+    model = small_vit("deit_tiny_distilled_patch16_224")
+    message = refusal(saved(tmp_path, training_checkpoint(model, arch=args.model, args=args)))
+    assert "dist_token 1x1x24 is not in the model" in message
+
+
 def test_missing_and_unknown_keys_are_named(tmp_path: Path) -> None:
     state = bare_tiny().state_dict()
     state["extra"] = state.pop("norm.weight")
@@ -379,6 +388,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     save_file({"head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     config.write_text(json.dumps({"architecture": "nosuch", "pretrained_cfg": {}}))
     assert "nosuch" in refusal(tmp_path)
+    config.write_text(json.dumps({"architecture": 3, "pretrained_cfg": {}}))
+    assert "'3'" in refusal(tmp_path)
     config.write_text(json.dumps({"architecture": ARCH, "model_args": 3, "pretrained_cfg": {}}))
     assert "damaged" in refusal(tmp_path)
 
@@ -504,6 +515,8 @@ def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
     assert "for timm's own weights add --pretrained" in refusal(ARCH)
     assert "--pretrained" in refusal("hf-hub:org/name")
     refusal("x" * 5000)
+    refusal("x" * 5000, pretrained=True)
+    refusal("null\0character")
 
 
 # Pickles
