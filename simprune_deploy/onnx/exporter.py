@@ -29,6 +29,7 @@ from simprune_deploy.onnx.function_body import (
 )
 from simprune_deploy.onnx.metadata import Facts, write_facts
 from simprune_deploy.onnx.names import make_readable
+from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
 
 IMAGES, THRESHOLD = "images", "threshold"
@@ -46,6 +47,9 @@ class ExportOptions:
         runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
         normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
         softmax: Give probabilities instead of logits.
+        log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
+            faster on a CPU. False adds them to the scores, the form that GPU kernels fuse.
+            Default True.
         emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
 
     Raises:
@@ -58,6 +62,7 @@ class ExportOptions:
     normalize: bool = False
     softmax: bool = False
     emit_assignments: bool = False
+    log_size_in_keys: bool = True
 
     def __post_init__(self) -> None:
         low, high = self.batch
@@ -145,6 +150,8 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
         wrapper.train(was_training)
     _add_function(graph, exported, options)
     make_readable(graph, exported.config.layers)
+    if options.log_size_in_keys:
+        graph = with_log_size_in_keys(graph)
     graph.producer_name = "simprune-deploy"
     graph.producer_version = simprune_deploy.__version__
     write_facts(graph, model_facts(exported, options))

@@ -145,31 +145,74 @@ _SIMILARITY = f"""
     before = Less (positions, positions_column)
 """
 
-# kept_f float[B, M]: 1 for a kept patch. "Kept iff no earlier kept patch is alike", applied to all
-# patches at once until nothing changes.
+# first_kept_f float[B, M]: 1 for a kept patch. "Kept iff no earlier kept patch is alike", applied
+# to all patches at once. The first round finds those without any earlier alike patch: they are
+# kept for certain. The second takes out what is alike those: what remains is possible. What is
+# possible and not certain is open, usually little; further rounds run over that alone until
+# nothing changes. (TensorRT-RTX needs the data-dependent size of the open part to come out of a
+# loop.)
 _COVER = """
     alike = GreaterOrEqual (similarity, limit)
     alike_before = And (alike, before)
     adjacency = Cast <to = 1> (alike_before)
-    round_limit = Add (num_patches_scalar, step_one)
+    two_rounds = Constant <value_int = 2> ()
     go_on = Constant <value = bool {1}> ()
-    kept_column = Loop (round_limit, go_on, valid_f) <body = cover_round (
-        int64 round, bool round_go_on, float[cover_batch, cover_patches, 1] kept_before
+    certain, possible = Loop (two_rounds, go_on, valid_f, valid_f) <body = first_rounds (
+        int64 first_round, bool first_go_on,
+        float[cover_batch, cover_patches, 1] round_unused,
+        float[cover_batch, cover_patches, 1] first_before
     ) => (
-        bool round_changed, float[cover_batch, cover_patches, 1] kept_after
+        bool first_changed,
+        float[cover_batch, cover_patches, 1] first_kept_before,
+        float[cover_batch, cover_patches, 1] first_after
     ) {
-        conflicts = MatMul (adjacency, kept_before)
+        first_kept_before = Identity (first_before)
+        alike_count = MatMul (adjacency, first_before)
+        none_alike = Less (alike_count, f_half)
+        none_alike_f = Cast <to = 1> (none_alike)
+        first_after = Mul (none_alike_f, valid_f)
+        first_flips = Sub (first_after, first_before)
+        first_flip_sizes = Abs (first_flips)
+        first_largest_flip = ReduceMax <keepdims = 0> (first_flip_sizes)
+        first_changed = Greater (first_largest_flip, f_half)
+    }>
+    open_column = Sub (possible, certain)
+    open_row = Squeeze (open_column, two)
+    certain_row = Squeeze (certain, two)
+    open_count = ReduceSum <keepdims = 0> (open_row, one)
+    most_open_f = ReduceMax <keepdims = 0> (open_count)
+    most_open_safe = Max (most_open_f, f_one)
+    most_open_scalar = Cast <to = 7> (most_open_safe)
+    most_open = Reshape (most_open_scalar, one)
+    open_values, open_index = TopK <axis = 1, largest = 1, sorted = 1> (open_row, most_open)
+    open_patch = Unsqueeze (open_index, two)
+    open_rows = GatherND <batch_dims = 1> (adjacency, open_patch)
+    open_rows_turned = Transpose <perm = [0, 2, 1]> (open_rows)
+    open_adjacency = GatherND <batch_dims = 1> (open_rows_turned, open_patch)
+    is_open = Unsqueeze (open_values, one)
+    round_limit = Add (num_patches_scalar, step_one)
+    open_kept = Loop (round_limit, go_on, is_open) <body = cover_round (
+        int64 round, bool round_go_on, float[cover_batch, 1, cover_open] kept_before
+    ) => (
+        bool round_changed, float[cover_batch, 1, cover_open] kept_after
+    ) {
+        conflicts = MatMul (kept_before, open_adjacency)
         no_conflict = Less (conflicts, f_half)
         no_conflict_f = Cast <to = 1> (no_conflict)
-        kept_after = Mul (no_conflict_f, valid_f)
+        kept_after = Mul (no_conflict_f, is_open)
         flips = Sub (kept_after, kept_before)
         flip_sizes = Abs (flips)
         largest_flip = ReduceMax <keepdims = 0> (flip_sizes)
         round_changed = Greater (largest_flip, f_half)
     }>
-    first_kept_f = Squeeze (kept_column, two)
+    open_kept_row = Squeeze (open_kept, one)
+    certain_at_open = GatherElements <axis = 1> (certain_row, open_index)
+    settled = Max (open_kept_row, certain_at_open)
+    first_kept_f = ScatterElements <axis = 1> (certain_row, open_index, settled)
 """
 
+# first_kept_f float[B, M]. The loop of one round changes nothing; TensorRT-RTX lets a size depend on
+# the data if it comes out of a loop, and refuses it (as a "shape tensor of type float") otherwise.
 _REDUNDANCY = """
     squares = Mul (features, features)
     own_similarity = ReduceSum <keepdims = 1> (squares, last_axis)
@@ -193,7 +236,17 @@ _REDUNDANCY = """
     valid_least = And (is_least, valid)
     saved = And (valid_least, none_unlike)
     redundancy_kept = Or (unlike, saved)
-    first_kept_f = Cast <to = 1> (redundancy_kept)
+    redundancy_kept_f = Cast <to = 1> (redundancy_kept)
+    one_round = Constant <value_int = 1> ()
+    go_on = Constant <value = bool {1}> ()
+    first_kept_f = Loop (one_round, go_on, redundancy_kept_f) <body = redundancy_round (
+        int64 round, bool round_go_on, float[cover_batch, cover_patches] kept_before
+    ) => (
+        bool round_end, float[cover_batch, cover_patches] kept_after
+    ) {
+        round_end = Identity (round_go_on)
+        kept_after = Identity (kept_before)
+    }>
 """
 
 # kept_f float[B, M], kept bool[B, M], num_slots int64[1] (K)

@@ -68,6 +68,7 @@ def with_log_size_in_keys(graph: onnx.ModelProto) -> onnx.ModelProto:
     biases = _attention_biases(main)
     rewritten: list[onnx.NodeProto] = []
     columns: set[str] = set()
+    gone: set[str] = set()
     for node in main.node:
         if node.op_type != "Add" or node.input[1] not in biases:
             rewritten.append(node)
@@ -87,9 +88,13 @@ def with_log_size_in_keys(graph: onnx.ModelProto) -> onnx.ModelProto:
             continue
         rewritten.remove(scores)
         rewritten.remove(keys)
+        gone.update((scores.output[0], keys.output[0]))
         rewritten.extend(_scores_with_bias(node, scores, keys, columns))
     del main.node[:]
     main.node.extend(rewritten)
+    left = [info for info in main.value_info if info.name not in gone]
+    del main.value_info[:]
+    main.value_info.extend(left)
     if columns:
         main.initializer.append(helper.make_tensor("one_channel", TensorProto.INT64, [1], [1]))
     return copy
