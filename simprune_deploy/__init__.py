@@ -29,7 +29,19 @@ _HOMES = {
     "verify": "simprune_deploy.bundle",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "__version__",
+    "CheckFailedError",
+    "ExportOptions",
+    "PruneConfig",
+    "PrunedViT",
+    "SimpruneError",
+    "export",
+    "load",
+    "prune",
+    "save",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from simprune_deploy.bundle import export, verify

@@ -58,7 +58,9 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     _State.debug = debug
@@ -71,8 +73,7 @@ def export(
     threshold: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
-            help="Cosine similarity from which patches are the same, in [-1, 2].  "
-            "[default: 0.85]",
+            help="Cosine similarity from which patches are the same, in [-1, 2].  [default: 0.85]",
             show_default=False,
         ),
     ] = None,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def session(graph: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSessio
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # the idle threads of one session must not spin on the cores that another is timed on
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -92,8 +95,8 @@ def main() -> None:
         shown = session(with_diagnostics(graph), args.threads)
         facts = read_facts(graph)
         preprocessing = Preprocessing.of_model(vit)
-        pictures = load_folder(args.images, preprocessing) if args.images else sample_images(
-            preprocessing
+        pictures = (
+            load_folder(args.images, preprocessing) if args.images else sample_images(preprocessing)
         )
         patch_pixels = facts.channels * size * size // facts.num_patches
         for batch in map(int, args.batch.split(",")):
@@ -108,8 +111,8 @@ def main() -> None:
                 by_block = spread_over_blocks(facts.num_tokens, layers, counts, facts.depth)
                 times = in_turn(
                     {
-                        "dense": lambda images=images: dense.run(None, {"images": images}),
-                        "pruned": lambda feed=feed: sparse.run(None, feed),
+                        "dense": partial(dense.run, None, {"images": images}),
+                        "pruned": partial(sparse.run, None, feed),
                     },
                     rounds,
                 )

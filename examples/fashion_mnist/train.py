@@ -30,9 +30,15 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = dict(
-    img_size=28, patch_size=2, embed_dim=96, depth=6, num_heads=3, in_chans=1, num_classes=10
-)
+MODEL_ARGS = {
+    "img_size": 28,
+    "patch_size": 2,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "in_chans": 1,
+    "num_classes": 10,
+}
 MEAN, STD = 0.286, 0.353
 CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat",

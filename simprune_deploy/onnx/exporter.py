@@ -79,6 +79,10 @@ class ExportOptions:
 class _ExportedModel(nn.Module):
     """The pruned model between the graph's inputs and outputs."""
 
+    threshold: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: PrunedViT, options: ExportOptions) -> None:
         super().__init__()
         self.model = model
@@ -168,7 +172,9 @@ def _check_exportable(model: PrunedViT) -> None:
             f"{MAX_ONNX_BYTES / 1e9:.0f} GB: use a smaller architecture"
         )
     if kinds := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
-        raise SimpruneError(f"the model is {', '.join(kinds)}: export it as float32 (model.float())")
+        raise SimpruneError(
+            f"the model is {', '.join(kinds)}: export it as float32 (model.float())"
+        )
     if devices := {p.device.type for p in parameters if p.device.type != "cpu"}:
         raise SimpruneError(f"the model is on {', '.join(devices)}: export it from the CPU")
 
@@ -176,7 +182,7 @@ def _check_exportable(model: PrunedViT) -> None:
 @contextlib.contextmanager
 def _unfused_attention(model: nn.Module) -> Iterator[None]:
     """Use timm's written-out attention: its fused path does not trace with a data-dependent K."""
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
     try:
@@ -203,9 +209,7 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-def _trace(
-    wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions
-) -> onnx.ModelProto:
+def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) -> onnx.ModelProto:
     low, high = options.batch
     dynamic = high > low
     size = 2 if dynamic else low

@@ -211,8 +211,8 @@ _COVER = """
     first_kept_f = ScatterElements <axis = 1> (certain_row, open_index, settled)
 """
 
-# first_kept_f float[B, M]. The loop of one round changes nothing; TensorRT-RTX lets a size depend on
-# the data if it comes out of a loop, and refuses it (as a "shape tensor of type float") otherwise.
+# first_kept_f float[B, M]. The loop of one round changes nothing; TensorRT-RTX lets a size depend
+# on the data if it comes out of a loop, and otherwise refuses it as a "shape tensor of type float".
 _REDUNDANCY = """
     squares = Mul (features, features)
     own_similarity = ReduceSum <keepdims = 1> (squares, last_axis)

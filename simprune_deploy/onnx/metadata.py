@@ -110,7 +110,9 @@ def read_facts(graph: onnx.ModelProto) -> Facts:
                 return Facts.from_dict(json.loads(entry.value))
             except (ValueError, KeyError, TypeError) as error:
                 raise SimpruneError(f"the ONNX model's metadata is damaged: {error}") from error
-    raise SimpruneError("the ONNX model was not made by simprune-deploy: it has no metadata of ours")
+    raise SimpruneError(
+        "the ONNX model was not made by simprune-deploy: it has no metadata of ours"
+    )
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

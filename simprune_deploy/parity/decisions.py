@@ -49,7 +49,7 @@ class PruneRecord:
     assignment: Array
 
     def same_decisions(self, other: PruneRecord) -> bool:
-        """Compare decisions; padding behind the valid tokens, which depends on the batch, is cut."""
+        """Compare decisions, without the padding behind them, which depends on the batch."""
         mine, theirs = self.valid_assignment(), other.valid_assignment()
         return np.array_equal(mine, theirs) and np.array_equal(self.heads(), other.heads())
 
@@ -123,7 +123,7 @@ def violation(record: PruneRecord, config: PruneConfig, capacity: int, prefix: i
 
 
 def _closest_before(similarity: Array, kept: Array) -> Array:
-    """Return for every patch its largest similarity to an earlier kept one (-inf: there is none)."""
+    """Return every patch's largest similarity to an earlier kept one (-inf: there is none)."""
     earlier = np.tri(len(kept), k=-1, dtype=bool) & kept
     return np.where(earlier, similarity, -np.inf).max(1)
 

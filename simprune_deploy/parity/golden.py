@@ -1,4 +1,4 @@
-"""Golden cases: inputs with PyTorch's outputs and decisions, to check a model where torch is not."""
+"""Golden cases: inputs with PyTorch's outputs and decisions, for machines without torch."""
 
 from __future__ import annotations
 

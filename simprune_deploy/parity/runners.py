@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from simprune_deploy.pruning.model import PrunedViT
 
 
-class TorchRunner(BaseRunner):  # type: ignore[misc]
+class TorchRunner(BaseRunner):
     """Run a pruned model in PyTorch, with what every prune layer read and decided.
 
     Args:

@@ -41,7 +41,7 @@ class Verdict:
 
     @property
     def status(self) -> Status:
-        """"failed" if a check failed, "not proven" if nothing was pruned, else "proven"."""
+        """ "failed" if a check failed, "not proven" if nothing was pruned, else "proven"."""
         by_name = {check.name: check for check in self.checks}
         if any(check.passed is False for name, check in by_name.items() if name != "pruning"):
             return "failed"

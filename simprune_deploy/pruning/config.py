@@ -70,9 +70,7 @@ class PruneConfig:
                 "give one count, or one per layer"
             )
         if list(self.layers) != sorted(set(self.layers)):
-            raise SimpruneError(
-                f"layers {format_numbers(self.layers)} must ascend without repeats"
-            )
+            raise SimpruneError(f"layers {format_numbers(self.layers)} must ascend without repeats")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
@@ -124,7 +122,9 @@ def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
         SimpruneError: an index is outside the depth, or the order is wrong.
     """
     if layers == "auto":
-        return tuple(sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)}))
+        return tuple(
+            sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)})
+        )
     if isinstance(layers, str):
         raise SimpruneError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
     for layer in layers:
@@ -136,7 +136,7 @@ def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def resolve_capacities(
-    tokens: None | int | Sequence[int], num_layers: int, num_patches: int
+    tokens: int | Sequence[int] | None, num_layers: int, num_patches: int
 ) -> tuple[int, ...]:
     """Turn the wished number of kept patches into one per prune layer.
 

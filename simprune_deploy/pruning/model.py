@@ -205,7 +205,7 @@ class PrunedViT(nn.Module):
         return torch.full((1,), value, dtype=torch.float32, device=device)
 
     def get_extra_state(self) -> torch.Tensor:
-        """What `state_dict` carries beside the weights: uint8 JSON, see :func:`read_extra_state`."""
+        """Return what `state_dict` carries beside the weights, for :func:`read_extra_state`."""
         state = {
             "simprune_format": STATE_FORMAT,
             "pruning": self.config.to_dict(),
@@ -231,7 +231,7 @@ def prune(
     selection: str | None = None,
     reduction: str | None = None,
     proportional_attention: bool | None = None,
-    tokens: None | str | int | Sequence[int] = None,
+    tokens: str | int | Sequence[int] | None = None,
     multiple_of: int | None = None,
 ) -> PrunedViT:
     """Prune a timm ViT, or a pruned one anew; what is left out keeps its value or its default.

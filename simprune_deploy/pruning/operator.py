@@ -115,7 +115,9 @@ def similarity_prune(
         ],
         1,
     )
-    kept_tokens, kept_log_size = _reduce(tokens, log_size, kept_index, assignment, reduction, prefix)
+    kept_tokens, kept_log_size = _reduce(
+        tokens, log_size, kept_index, assignment, reduction, prefix
+    )
     return kept_tokens, kept_log_size, kept_index, assignment
 
 
@@ -140,9 +142,7 @@ def _check(
     if batch < 1:
         raise ValueError("the batch is empty: give at least one image")
     if not 0 <= prefix < num_tokens:
-        raise ValueError(
-            f"num_prefix_tokens {prefix} leaves no patches among {num_tokens} tokens"
-        )
+        raise ValueError(f"num_prefix_tokens {prefix} leaves no patches among {num_tokens} tokens")
     if selection not in SELECTIONS:
         raise ValueError(f"selection {selection!r} is not one of {SELECTIONS}")
     if reduction not in REDUCTIONS:
@@ -193,9 +193,7 @@ def _greedy_cover(alike: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         kept = update
 
 
-def _below_mean(
-    similarity: torch.Tensor, valid: torch.Tensor, limit: torch.Tensor
-) -> torch.Tensor:
+def _below_mean(similarity: torch.Tensor, valid: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     """Step 2 of "redundancy": keep the valid patches whose mean similarity is below the limit."""
     weight = valid.float()
     own = similarity.diagonal(dim1=1, dim2=2)
@@ -276,7 +274,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, num_tokens, dim = tokens.shape
     if capacity:
-        slots = num_prefix_tokens + capacity
+        slots: int | torch.SymInt = num_prefix_tokens + capacity
     else:
         # min=2: below it torch.export would treat 1 as a special size.
         slots = torch.library.get_ctx().new_dynamic_size(min=2)

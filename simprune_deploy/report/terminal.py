@@ -65,9 +65,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def print_models(
-    rows: list[PrunableModel], refused: list[tuple[str, str]], named: bool
-) -> None:
+def print_models(rows: list[PrunableModel], refused: list[tuple[str, str]], named: bool) -> None:
     """Print the prunable architectures; the refused ones with reasons if they were asked for."""
     console = Console()
     if rows:

