@@ -31,8 +31,12 @@ from simprune_deploy.onnx.metadata import Facts, write_facts
 from simprune_deploy.onnx.names import make_readable
 from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
+from simprune_deploy.pruning.operator import similarity_prune
 
 IMAGES, THRESHOLD = "images", "threshold"
+TRACED_SLOTS = 101
+"""A token count for tracing, unlike any other size in a model."""
+
 MAX_ONNX_BYTES = 2_000_000_000
 """Protobuf files end at 2 GiB; a little is left for the graph."""
 
@@ -85,8 +89,11 @@ class _ExportedModel(nn.Module):
 
     def __init__(self, model: PrunedViT, options: ExportOptions) -> None:
         super().__init__()
-        self.model = model
+        # a copy of the wrapper only: the operator below must not stay in the user's model
+        self.model = PrunedViT(model.vit, model.config)
+        self.model.operator = self._prune
         self.options = options
+        self.slots: list[torch.Tensor] = []
         self.register_buffer("threshold", torch.tensor([model.config.threshold]))
         if options.normalize:
             preprocessing = describe_vit(model.vit)["preprocessing"]
@@ -94,7 +101,18 @@ class _ExportedModel(nn.Module):
                 values = _per_channel(preprocessing[name], model.channels)
                 self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
-    def forward(self, images: torch.Tensor, threshold: torch.Tensor | None = None) -> Any:
+    def _prune(self, tokens: torch.Tensor, *args: Any, **attributes: Any) -> Any:
+        if attributes["capacity"]:
+            return similarity_prune(tokens, *args, **attributes)
+        return traced_prune(tokens, *args, self.slots.pop(0), **attributes)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        threshold: torch.Tensor | None,
+        slots: list[torch.Tensor],
+    ) -> Any:
+        self.slots = list(slots)
         if self.options.normalize:
             images = (images - self.mean) / self.std
         limit = self.threshold if threshold is None else threshold
@@ -105,6 +123,53 @@ class _ExportedModel(nn.Module):
         if self.options.emit_assignments:
             return (output, *(trace.assignment for trace in traces))
         return output
+
+
+@torch.library.custom_op("simprune::traced_prune", mutates_args=())
+def traced_prune(
+    tokens: torch.Tensor,
+    log_size: torch.Tensor,
+    threshold: torch.Tensor,
+    slots: torch.Tensor,
+    num_prefix_tokens: int,
+    selection: str,
+    reduction: str,
+    capacity: int,
+    multiple_of: int,
+    opt_tokens: int,
+    max_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator as it is traced: the length of `slots` stands for the token count K.
+
+    A K that depends on the data is a symbol about which the tracer knows nothing; it works out
+    every shape behind it again and again, and takes more than twice as long. A K that is the size
+    of an input is an ordinary dynamic dimension. The inputs leave the graph again at the end.
+    """
+    raise RuntimeError("traced_prune is for tracing only")
+
+
+@traced_prune.register_fake
+def _(
+    tokens: torch.Tensor,
+    log_size: torch.Tensor,
+    threshold: torch.Tensor,
+    slots: torch.Tensor,
+    num_prefix_tokens: int,
+    selection: str,
+    reduction: str,
+    capacity: int,
+    multiple_of: int,
+    opt_tokens: int,
+    max_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, num_tokens, dim = tokens.shape
+    count = slots.shape[0]
+    return (
+        tokens.new_empty(batch, count, dim),
+        log_size.new_empty(batch, count),
+        tokens.new_empty((batch, count), dtype=torch.int64),
+        tokens.new_empty((batch, num_tokens), dtype=torch.int64),
+    )
 
 
 def _per_channel(values: list[float], channels: int) -> list[float]:
@@ -213,33 +278,57 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     low, high = options.batch
     dynamic = high > low
     size = 2 if dynamic else low
-    args: tuple[torch.Tensor, ...] = (torch.zeros(size, model.channels, *model.image_size),)
-    batch = torch.export.Dim("batch")
-    shapes: dict[str, Any] = {IMAGES: {0: batch} if dynamic else None}
-    names = [IMAGES]
-    if options.runtime_threshold:
-        args = (*args, torch.full((3,), model.config.threshold))
-        shapes[THRESHOLD] = {0: torch.export.Dim("thresholds")}
-        names.append(THRESHOLD)
+    layers = () if model.config.capacities else model.config.layers
+    images = torch.zeros(size, model.channels, *model.image_size)
+    threshold = torch.full((3,), model.config.threshold) if options.runtime_threshold else None
+    slots = [torch.zeros(TRACED_SLOTS + index) for index, _ in enumerate(layers)]
+    shapes = {
+        "images": {0: torch.export.Dim("batch")} if dynamic else None,
+        "threshold": {0: torch.export.Dim("thresholds")} if threshold is not None else None,
+        "slots": [{0: torch.export.Dim(f"tokens_{layer}", min=2)} for layer in layers],
+    }
+    names = [IMAGES, *([THRESHOLD] if threshold is not None else [])]
+    names += [f"slots_{layer}" for layer in layers]
     program = torch.onnx.export(
         wrapper,
-        args,
+        (images, threshold, slots),
         dynamo=True,
         opset_version=options.opset,
         dynamic_shapes=shapes,
         input_names=names,
         output_names=output_names(model, options),
         custom_translation_table={
-            torch.ops.simprune.similarity_prune.default: _onnx_operator(options.opset)
+            torch.ops.simprune.similarity_prune.default: _onnx_operator(traced=False),
+            torch.ops.simprune.traced_prune.default: _onnx_operator(traced=True),
         },
         external_data=False,
         verbose=False,
     )
     assert program is not None
+    if slots:
+        _read_slots_from_prune_nodes(program.model)
     return program.model_proto
 
 
-def _onnx_operator(opset: int) -> Any:
+def _read_slots_from_prune_nodes(model: Any) -> None:
+    """Take the tracing inputs out of an onnx_ir model: K is the length of a prune node's output."""
+    import onnx_ir
+
+    graph = model.graph
+    prunes = [node for node in graph if node.op_type == OP_TYPE]
+    slots = [value for value in graph.inputs if value.name.startswith("slots_")]
+    for value, prune in zip(slots, prunes, strict=True):
+        for reader, index in list(value.uses()):
+            assert reader.op_type == "Shape", reader
+            reader.replace_input_with(index, prune.outputs[1])
+            reader.attributes.add(onnx_ir.AttrInt64("start", 1))
+            reader.attributes.add(onnx_ir.AttrInt64("end", 2))
+        graph.inputs.remove(value)
+    # what reads K may have stood before the prune node
+    graph.sort()
+
+
+def _onnx_operator(traced: bool) -> Any:
     """Return the onnxscript operator that becomes our node, its attributes in schema order."""
     import onnxscript
 
@@ -277,12 +366,12 @@ def _onnx_operator(opset: int) -> Any:
         log_size: Any,
         threshold: Any,
         num_prefix_tokens: int,
-        selection: str = "cover",
-        reduction: str = "merge",
-        capacity: int = 0,
-        multiple_of: int = 1,
-        opt_tokens: int = 0,
-        max_tokens: int = 0,
+        selection: str,
+        reduction: str,
+        capacity: int,
+        multiple_of: int,
+        opt_tokens: int,
+        max_tokens: int,
     ) -> Any:
         return operator(
             tokens,
@@ -297,7 +386,10 @@ def _onnx_operator(opset: int) -> Any:
             selection=selection,
         )
 
-    return translate
+    def translate_traced(tokens: Any, log_size: Any, threshold: Any, slots: Any, *rest: Any) -> Any:
+        return translate(tokens, log_size, threshold, *rest)
+
+    return translate_traced if traced else translate
 
 
 def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -69,6 +69,7 @@ class PrunedViT(nn.Module):
         check_prunable(vit)
         self.vit = cast(VisionTransformer, vit)
         self.config = config
+        self.operator: Callable[..., tuple[torch.Tensor, ...]] = similarity_prune
         _check_fits(self.vit, config)
 
     @property
@@ -148,7 +149,7 @@ class PrunedViT(nn.Module):
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        kept, kept_log_size, kept_index, assignment = similarity_prune(
+        kept, kept_log_size, kept_index, assignment = self.operator(
             tokens,
             log_size,
             limit,
