@@ -25,7 +25,7 @@ MINIMUM_VERSIONS = {
     "onnx": "1.18",
     "onnxruntime": "1.20",
     "onnxscript": "0.5",
-    "polygraphy": "0.49",
+    "polygraphy": "0.53",
     "safetensors": "0.4",
     # IPluginV3, which the plugin implements, begins with TensorRT 10
     "tensorrt": "10.0",

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
-from polygraphy.comparator import CompareFunc, IterationResult
+from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
 from simprune_deploy.parity.decisions import (
     Array,
@@ -67,7 +67,7 @@ def check_outputs(reference: Run, run: Run, same: Array) -> Check:
         numbers["largest_difference_of_turned_images"] = float(turned.max())
     if not same.any():
         return Check("outputs", False, "no image has the same decisions in both", numbers)
-    compare = CompareFunc.simple(atol=limit, rtol=0, check_error_stat="max")
+    compare = SimpleCompareFunc(atol=limit, rtol=0, check_error_stat="max")
     results = compare(
         IterationResult({"output": reference.outputs[same]}, runner_name=reference.name),
         IterationResult({"output": run.outputs[same]}, runner_name=run.name),

@@ -1,0 +1,72 @@
+"""The documentation's examples run, and name only options that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from simprune_deploy.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_examples(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"<!-- test: python -->\n```python\n(.*?)```", text, re.S)
+
+
+def test_readme_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    examples = python_examples(ROOT / "README.md")
+    assert len(examples) == 2
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["result"].verdict.status == "proven"  # type: ignore[attr-defined]
+    assert names["logits"].shape == (1, 10)  # type: ignore[attr-defined]
+
+
+def all_options() -> dict[str, set[str]]:
+    group = typer.main.get_command(app)
+    options = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+        options[name] = {flag for flag in flags if flag.startswith("-")}
+    return options
+
+
+def commands_in(page: Path) -> list[str]:
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_only_commands_and_options_that_exist(page: Path) -> None:
+    options = all_options()
+    for line in commands_in(page):
+        match = re.match(r"(?:\$ )?simprune-deploy ([a-z]+)(.*)", line)
+        if match:
+            command, rest = match.groups()
+            assert command in options, line
+            used = set(re.findall(r"(?<!\S)(--[a-z-]+)", rest.split("#")[0]))
+            assert used <= options[command], line
+
+
+def test_every_option_is_documented() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for command, flags in all_options().items():
+        assert f"## {command}" in text
+        section = text.split(f"## {command}")[1].split("\n## ")[0]
+        for flag in flags:
+            assert f"`{flag}" in section or f" {flag}`" in section or f"{flag}" in section, flag
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
