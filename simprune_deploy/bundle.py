@@ -176,21 +176,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, files = manifest["format"], dict(manifest["files"])
+        hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
+        for name in ("verdict", "versions", "model"):
+            manifest[name]
     except FileNotFoundError:
         raise SimpruneError(
             f"{folder} holds no {MANIFEST}: give a folder that `simprune-deploy export` wrote"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SimpruneError(f"{path} is damaged: {error}") from error
+        raise SimpruneError(f"{path} is damaged ({error!r}): export again") from error
     if found != FORMAT:
         raise SimpruneError(
             f"{path} has format {found}, and this version reads {FORMAT}: update simprune-deploy"
         )
-    for name, facts in files.items():
+    for name, expected in hashes.items():
         file = folder / Path(name).name
         if not file.is_file():
             raise SimpruneError(f"{file} is missing: export again")
-        if sha256(file) != facts["sha256"]:
+        if sha256(file) != expected:
             raise SimpruneError(f"{file} is not the file that was exported: its SHA-256 differs")
     return dict(manifest)
 

@@ -270,6 +270,8 @@ def verify(
         from simprune_deploy import bundle
         from simprune_deploy.report.terminal import print_verdict, progress
 
+        if reference is None and (arch or trust_pickle or pretrained):
+            raise SimpruneError("--arch, --pretrained and --trust-pickle belong to --reference")
         with progress(enabled=not as_json) as step:
             model = None
             if reference is not None:
@@ -444,6 +446,15 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
     except MemoryError:
         typer.secho("error: out of memory: use a smaller --img-size", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except (typer.Exit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        # whatever is left is our mistake or a damaged file we did not foresee: still one line
+        if _State.debug:
+            traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        typer.secho(f"error: {text} (--debug shows where)", fg="red", err=True)
         raise typer.Exit(2) from None
 
 

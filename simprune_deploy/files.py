@@ -39,6 +39,13 @@ def check_destination(folder: Path, force: bool, marker: str) -> None:
     Raises:
         SimpruneError: it exists and may not be replaced, or its parent cannot be written.
     """
+    try:
+        _check_destination(folder, force, marker)
+    except OSError as error:
+        raise as_user_error(error, folder) from error
+
+
+def _check_destination(folder: Path, force: bool, marker: str) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise SimpruneError(f"{folder} is not a folder: give another one with -o")
     if folder.is_dir() and any(folder.iterdir()):
@@ -141,5 +148,5 @@ def _umask() -> int:
 def as_user_error(error: OSError, path: Path) -> SimpruneError:
     """Say in one line what the operating system refused."""
     if error.errno == errno.ENOSPC:
-        return SimpruneError(f"no space left to write {path}: free some, or give another -o DIR")
+        return SimpruneError(f"no space left to write {path}: free some, or write elsewhere")
     return SimpruneError(f"cannot write {path}: {error.strerror or error}")

@@ -29,9 +29,9 @@ from simprune_deploy.onnx.function_body import (
 )
 from simprune_deploy.onnx.metadata import Facts, write_facts
 from simprune_deploy.onnx.names import make_readable
+from simprune_deploy.onnx.token_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
-from simprune_deploy.pruning.operator import similarity_prune
 
 IMAGES, THRESHOLD = "images", "threshold"
 TRACED_SLOTS = 101
@@ -80,6 +80,19 @@ class ExportOptions:
             )
 
 
+class _TracedViT(PrunedViT):
+    """The model with the operator in the form in which it is traced."""
+
+    slots: torch.Tensor | None = None
+
+    def _operator(
+        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if values["capacity"]:
+            return super()._operator(tokens, log_size, threshold, **values)
+        return traced_prune(tokens, log_size, threshold, self.slots, **values)
+
+
 class _ExportedModel(nn.Module):
     """The pruned model between the graph's inputs and outputs."""
 
@@ -89,11 +102,8 @@ class _ExportedModel(nn.Module):
 
     def __init__(self, model: PrunedViT, options: ExportOptions) -> None:
         super().__init__()
-        # a copy of the wrapper only: the operator below must not stay in the user's model
-        self.model = PrunedViT(model.vit, model.config)
-        self.model.operator = self._prune
+        self.model = _TracedViT(model.vit, model.config)
         self.options = options
-        self.slots: list[torch.Tensor] = []
         self.register_buffer("threshold", torch.tensor([model.config.threshold]))
         if options.normalize:
             preprocessing = describe_vit(model.vit)["preprocessing"]
@@ -101,18 +111,13 @@ class _ExportedModel(nn.Module):
                 values = _per_channel(preprocessing[name], model.channels)
                 self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
-    def _prune(self, tokens: torch.Tensor, *args: Any, **attributes: Any) -> Any:
-        if attributes["capacity"]:
-            return similarity_prune(tokens, *args, **attributes)
-        return traced_prune(tokens, *args, self.slots.pop(0), **attributes)
-
     def forward(
         self,
         images: torch.Tensor,
         threshold: torch.Tensor | None,
-        slots: list[torch.Tensor],
+        slots: torch.Tensor | None,
     ) -> Any:
-        self.slots = list(slots)
+        self.model.slots = slots
         if self.options.normalize:
             images = (images - self.mean) / self.std
         limit = self.threshold if threshold is None else threshold
@@ -141,9 +146,7 @@ def traced_prune(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator as it is traced: the length of `slots` stands for the token count K.
 
-    A K that depends on the data is a symbol about which the tracer knows nothing; it works out
-    every shape behind it again and again, and takes more than twice as long. A K that is the size
-    of an input is an ordinary dynamic dimension. The inputs leave the graph again at the end.
+    :mod:`simprune_deploy.onnx.token_counts` says why, and takes `slots` out again.
     """
     raise RuntimeError("traced_prune is for tracing only")
 
@@ -204,6 +207,8 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     """
     options = options or ExportOptions()
     _check_exportable(model)
+    if options.softmax and not model.vit.num_classes:
+        raise SimpruneError("--softmax is for classes, and the model gives features: drop it")
     if is_dense(model, options):
         dense = dataclasses.replace(model.config, layers=(), capacities=())
         exported = PrunedViT(model.vit, dense)
@@ -218,7 +223,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     finally:
         wrapper.train(was_training)
     _add_function(graph, exported, options)
-    make_readable(graph, exported.config.layers)
+    make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
     graph.producer_name = "simprune-deploy"
@@ -281,14 +286,14 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     layers = () if model.config.capacities else model.config.layers
     images = torch.zeros(size, model.channels, *model.image_size)
     threshold = torch.full((3,), model.config.threshold) if options.runtime_threshold else None
-    slots = [torch.zeros(TRACED_SLOTS + index) for index, _ in enumerate(layers)]
+    slots = torch.zeros(TRACED_SLOTS) if layers else None
     shapes = {
         "images": {0: torch.export.Dim("batch")} if dynamic else None,
         "threshold": {0: torch.export.Dim("thresholds")} if threshold is not None else None,
-        "slots": [{0: torch.export.Dim(f"tokens_{layer}", min=2)} for layer in layers],
+        "slots": {0: torch.export.Dim("tokens", min=2)} if slots is not None else None,
     }
     names = [IMAGES, *([THRESHOLD] if threshold is not None else [])]
-    names += [f"slots_{layer}" for layer in layers]
+    names += [SLOTS] if slots is not None else []
     program = torch.onnx.export(
         wrapper,
         (images, threshold, slots),
@@ -305,27 +310,9 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
         verbose=False,
     )
     assert program is not None
-    if slots:
-        _read_slots_from_prune_nodes(program.model)
+    if slots is not None:
+        separate_token_counts(program.model, layers)
     return program.model_proto
-
-
-def _read_slots_from_prune_nodes(model: Any) -> None:
-    """Take the tracing inputs out of an onnx_ir model: K is the length of a prune node's output."""
-    import onnx_ir
-
-    graph = model.graph
-    prunes = [node for node in graph if node.op_type == OP_TYPE]
-    slots = [value for value in graph.inputs if value.name.startswith("slots_")]
-    for value, prune in zip(slots, prunes, strict=True):
-        for reader, index in list(value.uses()):
-            assert reader.op_type == "Shape", reader
-            reader.replace_input_with(index, prune.outputs[1])
-            reader.attributes.add(onnx_ir.AttrInt64("start", 1))
-            reader.attributes.add(onnx_ir.AttrInt64("end", 2))
-        graph.inputs.remove(value)
-    # what reads K may have stood before the prune node
-    graph.sort()
 
 
 def _onnx_operator(traced: bool) -> Any:

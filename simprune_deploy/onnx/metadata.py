@@ -82,6 +82,11 @@ class Facts:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Facts:
         """Build facts from :meth:`to_dict`'s result."""
+        missing = {"opset", "batch", "runtime_threshold", "normalize", "softmax"} - set(
+            values["export"]
+        )
+        if missing:
+            raise KeyError(f"export options {', '.join(sorted(missing))}")
         return cls(
             **{
                 **values,
@@ -124,7 +129,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(path)
+        graph = onnx.load(path, format="protobuf")
     except FileNotFoundError:
         raise SimpruneError(f"{path} does not exist") from None
     except OSError as error:

@@ -14,18 +14,25 @@ _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _MODULE_PREFIXES = ("model.vit.", "model.")
 
 
-def make_readable(graph: onnx.ModelProto, layers: Sequence[int]) -> None:
+def make_readable(
+    graph: onnx.ModelProto, layers: Sequence[int], first_dimensions: dict[str, str]
+) -> None:
     """Rename nodes, weights, prune outputs and token dimensions in place.
 
     A node is named after its module and operator (``blocks.0.attn.qkv/MatMul``), a prune node
     after its block (``prune_before_block_3``), its outputs ``prune_3/kept_tokens`` and so on, and
-    the token count it leaves is the dimension ``tokens_3``. What the tracer attached to the
+    the token count it leaves is the dimension ``tokens_3``. `first_dimensions` names the first
+    dimension of inputs, where it is dynamic. What the tracer attached to the
     nodes goes: it holds file paths and stack traces.
     """
     main = graph.graph
     prunes = [node for node in main.node if node.op_type == OP_TYPE]
     values = _weight_names(main)
     dimensions: dict[str, str] = {}
+    for value in main.input:
+        dim = value.type.tensor_type.shape.dim[0]
+        if dim.dim_param and value.name in first_dimensions:
+            dimensions[dim.dim_param] = first_dimensions[value.name]
     shapes = {info.name: info.type.tensor_type.shape.dim for info in main.value_info}
     public = {value.name for value in main.output}
     for node, layer in zip(prunes, layers, strict=True):

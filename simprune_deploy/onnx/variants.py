@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
+from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.function_body import OP_TYPE
 
 DIAGNOSTICS = ("tokens", "log_size", "kept_index", "assignment")
@@ -34,8 +35,15 @@ def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def layer_of(node: onnx.NodeProto) -> int:
-    """Return the block that a prune node runs before; its name says it."""
-    return int(node.name.rsplit("_", 1)[1])
+    """Return the block that a prune node runs before; its name says it.
+
+    Raises:
+        SimpruneError: the node has another name than the exporter gave it.
+    """
+    prefix, _, number = node.name.rpartition("_")
+    if prefix != "prune_before_block" or not number.isdigit():
+        raise SimpruneError(f"the prune node {node.name!r} was renamed: export the model again")
+    return int(number)
 
 
 def prune_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:

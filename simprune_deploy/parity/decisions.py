@@ -75,8 +75,11 @@ def broken_structure(record: PruneRecord, prefix: int) -> str | None:
     """Return what is wrong with indices and slots, which no float noise excuses, or None."""
     valid = record.log_size > PAD_LOG_SIZE / 2
     assignment, kept_index = record.assignment, record.kept_index
-    if not np.array_equal(assignment >= 0, valid | (np.arange(len(valid)) < prefix)):
-        return "assignment is -1 elsewhere than at padding"
+    present = valid | (np.arange(len(valid)) < prefix)
+    if not np.array_equal(assignment >= 0, present) or (assignment[~present] != -1).any():
+        return "assignment is not -1 exactly at padding"
+    if (assignment[prefix:][present[prefix:]] < prefix).any():
+        return "a patch is assigned to a prefix token"
     if assignment.max() >= len(kept_index):
         return "a token is assigned to a slot that does not exist"
     heads = record.heads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,19 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
         images, thresholds = arrays["images"], arrays["thresholds"]
         count = len(images)
         records = {layer: _records(arrays, layer, thresholds) for layer in layers}
-        if images.ndim != 4 or len(arrays["output"]) != count or len(thresholds) != count:
+        if (
+            not count
+            or images.ndim != 4
+            or len(arrays["output"]) != count
+            or len(thresholds) != count
+        ):
             raise ValueError("its arrays do not fit together")
         reference = Run(str(arrays["reference"]), arrays["output"], records)
     except FileNotFoundError:
         raise SimpruneError(
             f"{path} does not exist: without golden cases give the checkpoint with --reference"
         ) from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise SimpruneError(f"{path} holds no golden cases for this model: {error}") from error
     return Golden(images, thresholds, reference)
 
@@ -83,6 +89,9 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
 def _records(arrays: dict[str, Array], layer: int, thresholds: Array) -> list[PruneRecord]:
     records = []
     pairs = zip(arrays[f"kept_index_{layer}"], arrays[f"assignment_{layer}"], strict=True)
+    for name in (f"kept_index_{layer}", f"assignment_{layer}"):
+        if arrays[name].dtype.kind != "i" or arrays[name].ndim != 2:
+            raise ValueError(f"{name} is {arrays[name].dtype}, not integers [n, N]")
     for limit, (heads, assignment) in zip(thresholds, pairs, strict=True):
         records.append(
             PruneRecord(

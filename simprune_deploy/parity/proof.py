@@ -24,6 +24,7 @@ from simprune_deploy.parity.checks import (
     images_with_same_decisions,
 )
 from simprune_deploy.parity.golden import Golden, golden_of
+from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.parity.runners import (
     Inputs,
     Run,
@@ -66,6 +67,8 @@ def prove_against_torch(
         The verdict, and golden cases for other machines.
     """
     facts = read_facts(graph)
+    if model.config != facts.pruning and facts.pruning.layers:
+        raise SimpruneError("the reference is pruned otherwise than the exported model says it is")
     inputs = _inputs(facts, images.pixels)
     layers = [layer_of(node) for node in prune_nodes(graph)]
     normalize = (facts.mean, facts.std) if facts.export["normalize"] else None
@@ -94,6 +97,7 @@ def prove_against_golden(
     """Compare a graph in ONNX Runtime with golden cases. Needs no torch."""
     facts = read_facts(graph)
     _check_shape(facts, golden.images)
+    _check_golden(facts, golden)
     inputs = Inputs(
         golden.images,
         golden.thresholds,
@@ -126,6 +130,23 @@ def _check_shape(facts: Facts, pixels: Any) -> None:
         )
 
 
+def _check_golden(facts: Facts, golden: Golden) -> None:
+    """Refuse golden cases of another model or another threshold."""
+    width = facts.num_classes or facts.embed_dim
+    outputs = golden.reference.outputs
+    if outputs.shape != (len(golden.images), width) or outputs.dtype.kind != "f":
+        raise SimpruneError(
+            f"the golden outputs are {outputs.dtype}{list(outputs.shape)}, and the model gives "
+            f"float32{[len(golden.images), width]}: export again"
+        )
+    wanted = np.float32(facts.pruning.threshold)
+    if not facts.export["runtime_threshold"] and (golden.thresholds != wanted).any():
+        raise SimpruneError(
+            f"the golden cases have threshold {golden.thresholds[0]}, the model {wanted}: "
+            "export again"
+        )
+
+
 def _prove(
     graph: onnx.ModelProto,
     facts: Facts,
@@ -138,6 +159,13 @@ def _prove(
     pruning = Pruning(
         facts.pruning, facts.num_prefix_tokens, facts.num_tokens, facts.depth, facts.block
     )
+    graph_check = check_graph(graph, facts)
+    if not graph_check.passed:
+        # what follows reads the graph by its description: it would mean nothing
+        skipped = "not asked, because the graph contradicts its description"
+        names = ("outputs", "top1", "decisions", "batch_invariance", "pruning")
+        checks = (graph_check, *(Check(name, None, skipped) for name in names))
+        return Verdict(checks, _environment(reference.name), described)
     with quiet_polygraphy():
         progress("ONNX Runtime")
         shipped = run(
@@ -150,7 +178,7 @@ def _prove(
         shown = onnxruntime_runner(with_diagnostics(graph).SerializeToString(), "onnxruntime")
         diagnosed = run(shown, inputs, inputs.mixed(), layers)
         alone = None
-        if inputs.batch[1] > 1 and len(inputs.images) > 1:
+        if inputs.batch[1] > 1:
             progress("ONNX Runtime, every image alone")
             alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers)
         progress("comparison")
@@ -158,9 +186,10 @@ def _prove(
         invariance = (
             check_batch_invariance(alone, diagnosed, pruning)
             if alone is not None
-            else Check("batch_invariance", None, "the model or the images allow no batch above 1")
+            else Check("batch_invariance", None, "the model takes one image at a time")
         )
         checks = (
+            graph_check,
             check_outputs(reference, shipped, same),
             check_top1(reference, shipped, same, facts.num_classes > 0),
             check_decisions(reference, diagnosed, pruning),

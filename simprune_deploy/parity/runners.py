@@ -95,6 +95,7 @@ class Inputs:
     def mixed(self) -> list[list[int]]:
         """Return the images in batches as large as allowed; the last is filled up with repeats."""
         low, high = self.batch
+        low = max(low, min(2, high))  # a batch of one would show nothing about batches
         count = len(self.images)
         chunks = [list(range(i, min(i + high, count))) for i in range(0, count, high)]
         while len(chunks[-1]) < low:

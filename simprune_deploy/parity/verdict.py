@@ -13,7 +13,7 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: "outputs", "top1", "decisions", "batch_invariance", "pruning".
+        name: "graph", "outputs", "top1", "decisions", "batch_invariance", "pruning".
         passed: The answer; None if the question was not asked, and `summary` says why.
         summary: One line for a person.
         numbers: The measurements and limits behind it, JSON types.

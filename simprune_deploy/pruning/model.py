@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -69,7 +69,6 @@ class PrunedViT(nn.Module):
         check_prunable(vit)
         self.vit = cast(VisionTransformer, vit)
         self.config = config
-        self.operator: Callable[..., tuple[torch.Tensor, ...]] = similarity_prune
         _check_fits(self.vit, config)
 
     @property
@@ -149,7 +148,7 @@ class PrunedViT(nn.Module):
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        kept, kept_log_size, kept_index, assignment = self.operator(
+        kept, kept_log_size, kept_index, assignment = self._operator(
             tokens,
             log_size,
             limit,
@@ -164,6 +163,11 @@ class PrunedViT(nn.Module):
         if traces is not None:
             traces.append(PruneTrace(index, tokens, log_size, kept_index, assignment))
         return kept, kept_log_size
+
+    def _operator(
+        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return similarity_prune(tokens, log_size, threshold, **values)
 
     def _attention_bias(self, log_size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The term added to q.k: how many patches a key stands for, and PAD for padding."""

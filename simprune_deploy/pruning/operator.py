@@ -71,6 +71,8 @@ def similarity_prune(
         ValueError: shapes, dtypes or attributes that the definition does not cover.
     """
     _check(tokens, log_size, threshold, num_prefix_tokens, selection, reduction, capacity)
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of {multiple_of} must be 1 or more")
     prefix = num_prefix_tokens
     batch, num_tokens, _ = tokens.shape
     patches = tokens[:, prefix:].float()
@@ -115,6 +117,8 @@ def similarity_prune(
         ],
         1,
     )
+    if kept_index.shape[1] == 0:  # no prefix, and nothing but padding in the whole batch
+        return tokens[:, :0].clone(), log_size[:, :0].clone(), kept_index, assignment
     kept_tokens, kept_log_size = _reduce(
         tokens, log_size, kept_index, assignment, reduction, prefix
     )

@@ -1,0 +1,103 @@
+"""Is the graph what its own description says? Images may not show a slip that reading does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from simprune_deploy import __version__
+from simprune_deploy.onnx.function_body import BodyVariant, build_function
+from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.variants import prune_nodes
+from simprune_deploy.parity.verdict import Check
+
+
+def check_graph(graph: onnx.ModelProto, facts: Facts) -> Check:
+    """Hold nodes, attributes, function body, thresholds, inputs and outputs against the facts."""
+    slips = [*_prune_slips(graph, facts), *_threshold_slips(graph, facts)]
+    slips += [*_signature_slips(graph, facts), *_body_slips(graph, facts)]
+    numbers: dict[str, Any] = {"prune_nodes": len(prune_nodes(graph)), "slips": slips}
+    if slips:
+        return Check("graph", False, f"the graph contradicts its description: {slips[0]}", numbers)
+    count = len(facts.pruning.layers)
+    return Check(
+        "graph", True, f"{count} prune nodes, their body and thresholds are as described", numbers
+    )
+
+
+def _prune_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    config = facts.pruning
+    nodes = prune_nodes(graph)
+    expected = [f"prune_before_block_{layer}" for layer in config.layers]
+    if [node.name for node in nodes] != expected:
+        yield f"its prune nodes are {[node.name for node in nodes]}, not {expected}"
+        return
+    dims = {info.name: info.type.tensor_type.shape.dim for info in graph.graph.value_info}
+    for position, node in enumerate(nodes):
+        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        wanted = {
+            "num_prefix_tokens": facts.num_prefix_tokens,
+            "selection": config.selection.encode(),
+            "reduction": config.reduction.encode(),
+            "capacity": config.capacity_of(position),
+            "multiple_of": config.multiple_of,
+        }
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                yield f"{node.name} has {name} {found.get(name)!r}, not {value!r}"
+        if position and node.input[1] != nodes[position - 1].output[1]:
+            yield f"{node.name} does not read the log-sizes of the prune node before it"
+        shape = dims.get(node.input[0])
+        if shape is not None and len(shape) and shape[-1].dim_value != facts.embed_dim:
+            yield f"its tokens have {shape[-1].dim_value} channels, not {facts.embed_dim}"
+
+
+def _threshold_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    runtime = bool(facts.export["runtime_threshold"])
+    if runtime != ("threshold" in [value.name for value in graph.graph.input]):
+        yield f"it has {'no' if runtime else 'a'} threshold input"
+        return
+    constants = {each.name: each for each in graph.graph.initializer}
+    for node in prune_nodes(graph):
+        name = node.input[2]
+        if runtime:
+            if name != "threshold":
+                yield f"{node.name} does not read the threshold input"
+        elif name not in constants or not np.array_equal(
+            numpy_helper.to_array(constants[name]), np.float32([facts.pruning.threshold])
+        ):
+            yield f"{node.name} has another threshold than {facts.pruning.threshold}"
+
+
+def _signature_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    low, high = facts.batch
+    if [dim.dim_value for dim in dims[1:]] != [facts.channels, *facts.image_size]:
+        yield "its images have another size"
+    if (dims[0].dim_value != low) if low == high else bool(dims[0].dim_value):
+        yield f"its batch is not {low}..{high}"
+    output = graph.graph.output[0]
+    if output.name != facts.output or (facts.num_classes > 0) == (output.name == "features"):
+        yield f"its output is {output.name}, not {facts.output}"
+    width = output.type.tensor_type.shape.dim[-1].dim_value
+    if facts.num_classes and width != facts.num_classes:
+        yield f"it has {width} classes, not {facts.num_classes}"
+
+
+def _body_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    if not facts.pruning.layers:
+        return
+    opset = next(entry.version for entry in graph.opset_import if not entry.domain)
+    if opset != facts.export["opset"]:
+        yield f"its opset is {opset}, not {facts.export['opset']}"
+        return
+    variant = BodyVariant.of(facts.pruning, facts.num_prefix_tokens)
+    functions = list(graph.functions)
+    if len(functions) != 1 or functions[0] != build_function(variant, opset):
+        made_by = graph.producer_version
+        hint = "" if made_by == __version__ else f" (made by {made_by}, this is {__version__})"
+        yield f"its function body is not the operator's{hint}: export again"
