@@ -85,6 +85,9 @@ def staged_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield staging
         staging.chmod(0o777 & ~_umask())
+        for file in staging.iterdir():
+            # libraries that write through temporary files leave them readable by the owner only
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         _replace_folder(staging, folder)
     except OSError as error:
         _clean_up(staging, folder.parent, existing)

@@ -83,24 +83,28 @@ def _copy(
         attributes = [onnx_ir.AttrInt64("start", 1), onnx_ir.AttrInt64("end", 2)]
     else:
         inputs = [
-            _copy(each, slots, prune, copies) if _depends(each, slots) else each
+            _copy(each, slots, prune, copies)
+            if each is not None and _depends(each, slots)
+            else each
             for each in original.inputs
         ]
     node = onnx_ir.Node(original.domain, original.op_type, inputs, attributes)
     node.metadata_props.update(original.metadata_props)
     output = node.outputs[0]
     output.name = f"{value.name}_{len(copies)}"
-    output.dtype, output.shape = value.dtype, value.shape
+    output.type, output.shape = value.type, value.shape
     _insert_behind(prune, node, copies)
     copies[key] = output
     return output
 
 
-def _depends(value: onnx_ir.Value | None, slots: onnx_ir.Value) -> bool:
-    if value is None or value.producer() is None:
+def _depends(value: onnx_ir.Value, slots: onnx_ir.Value) -> bool:
+    producer = value.producer()
+    if producer is None:
         return False
-    inputs = value.producer().inputs  # type: ignore[union-attr]
-    return slots in inputs or any(_depends(each, slots) for each in inputs)
+    return slots in producer.inputs or any(
+        _depends(each, slots) for each in producer.inputs if each is not None
+    )
 
 
 def _insert_behind(

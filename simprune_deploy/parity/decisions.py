@@ -77,7 +77,9 @@ def broken_structure(record: PruneRecord, prefix: int) -> str | None:
     assignment, kept_index = record.assignment, record.kept_index
     present = valid | (np.arange(len(valid)) < prefix)
     if not np.array_equal(assignment >= 0, present) or (assignment[~present] != -1).any():
-        return "assignment is not -1 exactly at padding"
+        return "assignment is -1 elsewhere than at padding, or something else there"
+    if valid[prefix:].any() and len(record.heads()) <= prefix:
+        return "no patch was kept"
     if (assignment[prefix:][present[prefix:]] < prefix).any():
         return "a patch is assigned to a prefix token"
     if assignment.max() >= len(kept_index):
@@ -91,8 +93,6 @@ def broken_structure(record: PruneRecord, prefix: int) -> str | None:
         return "a kept token is not assigned to its own slot"
     if kept_index[len(heads) :].any():
         return "a padding slot has an index"
-    if valid[prefix:].any() and len(heads) == prefix:
-        return "no patch was kept"
     return None
 
 

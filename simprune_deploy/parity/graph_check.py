@@ -68,7 +68,7 @@ def _threshold_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
             if name != "threshold":
                 yield f"{node.name} does not read the threshold input"
         elif name not in constants or not np.array_equal(
-            numpy_helper.to_array(constants[name]), np.float32([facts.pruning.threshold])
+            numpy_helper.to_array(constants[name]), np.array([facts.pruning.threshold], np.float32)
         ):
             yield f"{node.name} has another threshold than {facts.pruning.threshold}"
 
