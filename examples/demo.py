@@ -94,6 +94,8 @@ def latencies(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("demo-output"))
+    parser.add_argument("--images", type=int, default=3000, help="test images to classify")
+    parser.add_argument("--rounds", type=int, default=150, help="runs that the times are of")
     args = parser.parse_args()
     console = Console(width=100)
     console.rule("1. export the pruned model and prove it")
@@ -101,17 +103,19 @@ def main() -> None:
     console.rule("2. export the dense model, to compare with")
     export(args.output / "dense", "--threshold", str(DENSE), "--no-verify")
 
-    console.rule("3. both on 3,000 test images of Fashion-MNIST")
+    console.rule(f"3. both on {args.images:,} test images of Fashion-MNIST")
     with np.load(HERE / "fashion_mnist" / "test_slice.npz") as data:
         images = data["images"][:, None].astype(np.float32) / 255
-        labels = data["labels"]
+        images, labels = images[: args.images], data["labels"][: args.images]
     graph = load_graph(args.output / "pruned" / "model.onnx")
     facts = read_facts(graph)
     pruned, shown = (session(g.SerializeToString()) for g in (graph, with_diagnostics(graph)))
     dense = session((args.output / "dense" / "model.onnx").read_bytes())
     answers = {None: classify(dense, images, None)}
     answers |= {threshold: classify(pruned, images, threshold) for threshold in CURVE}
-    milliseconds = latencies({None: dense} | dict.fromkeys(CURVE, pruned), images, rounds=150)
+    milliseconds = latencies(
+        {None: dense} | dict.fromkeys(CURVE, pruned), images, rounds=args.rounds
+    )
 
     table = Table(
         "model", "accuracy", "same as dense", "tokens processed", "ms an image", "speed-up"

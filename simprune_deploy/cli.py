@@ -458,6 +458,23 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+# typer brings its own click or uses the installed one, by version; this is the one it raises
+_ClickException: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a call that cannot be parsed is one line too."""
+    try:
+        code = app(standalone_mode=False)
+    except _ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+            typer.secho(f"error: {message} (--help lists what there is)", fg="red", err=True)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
