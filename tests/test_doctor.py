@@ -23,7 +23,7 @@ GOOD = {
     "onnx": "1.20.0",
     "onnxruntime": "1.25.0",
     "onnxscript": "0.7.0",
-    "polygraphy": "0.50.0",
+    "polygraphy": "0.53.6",
     "rich": "15.0.0",
     "safetensors": "0.8.0",
     "timm": "1.0.31",
