@@ -311,7 +311,7 @@ def inspect(
     with _errors():
         from rich.console import Console
 
-        from simprune_deploy.report.inspection import inspect_target
+        from simprune_deploy.inspection import inspect_target
         from simprune_deploy.report.terminal import print_facts
 
         facts = inspect_target(target, arch=arch, trust_pickle=trust_pickle)

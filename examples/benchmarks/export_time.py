@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 import simprune_deploy as sd
-from simprune_deploy.onnx.exporter import _quiet, export_onnx
+from simprune_deploy.onnx.exporter import export_onnx, quiet_exporter
 
 
 def plain_export(vit: torch.nn.Module, size: int) -> onnx.ModelProto:
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             vit,
             (torch.zeros(2, 3, size, size),),

@@ -218,7 +218,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     was_training = model.training
     try:
         wrapper.eval()
-        with _unfused_attention(wrapper), _quiet(), torch.no_grad():
+        with _unfused_attention(wrapper), quiet_exporter(), torch.no_grad():
             graph = _trace(wrapper, exported, options)
     finally:
         wrapper.train(was_training)
@@ -263,7 +263,7 @@ def _unfused_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's progress and advice away from the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     others = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
