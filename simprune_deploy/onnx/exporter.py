@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -218,7 +219,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     was_training = model.training
     try:
         wrapper.eval()
-        with _unfused_attention(wrapper), quiet_exporter(), torch.no_grad():
+        with _unfused_attention(wrapper), quiet_exporter(), _no_collections(), torch.no_grad():
             graph = _trace(wrapper, exported, options)
     finally:
         wrapper.train(was_training)
@@ -277,6 +278,18 @@ def quiet_exporter() -> Iterator[None]:
     finally:
         for each, level in levels:
             each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Pause the garbage collector, which takes a tenth of the time that tracing takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) -> onnx.ModelProto:

@@ -73,7 +73,8 @@ class TorchRunner(BaseRunner):
 
 def onnxruntime_runner(model: bytes, name: str) -> OnnxrtRunner:
     """Return Polygraphy's ONNX Runtime runner, on the CPU, for a serialised model."""
-    return OnnxrtRunner(SessionFromOnnx(model, providers=["cpu"]), name=name)
+    # a session, not a loader of one, which would load the model anew for every run
+    return OnnxrtRunner(SessionFromOnnx(model, providers=["cpu"])(), name=name)
 
 
 @dataclasses.dataclass(frozen=True)
