@@ -34,6 +34,8 @@ benchmark: setup
 	$(RUN)/python examples/benchmarks/onnxruntime_speed.py \
 		real-weights/vit_small_dinov2_focus --images real-weights/photographs
 	$(RUN)/python examples/benchmarks/export_time.py
+	$(RUN)/python examples/benchmarks/feature_cosine.py \
+		real-weights/vit_small_dinov2_focus --images real-weights/photographs
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output real-weights
