@@ -33,14 +33,15 @@ class Golden:
 
 
 def golden_of(inputs: Inputs, reference: Run) -> Golden:
-    """Take the first images of a run as golden cases."""
-    count = min(MAX_IMAGES, len(inputs.images))
+    """Take images from all over a run, and so different thresholds if it has them."""
+    last = len(inputs.images) - 1
+    chosen = sorted({round(last * i / (MAX_IMAGES - 1)) for i in range(MAX_IMAGES)})
     records = {
-        layer: [dataclasses.replace(record, tokens=None) for record in found[:count]]
+        layer: [dataclasses.replace(record, tokens=None) for record in (found[i] for i in chosen)]
         for layer, found in reference.records.items()
     }
-    run = Run(reference.name, reference.outputs[:count], records)
-    return Golden(inputs.images[:count], inputs.thresholds[:count], run)
+    run = Run(reference.name, reference.outputs[chosen], records)
+    return Golden(inputs.images[chosen], inputs.thresholds[chosen], run)
 
 
 def save_golden(path: Path, golden: Golden) -> None:
