@@ -77,6 +77,8 @@ def start(*arguments: object, code: str = "", cwd: Path | None = None) -> subpro
         text=True,
         cwd=cwd,
         env=ENVIRONMENT,
+        # a test run in the background may have been told to ignore Ctrl-C, and would pass that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
