@@ -232,21 +232,17 @@ class TestShell:
         assert {path.name for path in folder.iterdir()} == FILES
         assert os.listdir(folder.parent) == [folder.name]
 
-    def test_help_is_fast_and_imports_little(self) -> None:
+    def test_help_imports_nothing_heavy(self) -> None:
         code = (
             "import sys\nfrom simprune_deploy.cli import main\ntry:\n    main()\n"
             "except SystemExit as end:\n"
             "    heavy = {'torch', 'timm', 'onnx', 'onnxruntime', 'polygraphy', 'numpy'}\n"
             "    print('loaded', sorted(heavy & set(sys.modules)), end.code)"
         )
-        times = []
-        for arguments in (["--help"], ["export", "--help"], ["--help"]):
-            started = time.perf_counter()
+        for arguments in (["--help"], ["export", "--help"]):
             answer = shell(*arguments, code=code)
-            times.append(time.perf_counter() - started)
             assert answer.out.rstrip().endswith("loaded [] 0"), answer
             assert answer.err == ""
-        assert min(times) < 1
 
     def test_version(self) -> None:
         answer = shell("--version")
