@@ -105,7 +105,9 @@ class _ExportedModel(nn.Module):
         super().__init__()
         self.model = _TracedViT(model.vit, model.config)
         self.options = options
-        self.register_buffer("threshold", torch.tensor([model.config.threshold]))
+        self.register_buffer(
+            "threshold", torch.tensor([model.config.threshold], dtype=torch.float32)
+        )
         if options.normalize:
             preprocessing = describe_vit(model.vit)["preprocessing"]
             for name in ("mean", "std"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
+        object.__setattr__(self, "threshold", float(self.threshold))
         if self.selection not in SELECTIONS:
             raise SimpruneError(
                 f"selection {self.selection!r} is unknown: use one of {', '.join(SELECTIONS)}"
@@ -104,7 +106,7 @@ class PruneConfig:
 
 def check_threshold(threshold: float) -> None:
     """Refuse a threshold that is not a number in [-1, 2]."""
-    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+    if not isinstance(threshold, numbers.Real) or math.isnan(threshold):
         raise SimpruneError(f"threshold {threshold} is not a number: use one in [-1, 2]")
     if not -1 <= threshold <= 2:
         raise SimpruneError(
