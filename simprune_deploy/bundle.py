@@ -122,47 +122,26 @@ def _check_finite(model: PrunedViT) -> None:
 def _manifest(
     graph: onnx.ModelProto, folder: Path, verdict: Verdict | None, source: dict[str, Any]
 ) -> dict[str, Any]:
-    import importlib.metadata
-
-    from simprune_deploy.onnx.metadata import read_facts
+    from simprune_deploy.onnx.metadata import describe_value, read_facts
+    from simprune_deploy.parity.proof import package_version
 
     packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy")
     return {
         "format": FORMAT,
         "verdict": verdict.status if verdict else "not verified",
         "model": read_facts(graph).to_dict(),
-        "inputs": [_describe(value) for value in graph.graph.input],
-        "outputs": [_describe(value) for value in graph.graph.output],
+        "inputs": [describe_value(value) for value in graph.graph.input],
+        "outputs": [describe_value(value) for value in graph.graph.output],
         "source": source,
         "versions": {
             "simprune-deploy": simprune_deploy.__version__,
-            **{name: _version_of(importlib.metadata, name) for name in packages},
+            **{name: package_version(name) for name in packages},
         },
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.iterdir())
         },
-    }
-
-
-def _version_of(metadata: Any, name: str) -> str | None:
-    for package in (name, f"{name}-gpu"):
-        try:
-            return str(metadata.version(package))
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    import onnx
-
-    tensor = value.type.tensor_type
-    return {
-        "name": value.name,
-        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
-        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
     }
 
 
@@ -218,7 +197,7 @@ def verify(
         SimpruneError: the target is damaged, or there is nothing to compare it with.
     """
     from simprune_deploy.onnx.metadata import load_graph, read_facts
-    from simprune_deploy.onnx.variants import layer_of, prune_nodes
+    from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.golden import load_golden
     from simprune_deploy.parity.proof import prove_against_golden, prove_against_torch
 
@@ -237,7 +216,7 @@ def verify(
                 "--images needs --reference: golden cases hold PyTorch's answers to their own "
                 "images only"
             )
-        layers = [layer_of(node) for node in prune_nodes(graph)]
+        layers = pruned_layers(graph)
         golden = load_golden(path.parent / GOLDEN, layers)
         return prove_against_golden(graph, golden, progress)
     pictures = _pictures(reference, images, not facts.export["normalize"])

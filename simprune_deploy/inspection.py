@@ -55,12 +55,10 @@ def _describe_graph(path: Path) -> dict[str, Any]:
 
 
 def _signature(value: Any) -> str:
-    import onnx
+    from simprune_deploy.onnx.metadata import describe_value
 
-    tensor = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    shape = ", ".join(str(dim.dim_param or dim.dim_value) for dim in tensor.shape.dim)
-    return f"{value.name} {dtype}[{shape}]"
+    facts = describe_value(value)
+    return f"{facts['name']} {facts['dtype']}[{', '.join(map(str, facts['shape']))}]"
 
 
 def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> dict[str, Any]:

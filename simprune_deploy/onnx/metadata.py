@@ -120,6 +120,16 @@ def read_facts(graph: onnx.ModelProto) -> Facts:
     )
 
 
+def describe_value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    """Return name, numpy dtype and shape (numbers, or names of dynamic dimensions) of a value."""
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+    }
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
     """Read an ONNX file.
 

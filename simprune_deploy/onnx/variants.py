@@ -51,6 +51,11 @@ def prune_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in graph.graph.node if node.op_type == OP_TYPE]
 
 
+def pruned_layers(graph: onnx.ModelProto) -> list[int]:
+    """Return the blocks before which the graph prunes, in order."""
+    return [layer_of(node) for node in prune_nodes(graph)]
+
+
 def _element_type(graph: onnx.ModelProto, value: str) -> int:
     for info in graph.graph.value_info:
         if info.name == value:

@@ -13,7 +13,7 @@ import onnx
 
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.metadata import Facts, read_facts
-from simprune_deploy.onnx.variants import layer_of, prune_nodes, with_diagnostics
+from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics
 from simprune_deploy.parity.checks import (
     Pruning,
     check_batch_invariance,
@@ -70,7 +70,7 @@ def prove_against_torch(
     if model.config != facts.pruning and facts.pruning.layers:
         raise SimpruneError("the reference is pruned otherwise than the exported model says it is")
     inputs = _inputs(facts, images.pixels)
-    layers = [layer_of(node) for node in prune_nodes(graph)]
+    layers = pruned_layers(graph)
     normalize = (facts.mean, facts.std) if facts.export["normalize"] else None
     runner = TorchRunner(model, facts.output, facts.export["softmax"], normalize)
     was_training = model.training
@@ -155,7 +155,7 @@ def _prove(
     described: dict[str, Any],
     progress: Progress,
 ) -> Verdict:
-    layers = [layer_of(node) for node in prune_nodes(graph)]
+    layers = pruned_layers(graph)
     pruning = Pruning(
         facts.pruning, facts.num_prefix_tokens, facts.num_tokens, facts.depth, facts.block
     )
@@ -211,9 +211,14 @@ def _environment(reference: str) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    return package_version(package) or "of unknown version"
+
+
+def package_version(package: str) -> str | None:
+    """Return the installed version of a package or of its ``-gpu`` twin, or None."""
     for name in (package, f"{package}-gpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "of unknown version"
+    return None
