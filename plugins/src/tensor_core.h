@@ -1,0 +1,117 @@
+// float32 += float16 x float16 (or bfloat16) on the tensor cores of one warp, and the same on the CPU.
+//
+// Fragment layout: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". With
+// g = lane / 4 and t = lane % 4, and two 16-bit values to a 32-bit register:
+//   a[0] row g,     columns 2t, 2t+1       b[0] rows 2t, 2t+1, column g
+//   a[1] row g + 8, columns 2t, 2t+1       b[1] rows 2t + 8, 2t + 9, column g
+//   a[2] row g,     columns 2t+8, 2t+9     c[0..1] row g, columns 2t, 2t+1
+//   a[3] row g + 8, columns 2t+8, 2t+9     c[2..3] row g + 8
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "simt.h"
+
+namespace simprune {
+
+SIMPRUNE_FN float to_float(float x) {
+    return x;
+}
+SIMPRUNE_FN float to_float(__half x) {
+    return __half2float(x);
+}
+SIMPRUNE_FN float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+
+template <class T>
+SIMPRUNE_FN T from_float(float x);
+template <>
+SIMPRUNE_FN float from_float<float>(float x) {
+    return x;
+}
+template <>
+SIMPRUNE_FN __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+SIMPRUNE_FN __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+struct FragmentA {
+    uint32_t word[4];
+};
+struct FragmentB {
+    uint32_t word[2];
+};
+
+// Which GPUs have an instruction for the type: m16n8k16 from SM 8.0 on, m16n8k8 for float16 on 7.5.
+template <class T>
+SIMPRUNE_FN constexpr bool has_tensor_cores(int sm) {
+    return sizeof(T) == 2 && (sm >= 80 || (sm == 75 && std::is_same<T, __half>::value));
+}
+
+#if defined(SIMPRUNE_ON_HOST)
+
+template <class T>
+float half_of(uint32_t word, int which) {
+    const uint16_t bits = static_cast<uint16_t>(word >> (16 * which));
+    T value;
+    std::memcpy(static_cast<void*>(&value), &bits, sizeof value);
+    return to_float(value);
+}
+
+// The instruction, element by element. `c(lane)` points to the lane's four sums.
+template <class T, class C>
+void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& a, Lanes<FragmentB>& b) {
+    for (int row = 0; row < 16; ++row) {
+        for (int column = 0; column < 8; ++column) {
+            float& sum = c((row % 8) * 4 + column / 2)[2 * (row / 8) + column % 2];
+            for (int k = 0; k < 16; ++k) {
+                const int half = k / 8, lane_a = (row % 8) * 4 + k % 8 / 2, lane_b = column * 4 + k % 8 / 2;
+                const float x = half_of<T>(a[lane_a].word[2 * half + row / 8], k % 2);
+                const float y = half_of<T>(b[lane_b].word[half], k % 2);
+                sum = multiply_add(x, y, sum);
+            }
+        }
+    }
+}
+
+#else
+
+template <class T, class C>
+SIMPRUNE_FN void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& fragment_a, Lanes<FragmentB>& fragment_b) {
+    [[maybe_unused]] float* sum = c(0);
+    [[maybe_unused]] const uint32_t(&a)[4] = fragment_a[0].word;
+    [[maybe_unused]] const uint32_t(&b)[2] = fragment_b[0].word;
+#if __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same<T, __half>::value) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+#elif __CUDA_ARCH__ >= 750
+    if constexpr (std::is_same<T, __half>::value) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                         : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+        }
+    }
+#endif
+}
+
+#endif
+
+}  // namespace simprune

@@ -1,0 +1,224 @@
+// Kernel 5: the outputs, one warp a slot (step 4 and 5 of the definition).
+#pragma once
+
+#include "similarity.h"
+#include "tensor_core.h"
+
+namespace simprune {
+
+// A warp's part of a merge: 1024 columns a pass, kVector of them together in a lane.
+template <class T, int kVector>
+class SlotMerge {
+public:
+    SIMPRUNE_FN SlotMerge(const Job& job, int64_t image, int head, int64_t slot)
+        : job_(job),
+          head_(head),
+          slot_(slot),
+          log_size_(job.log_size + image * job.num_tokens),
+          assignment_(job.assignment + image * job.num_tokens),
+          tokens_(static_cast<const T*>(job.tokens) + image * job.num_tokens * job.dim) {}
+
+    // Sum of the members' sizes, relative to the head's; the head itself (1) is not in it.
+    SIMPRUNE_FN float others(const Warp& warp, bool& any) const {
+        Lanes<Sum> sum;
+        Lanes<bool> some;
+        warp.each([&](int lane) {
+            sum[lane].value = 0.0f;
+            some[lane] = false;
+            for (int token = job_.prefix + lane; token < job_.num_tokens; token += kWarp) {
+                if (!member(token)) continue;
+                sum[lane].value += relative_size(token);
+                some[lane] = true;
+            }
+        });
+        any = warp.ballot(some) != 0;
+        return warp_sum(warp, sum);
+    }
+
+    SIMPRUNE_FN void merge(const Warp& warp, float size, T* out) const {
+        for (int first = 0; first < job_.dim; first += kColumns) {
+            Lanes<Accumulator> sum;
+            warp.each([&](int lane) { start_with_head(lane, first, sum[lane]); });
+            for (int start = job_.prefix; start < job_.num_tokens; start += kWarp) {
+                Lanes<bool> is_member;
+                Lanes<float> weight;
+                warp.each([&](int lane) {
+                    const int token = start + lane;
+                    is_member[lane] = token < job_.num_tokens && member(token);
+                    weight[lane] = is_member[lane] ? relative_size(token) : 0.0f;
+                });
+                uint32_t open = warp.ballot(is_member);
+                while (open != 0) {
+                    Members members;
+#pragma unroll
+                    for (int m = 0; m < kTogether; ++m, open &= open - 1) {
+                        const int from = open != 0 ? lowest_bit(open) : 0;
+                        members.present[m] = open != 0;
+                        members.token[m] = open != 0 ? start + from : head_;
+                        members.weight[m] = warp.broadcast(weight, from);
+                    }
+                    warp.each([&](int lane) { add(lane, first, members, sum[lane]); });
+                }
+            }
+            warp.each([&](int lane) {
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    const int column = first + (v * kWarp + lane) * kVector;
+                    if (column >= job_.dim) break;
+                    Vector result;
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e) {
+                        result.value[e] = from_float<T>(sum[lane].value[v][e] / size);
+                    }
+                    *reinterpret_cast<Vector*>(out + column) = result;
+                }
+            });
+        }
+    }
+
+    SIMPRUNE_FN void copy(const Warp& warp, T* out) const {
+        const T* in = tokens_ + int64_t{head_} * job_.dim;
+        warp.each([&](int lane) {
+            for (int first = lane * kVector; first < job_.dim; first += kColumns) {
+                Vector x[kVectors];  // all loads before the first store
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    const int column = first + v * kWarp * kVector;
+                    if (column < job_.dim) x[v] = *reinterpret_cast<const Vector*>(in + column);
+                }
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    const int column = first + v * kWarp * kVector;
+                    if (column < job_.dim) *reinterpret_cast<Vector*>(out + column) = x[v];
+                }
+            }
+        });
+    }
+
+    SIMPRUNE_FN void clear(const Warp& warp, T* out) const {
+        warp.each([&](int lane) {
+            for (int column = lane; column < job_.dim; column += kWarp) out[column] = from_float<T>(0.0f);
+        });
+    }
+
+private:
+    static constexpr int kColumns = 1024;
+    static constexpr int kTogether = 4;
+    static constexpr int kVectors = kColumns / (kWarp * kVector);
+
+    struct alignas(kVector * sizeof(T)) Vector {
+        T value[kVector];
+    };
+    struct Accumulator {
+        float value[kVectors][kVector];
+    };
+
+    struct Members {
+        bool present[kTogether];  // the first ones
+        int token[kTogether];
+        float weight[kTogether];
+    };
+
+    SIMPRUNE_FN bool member(int token) const {
+        return assignment_[token] == slot_ && token != head_;
+    }
+
+    SIMPRUNE_FN float relative_size(int token) const {
+        return exponential(log_size_[token] - log_size_[head_]);
+    }
+
+    SIMPRUNE_FN void start_with_head(int lane, int first, Accumulator& sum) const {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int column = first + (v * kWarp + lane) * kVector;
+            if (column >= job_.dim) break;
+            const Vector x = *reinterpret_cast<const Vector*>(tokens_ + int64_t{head_} * job_.dim + column);
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) sum.value[v][e] = to_float(x.value[e]);
+        }
+    }
+
+    // sum += weight * row of each member, in their order; the loads of all of them are on the way at once.
+    SIMPRUNE_FN void add(int lane, int first, const Members& members, Accumulator& sum) const {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int column = first + (v * kWarp + lane) * kVector;
+            if (column >= job_.dim) break;
+            Vector x[kTogether];
+#pragma unroll
+            for (int m = 0; m < kTogether; ++m) {
+                if (!members.present[m]) break;
+                x[m] = *reinterpret_cast<const Vector*>(tokens_ + int64_t{members.token[m]} * job_.dim + column);
+            }
+#pragma unroll
+            for (int m = 0; m < kTogether; ++m) {
+                if (!members.present[m]) break;
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) {
+                    sum.value[v][e] = multiply_add(members.weight[m], to_float(x[m].value[e]), sum.value[v][e]);
+                }
+            }
+        }
+    }
+
+    const Job& job_;
+    const int head_;
+    const int64_t slot_;
+    const float* log_size_;
+    const int64_t* assignment_;
+    const T* tokens_;
+};
+
+template <class T, int kVector>
+SIMPRUNE_FN void write_slots(const Block& block, const Job& job) {
+    const int64_t most_slots = job.capacity > 0 ? job.prefix + job.capacity : job.num_tokens;
+    const int64_t blocks_per_image = (most_slots + kSlotsPerBlock - 1) / kSlotsPerBlock;
+    const int64_t image = block.index / blocks_per_image;
+    const int64_t slots = num_slots(job);
+    block.warps([&](const Warp& warp) {
+        if (block.index == 0 && warp.index == 0 && job.num_slots != nullptr) {
+            warp.each([&](int lane) {
+                if (lane == 0) *job.num_slots = static_cast<int32_t>(slots);
+            });
+        }
+        const int64_t slot = block.index % blocks_per_image * kSlotsPerBlock + warp.index;
+        if (slot >= slots) return;
+        const int64_t out = image * slots + slot, rank = slot - job.prefix;
+        const bool padding = rank >= job.num_kept[image];
+        int head = static_cast<int>(slot);
+        if (rank >= 0) head = padding ? 0 : job.prefix + job.heads[image * job.num_patches + rank];
+
+        const SlotMerge<T, kVector> slot_merge(job, image, head, slot);
+        T* kept = static_cast<T*>(job.kept_tokens) + out * job.dim;
+        float log_size = SIMPRUNE_PAD_LOG_SIZE;
+        if (padding) {
+            slot_merge.clear(warp, kept);
+        } else {
+            bool any = false;
+            const float others = rank < 0 ? 0.0f : slot_merge.others(warp, any);
+            // A token that stands alone, or whose members are dropped, goes as it is, bit for bit
+            if (any && job.merge) {
+                slot_merge.merge(warp, 1.0f + others, kept);
+            } else {
+                slot_merge.copy(warp, kept);
+            }
+            log_size = job.log_size[image * job.num_tokens + head] + (any ? logarithm(1.0f + others) : 0.0f);
+        }
+        warp.each([&](int lane) {
+            if (lane != 0) return;
+            job.kept_log_size[out] = log_size;
+            job.kept_index[out] = padding ? 0 : head;
+        });
+    });
+}
+
+template <class T>
+SIMPRUNE_FN void write_kernel(const Block& block, const Job& job) {
+    if (job.aligned) {
+        write_slots<T, Pack<T>::kCount>(block, job);
+    } else {
+        write_slots<T, 1>(block, job);
+    }
+}
+
+}  // namespace simprune
