@@ -141,7 +141,7 @@ def redundancy(similarity: Array, valid: list[int], limit: np.float32) -> list[i
             if j != i:
                 total += similarity[i, j]
         score[i] = total / np.float32(max(len(valid) - 1, 1))
-    kept = [i for i in valid if score[i] < limit]
+    kept = [i for i in valid if not score[i] >= limit]
     if not kept and valid:
         kept = [min(valid, key=lambda i: (score[i], i))]
     return kept

@@ -323,6 +323,17 @@ def test_a_batch_of_padding_alone_keeps_its_prefix(variant: BodyVariant, multipl
 
 
 @every_variant
+def test_nothing_is_pruned_at_a_threshold_that_is_not_a_number(variant: BodyVariant) -> None:
+    case = case_of(variant, 1, padding="none", patches=9, capacity=9 * variant.fixed_capacity)
+    case = dataclasses.replace(case, threshold=np.full_like(case.threshold, np.nan))
+    actual = run_onnx(case)
+    assert_same(actual, case.expected())
+    np.testing.assert_array_equal(
+        actual.kept_tokens[:, case.prefix :], case.tokens[:, case.prefix :]
+    )
+
+
+@every_variant
 def test_zero_vectors(variant: BodyVariant) -> None:
     for threshold in (-1.0, 0.0, 0.5):
         case = case_of(variant, 6, padding="none", threshold=threshold)

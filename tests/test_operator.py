@@ -211,6 +211,18 @@ def test_vectors_below_the_norm_floor_are_nearly_zero_vectors() -> None:
     np.testing.assert_array_equal(run(case).kept_index, [[0, 1, 2]])
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_nothing_is_pruned_at_a_threshold_that_is_not_a_number(
+    selection: str, reduction: str
+) -> None:
+    case = exact_case(1, selection=selection, reduction=reduction, padding="none", prefix=2)
+    case = dataclasses.replace(case, threshold=np.float32([np.nan]))
+    actual = run(case)
+    assert_same(actual, case.expected())
+    np.testing.assert_array_equal(actual.kept_tokens, case.tokens)
+
+
 def test_short_and_long_vectors_are_compared_by_direction() -> None:
     case = one_image([[2.0**-30, 0], [2.0**30, 0], [0, 2.0**-30], [0, -1]], 0.5)
     np.testing.assert_array_equal(run(case).assignment, [[0, 0, 1, 2]])
