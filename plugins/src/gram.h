@@ -91,7 +91,8 @@ private:
         for (int operand = 0; operand < operands(); ++operand) {
             const int first = (operand == 0 ? row_tile_ : column_tile_) * kTile;
 #pragma unroll
-            for (int row = thread / kPacksPerRow; row < kTile; row += kGramThreads / kPacksPerRow) {
+            for (int i = 0; i < kTile * kPacksPerRow / kGramThreads; ++i) {
+                const int row = thread / kPacksPerRow + i * (kGramThreads / kPacksPerRow);
                 auto* target = reinterpret_cast<Pack<T>*>(shared.stage[stage % 2][operand][row] + in_row * 16);
                 const bool inside = first + row < job_.num_patches;
                 const T* source = patches_ + int64_t{inside ? first + row : 0} * job_.dim + column;
