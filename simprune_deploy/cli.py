@@ -43,6 +43,13 @@ TrustPickle = Annotated[
 ]
 
 
+plugin_app = typer.Typer(
+    help="Build the TensorRT plugin and its CUDA kernels, and read what a built one is.",
+    no_args_is_help=True,
+)
+app.add_typer(plugin_app, name="plugin")
+
+
 class _State:
     debug = False
 
@@ -369,6 +376,82 @@ def doctor(as_json: Json = False) -> None:
             print_findings(findings)
         if not healthy:
             raise typer.Exit(1)
+
+
+@plugin_app.command("build")
+def build_plugin(
+    arch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="GPU architectures: 87,110, or 'native', or 'all'.  [default: native where there "
+            "is a GPU, else all]",
+            show_default=False,
+        ),
+    ] = None,
+    tensorrt_include: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of TensorRT's headers.  [default: looked for]"),
+    ] = None,
+    nvcc: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="CUDA compiler.  [default: looked for]"),
+    ] = None,
+    kernels_only: Annotated[
+        bool,
+        typer.Option("--kernels-only", help="Leave the TensorRT plugin out; needs no headers."),
+    ] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the library.")] = Path(
+        "simprune-plugin"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier library.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile the library for the GPUs of this machine, or for those that are named."""
+    with _errors():
+        from rich.console import Console
+
+        from simprune_deploy.plugin.build import BuildOptions, build
+        from simprune_deploy.report.terminal import library_facts, print_facts, progress
+
+        options = BuildOptions(
+            arch=arch,
+            output=output,
+            kernels_only=kernels_only,
+            nvcc=nvcc,
+            tensorrt_include=tensorrt_include,
+            force=force,
+        )
+        with progress(enabled=not as_json) as step:
+            built = build(options, step)
+        if as_json:
+            _print_json(built.to_dict())
+        else:
+            facts = {
+                **library_facts(built.info),
+                "compiled with": built.nvcc.path,
+                "headers from": built.tensorrt.folder if built.tensorrt else "none needed",
+                "seconds": f"{built.seconds:.0f}",
+            }
+            print_facts(Console(), facts)
+
+
+@plugin_app.command("info")
+def show_plugin(
+    library: Annotated[Path, typer.Argument(metavar="LIB", help="A built library.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a built library is and which GPUs it has code for, without loading it."""
+    with _errors():
+        from rich.console import Console
+
+        from simprune_deploy.plugin.info import read_info
+        from simprune_deploy.report.terminal import library_facts, print_facts
+
+        info = read_info(library)
+        if as_json:
+            _print_json(info.to_dict())
+        else:
+            print_facts(Console(), library_facts(info))
 
 
 def _load(

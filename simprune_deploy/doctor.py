@@ -9,13 +9,15 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.plugin import LIBRARY_VARIABLE, toolchain
+from simprune_deploy.plugin.info import read_info
 
 State = Literal["ok", "missing", "too old", "broken", "optional"]
 
@@ -90,7 +92,9 @@ def _core(name: str, needed_for: str, **details: Any) -> _Package:
 
 
 def _packages() -> list[_Package]:
-    tensorrt = "sudo apt-get install nvidia-jetpack" if _on_jetson() else "pip install tensorrt"
+    tensorrt = (
+        "sudo apt-get install nvidia-jetpack" if toolchain.on_jetson() else "pip install tensorrt"
+    )
     return [
         _core("numpy", "everything", imported=True),
         _core("onnx", "writing and reading ONNX files", imported=True),
@@ -136,7 +140,13 @@ def examine() -> list[Finding]:
         findings["torchvision"] = _try_torchvision(findings["torchvision"])
     if findings["onnxruntime"].state == "ok":
         findings["onnxruntime"] = _with_providers(findings["onnxruntime"])
-    return [*findings.values(), _examine_gpu(torch_works), _examine_nvcc()]
+    return [
+        *findings.values(),
+        _examine_gpu(torch_works),
+        _examine_nvcc(),
+        _examine_tensorrt_headers(),
+        *_examine_library(),
+    ]
 
 
 def all_needed_present(findings: list[Finding]) -> bool:
@@ -203,7 +213,7 @@ def _distribution(package: _Package) -> str:
 
 
 def _upgrade_command(package: _Package, minimum: str) -> str:
-    if package.name == "tensorrt" and _on_jetson():
+    if package.name == "tensorrt" and toolchain.on_jetson():
         return package.remedy
     # torchvision is built for one torch, and follows it
     also = " torchvision" if package.name == "torch" else ""
@@ -291,35 +301,68 @@ def _examine_gpu(torch_works: bool) -> Finding:
 
 def _examine_nvcc() -> Finding:
     """Return the CUDA compiler's version; only its own words tell that it runs."""
-    jetson = "sudo apt-get install nvidia-jetpack"
     finding = Finding(
         name="nvcc",
         state="optional",
         version="",
         needed_for="building the TensorRT plugin from source",
-        remedy=jetson if _on_jetson() else "sudo apt-get install nvidia-cuda-toolkit",
+        remedy=toolchain.remedy_for_nvcc(),
         needed=False,
     )
-    path = _find_nvcc()
-    if path is None:
-        return finding
     try:
-        shown = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+        nvcc = toolchain.find_nvcc()
+    except toolchain.NotFoundError as error:
+        return dataclasses.replace(finding, detail=_one_line(error))
+    except SimpruneError as error:
         return dataclasses.replace(finding, state="broken", detail=_one_line(error))
-    match = re.search(r"release (\d+\.\d+)", shown)
-    version = match.group(1) if match else "unknown"
-    return dataclasses.replace(finding, state="ok", version=version, remedy="", detail=path)
+    return dataclasses.replace(
+        finding, state="ok", version=nvcc.version, remedy="", detail=str(nvcc.path)
+    )
 
 
-def _find_nvcc() -> str | None:
-    """Return nvcc from PATH, or from where CUDA's installers put it without touching PATH."""
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = ["nvcc", *(str(Path(folder, "bin", "nvcc")) for folder in folders if folder)]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+def _examine_tensorrt_headers() -> Finding:
+    """Return the version of TensorRT's C++ headers, which its Python packages do not bring."""
+    finding = Finding(
+        name="TensorRT headers",
+        state="optional",
+        version="",
+        needed_for="building the TensorRT plugin from source",
+        remedy=toolchain.remedy_for_headers(),
+        needed=False,
+    )
+    try:
+        headers = toolchain.find_tensorrt_headers()
+    except toolchain.NotFoundError as error:
+        return dataclasses.replace(finding, detail=_one_line(error))
+    except SimpruneError as error:
+        return dataclasses.replace(finding, state="broken", detail=_one_line(error))
+    return dataclasses.replace(
+        finding, state="ok", version=headers.version, remedy="", detail=str(headers.folder)
+    )
 
 
-def _on_jetson() -> bool:
-    return Path("/etc/nv_tegra_release").exists()
+def _examine_library() -> Iterator[Finding]:
+    """Yield what the library is that SIMPRUNE_LIBRARY names, if it names one."""
+    path = os.environ.get(LIBRARY_VARIABLE)
+    if not path:
+        return
+    finding = Finding(
+        name=LIBRARY_VARIABLE,
+        state="ok",
+        version="",
+        needed_for="pruning CUDA tensors with its kernels",
+        remedy="",
+    )
+    try:
+        info = read_info(path)
+        if info.machine != platform.machine():
+            raise SimpruneError(
+                f"{path} is for {info.machine}, and this machine is {platform.machine()}"
+            )
+        if not info.device_code.sms:
+            raise SimpruneError(f"{path} is a {info.kind} library, without code for GPUs")
+    except SimpruneError as error:
+        remedy = f"simprune-deploy plugin build, or unset {LIBRARY_VARIABLE}"
+        yield dataclasses.replace(finding, state="broken", remedy=remedy, detail=_one_line(error))
+        return
+    yield dataclasses.replace(finding, version=info.version, detail=f"{path}: {info.device_code}")

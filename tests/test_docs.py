@@ -32,9 +32,14 @@ def test_readme_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def all_options() -> dict[str, set[str]]:
-    group = typer.main.get_command(app)
+    """The options of every command, by its name: "export", "plugin build"."""
     options = {}
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    waiting = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    while waiting:
+        name, command = waiting.popitem()
+        if hasattr(command, "commands"):
+            waiting |= {f"{name} {inner}": each for inner, each in command.commands.items()}
+            continue
         flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
         options[name] = {flag for flag in flags if flag.startswith("-")}
     return options
@@ -49,7 +54,7 @@ def commands_in(page: Path) -> list[str]:
 def test_pages_name_only_commands_and_options_that_exist(page: Path) -> None:
     options = all_options()
     for line in commands_in(page):
-        match = re.match(r"(?:\$ )?simprune-deploy ([a-z]+)(.*)", line)
+        match = re.match(r"(?:\$ )?simprune-deploy ((?:plugin )?[a-z]+)(.*)", line)
         if match:
             command, rest = match.groups()
             assert command in options, line
@@ -59,9 +64,10 @@ def test_pages_name_only_commands_and_options_that_exist(page: Path) -> None:
 
 def test_every_option_is_documented() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert {"export", "plugin build", "plugin info"} <= all_options().keys()
     for command, flags in all_options().items():
-        assert f"## {command}" in text
-        section = text.split(f"## {command}")[1].split("\n## ")[0]
+        assert f"\n## {command}\n" in text
+        section = text.split(f"\n## {command}\n")[1].split("\n## ")[0]
         for flag in flags:
             assert f"`{flag}" in section or f" {flag}`" in section or f"{flag}" in section, flag
 

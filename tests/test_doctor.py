@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import simprune_deploy
 from simprune_deploy import doctor
 from simprune_deploy.doctor import Finding, all_needed_present, examine, is_older
+from simprune_deploy.plugin import toolchain
 
 GOOD = {
     "numpy": "2.0.0",
@@ -32,6 +34,10 @@ GOOD = {
     "typer": "0.29.0",
 }
 Machine = Callable[..., dict[str, Finding]]
+
+
+def nowhere() -> Any:
+    raise toolchain.NotFoundError("looked everywhere")
 
 
 @pytest.fixture
@@ -69,8 +75,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(metadata, "version", version)
         monkeypatch.setattr(importlib, "import_module", import_module)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(doctor, "_find_nvcc", lambda: None)
-        monkeypatch.setattr(doctor, "_on_jetson", lambda: jetson)
+        monkeypatch.setattr(toolchain, "find_nvcc", nowhere)
+        monkeypatch.setattr(toolchain, "find_tensorrt_headers", nowhere)
+        monkeypatch.setattr(toolchain, "on_jetson", lambda: jetson)
+        monkeypatch.delenv("SIMPRUNE_LIBRARY", raising=False)
         return {finding.name: finding for finding in examine()}
 
     return examine_it
@@ -97,7 +105,7 @@ def test_a_complete_machine(machine: Machine) -> None:
     findings = machine()
     assert all_needed_present(list(findings.values()))
     assert {name for name, finding in findings.items() if finding.state == "optional"} == {
-        "tensorrt", "tensorrt_rtx", "CUDA GPU", "nvcc",
+        "tensorrt", "tensorrt_rtx", "CUDA GPU", "nvcc", "TensorRT headers",
     }  # fmt: skip
     assert findings["onnxruntime"].detail == "CUDAExecutionProvider, CPUExecutionProvider"
     assert findings["CUDA GPU"].detail == "torch sees none"
@@ -229,24 +237,73 @@ def test_torch_for_cpu_says_so(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "state", "version"),
+    ("script", "state", "version", "detail"),
     [
-        ("echo 'Cuda compilation tools, release 13.0, V13.0.88'", "ok", "13.0"),
-        ("echo hello", "ok", "unknown"),
-        ("exit 1", "broken", ""),
+        ("echo 'release 13.0, V13.0.88'; echo compute_87", "ok", "13.0.88", "bin/nvcc"),
+        ("echo hello", "broken", "", "names no CUDA release"),
+        ("exit 1", "broken", "", "--version failed"),
     ],
 )
 def test_nvcc(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str, version: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    state: str,
+    version: str,
+    detail: str,
 ) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(f"#!/bin/sh\n{script}\n")
     nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     found = doctor._examine_nvcc()
     assert (found.state, found.version) == (state, version)
+    assert detail in found.detail
+
+
+def test_missing_nvcc_and_headers_name_the_remedy(machine: Machine) -> None:
+    for jetson, package in ((False, "pip install 'cuda-toolkit["), (True, "nvidia-jetpack")):
+        findings = machine(jetson=jetson)
+        assert package in findings["nvcc"].remedy
+        assert findings["nvcc"].detail == "looked everywhere"
+        assert findings["TensorRT headers"].remedy == "sudo apt-get install libnvinfer-headers-dev"
+
+
+def test_tensorrt_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_INCLUDE", str(tmp_path))
+    for major, state in ((10, "ok"), (8, "broken")):
+        (tmp_path / "NvInferVersion.h").write_text(
+            f"#define NV_TENSORRT_MAJOR {major}\n#define NV_TENSORRT_MINOR 5\n"
+        )
+        assert doctor._examine_tensorrt_headers().state == state
+
+
+def test_library_that_is_named(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, plugin_library: Path, host_library: Path
+) -> None:
+    assert "SIMPRUNE_LIBRARY" not in machine()
+    (found,) = findings_with(plugin_library, monkeypatch)
+    assert (found.state, found.version) == ("ok", simprune_deploy.__version__)
+    assert "SM 75, 80" in found.detail
+    for path, reason in (
+        (host_library, "without code for GPUs"),
+        (Path("/nowhere.so"), "does not exist"),
+        (Path(__file__), "not a shared library"),
+    ):
+        (found,) = findings_with(path, monkeypatch)
+        assert found.state == "broken"
+        assert reason in found.detail
+        assert "simprune-deploy plugin build" in found.remedy
+        assert not all_needed_present([found])
+
+
+def findings_with(library: Path, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    monkeypatch.setenv("SIMPRUNE_LIBRARY", str(library))
+    return list(doctor._examine_library())
 
 
 @pytest.mark.parametrize(

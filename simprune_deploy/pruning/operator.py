@@ -23,10 +23,12 @@ tie) stays.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
 
+from simprune_deploy.plugin import LIBRARY_VARIABLE
 from simprune_deploy.pruning.config import PAD_LOG_SIZE, REDUCTIONS, SELECTIONS
 
 NORM_FLOOR = 1e-12
@@ -70,10 +72,22 @@ def similarity_prune(
     Raises:
         ValueError: shapes, dtypes or attributes that the definition does not cover.
     """
-    _check(tokens, log_size, threshold, num_prefix_tokens, selection, reduction, capacity)
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of {multiple_of} must be 1 or more")
-    prefix = num_prefix_tokens
+    call = (tokens, log_size, threshold, num_prefix_tokens)
+    return _reference(*call, selection, reduction, capacity, multiple_of)
+
+
+def _reference(
+    tokens: torch.Tensor,
+    log_size: torch.Tensor,
+    threshold: torch.Tensor,
+    prefix: int,
+    selection: str,
+    reduction: str,
+    capacity: int,
+    multiple_of: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator in PyTorch, on any device."""
+    _check(tokens, log_size, threshold, prefix, selection, reduction, capacity, multiple_of)
     batch, num_tokens, _ = tokens.shape
     patches = tokens[:, prefix:].float()
     valid = log_size[:, prefix:] > PAD_LOG_SIZE / 2
@@ -133,6 +147,7 @@ def _check(
     selection: str,
     reduction: str,
     capacity: int,
+    multiple_of: int,
 ) -> None:
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point [B, N, D], not {_describe(tokens)}")
@@ -153,6 +168,8 @@ def _check(
         raise ValueError(f"reduction {reduction!r} is not one of {REDUCTIONS}")
     if not 0 <= capacity <= num_tokens - prefix:
         raise ValueError(f"capacity {capacity} is outside [0, {num_tokens - prefix}] patches")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of {multiple_of} must be 1 or more")
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -203,7 +220,7 @@ def _below_mean(similarity: torch.Tensor, valid: torch.Tensor, limit: torch.Tens
     own = similarity.diagonal(dim1=1, dim2=2)
     total = (similarity @ weight.unsqueeze(2)).squeeze(2) - own
     score = total / (weight.sum(1, keepdim=True) - 1).clamp_min(1)
-    kept = valid & (score < limit)
+    kept = valid & ~(score >= limit)  # nothing goes at a threshold that is not a number
     least = score.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
     positions = torch.arange(valid.shape[1], device=valid.device)
     return kept | ((positions == least) & valid & ~kept.any(1, keepdim=True))
@@ -261,6 +278,36 @@ def _reduce(
             merged = gathered.to(wide) / (1 + others).unsqueeze(2) + share @ tokens.to(wide)
             gathered = merged.to(tokens.dtype)
         return gathered * filled.unsqueeze(2), kept_log_size
+
+
+@similarity_prune.register_kernel("cuda")
+def similarity_prune_on_gpu(
+    tokens: torch.Tensor,
+    log_size: torch.Tensor,
+    threshold: torch.Tensor,
+    num_prefix_tokens: int,
+    selection: str = "cover",
+    reduction: str = "merge",
+    capacity: int = 0,
+    multiple_of: int = 1,
+    opt_tokens: int = 0,
+    max_tokens: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`similarity_prune` runs for CUDA tensors.
+
+    The kernels of the library that the environment variable SIMPRUNE_LIBRARY names, which the
+    library for the CPU can stand in for in tests; without the variable, PyTorch. A library that
+    cannot be loaded or does not cover the call is an error: nothing else is run in its place.
+    """
+    call = (tokens, log_size, threshold, num_prefix_tokens)
+    choices = (selection, reduction, capacity, multiple_of)
+    library = os.environ.get(LIBRARY_VARIABLE)
+    if not library:
+        return _reference(*call, *choices)
+    from simprune_deploy.plugin.kernels import load_kernels
+
+    _check(*call, *choices)
+    return load_kernels(library).similarity_prune(*call, *choices)
 
 
 @similarity_prune.register_fake

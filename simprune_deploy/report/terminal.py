@@ -13,6 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from simprune_deploy.doctor import Finding
     from simprune_deploy.parity.verdict import Verdict
+    from simprune_deploy.plugin.info import LibraryInfo
     from simprune_deploy.pruning.families import PrunableModel
 
 MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[dim]not asked[/dim]"}
@@ -52,6 +53,8 @@ def _source(inputs: dict[str, Any]) -> str:
 def print_facts(console: Console, facts: dict[str, Any]) -> None:
     """Print names and values, one a line; nested values are joined."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is no use with its end cut off
     for name, value in facts.items():
         table.add_row(name, escape(_text(value)), style=None)
     console.print(table)
@@ -63,6 +66,32 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(each) for each in value) if value else "none"
     return str(value)
+
+
+def library_facts(info: LibraryInfo) -> dict[str, Any]:
+    """Return what a person wants to know of a built library."""
+    kinds = {
+        "plugin": "TensorRT plugin and CUDA kernels",
+        "kernels": "CUDA kernels, without the TensorRT plugin",
+        "host": "the kernels compiled for the CPU, for tests",
+    }
+    facts: dict[str, Any] = {
+        "file": f"{info.path} ({info.bytes / 1e6:.1f} MB)",
+        "kind": kinds.get(info.kind, info.kind),
+        "version": f"{info.version} (C interface {info.abi})",
+        "machine": info.machine,
+        "GPU code": str(info.device_code),
+        "CUDA": info.cuda or "none",
+        "TensorRT headers": info.tensorrt_headers or "none",
+    }
+    if info.device_code.sms != info.architectures:
+        facts["GPU code asked for"] = f"SM {', '.join(info.architectures) or 'none'}"
+    if info.tensorrt_headers:
+        facts["TensorRT plugin"] = (
+            f"{info.operator}, version {info.operator_version}, namespace {info.namespace!r}"
+        )
+        facts["fields"] = info.fields
+    return facts
 
 
 def print_models(rows: list[PrunableModel], refused: list[tuple[str, str]], named: bool) -> None:
@@ -108,4 +137,6 @@ def print_findings(findings: list[Finding]) -> None:
     console.print(table)
     for each in findings:
         if each.remedy and each.state != "ok":
-            console.print(f"{each.name}: {escape(each.remedy)}", highlight=False)
+            # what is there and does not work needs a reason; what is missing does not
+            why = f"{each.detail}: " if each.detail and each.state not in colours else ""
+            console.print(escape(f"{each.name}: {why}{each.remedy}"), highlight=False)

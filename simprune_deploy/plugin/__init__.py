@@ -1,0 +1,4 @@
+"""The CUDA kernels and the TensorRT plugin of ``plugins/``: building, reading and calling them."""
+
+LIBRARY_VARIABLE = "SIMPRUNE_LIBRARY"
+"""The environment variable that names the library whose kernels take torch's CUDA tensors."""

