@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from plugin_build import PLUGINS, cmake_build, cuda_runtime_for_aarch64
 
+from simprune_deploy.onnx.function_body import ATTRIBUTES, OP_TYPE
 from simprune_deploy.plugin.info import read_info
 
 ENTRIES = {
@@ -113,3 +114,13 @@ def test_the_library_for_jetson(tensorrt_headers: Path) -> None:
     assert creator["fields"] == info.fields
     assert creator["created_from_good_fields"]
     assert not creator["created_from_bad_fields"]
+
+
+def test_the_plugin_is_the_node_by_name_and_fields(plugin_library: Path) -> None:
+    """TensorRT puts the plugin in a node's place by its op_type, and reads attributes by name."""
+    info = read_info(plugin_library)
+    assert info.operator == OP_TYPE
+    assert sorted(info.fields) == sorted(ATTRIBUTES)
+    defaults = {"selection": "cover", "reduction": "merge"}
+    for name, kind in info.fields.items():
+        assert kind == ("string" if name in defaults else "int32")
