@@ -1,0 +1,327 @@
+// getOutputShapes, for one prune layer and for layers that follow one another.
+#include "check.h"
+#include "plugin_library.h"
+
+#include <NvInferImpl.h>
+
+#include <algorithm>
+#include <deque>
+#include <limits>
+#include <map>
+#include <stdexcept>
+
+using namespace plugin_library;
+using nvinfer1::DimensionOperation;
+using nvinfer1::DimsExprs;
+using nvinfer1::IDimensionExpr;
+
+namespace {
+
+// A size as the builder sees it: a number, a name, or the result of an operation; and the text of it.
+class Size final : public IDimensionExpr, private nvinfer1::apiv::VDimensionExpr {
+public:
+    explicit Size(int64_t value) : text(std::to_string(value)), value_(value), constant_(true) { mImpl = this; }
+    explicit Size(const std::string& name) : text(name) { mImpl = this; }
+
+    std::string text;
+    bool size_tensor = false, depends_on_size_tensor = false;
+
+private:
+    bool isConstant() const override { return constant_; }
+    int64_t getConstantValue() const override { return constant_ ? value_ : std::numeric_limits<int64_t>::min(); }
+    bool isSizeTensor() const override { return size_tensor; }
+
+    int64_t value_ = 0;
+    bool constant_ = false;
+};
+
+const Size& as_size(const IDimensionExpr& expression) {
+    return static_cast<const Size&>(expression);
+}
+
+struct Declared {
+    int32_t output;
+    std::string opt, upper;
+};
+
+class Builder final : public nvinfer1::IExprBuilder, private nvinfer1::apiv::VExprBuilder {
+public:
+    Builder() { mImpl = this; }
+
+    const IDimensionExpr* named(const std::string& name) { return &sizes_.emplace_back(name); }
+    const IDimensionExpr* number(int64_t value) { return &sizes_.emplace_back(value); }
+
+    std::vector<Declared> declared;
+    bool fails = false, throws = false;
+
+private:
+    const IDimensionExpr* constant(int64_t value) override { return fails ? nullptr : number(value); }
+    const IDimensionExpr* operation(
+        DimensionOperation operation, const IDimensionExpr& first, const IDimensionExpr& second) override {
+        static const std::map<DimensionOperation, std::string> names = {
+            {DimensionOperation::kSUM, "sum"}, {DimensionOperation::kMIN, "min"}, {DimensionOperation::kMAX, "max"}};
+        const Size &a = as_size(first), &b = as_size(second);
+        Size& result = sizes_.emplace_back(names.at(operation) + "(" + a.text + ", " + b.text + ")");
+        result.depends_on_size_tensor = a.depends_on_size_tensor || b.depends_on_size_tensor;
+        return &result;
+    }
+    const IDimensionExpr* declareSizeTensor(
+        int32_t output, const IDimensionExpr& opt, const IDimensionExpr& upper) override {
+        if (throws) throw std::runtime_error("no more expressions");
+        if (fails) return nullptr;
+        // The rule of TensorRT's header, and the stricter one that this plugin keeps for the bound
+        CHECK(!as_size(opt).depends_on_size_tensor);
+        CHECK(!as_size(upper).depends_on_size_tensor);
+        declared.push_back({output, as_size(opt).text, as_size(upper).text});
+        Size& result = sizes_.emplace_back("K" + std::to_string(declared.size()));
+        result.size_tensor = result.depends_on_size_tensor = true;
+        return &result;
+    }
+
+    std::deque<Size> sizes_;
+};
+
+using Sizes = std::vector<const IDimensionExpr*>;
+
+DimsExprs dims_of(const Sizes& sizes) {
+    DimsExprs result{};
+    result.nbDims = static_cast<int32_t>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), result.d);
+    return result;
+}
+
+std::string text_of(const DimsExprs& dims) {
+    std::string text;
+    for (int32_t i = 0; i < dims.nbDims; ++i) text += (i > 0 ? ", " : "") + as_size(*dims.d[i]).text;
+    return "[" + text + "]";
+}
+
+Fields fields(int32_t capacity, int32_t opt = 0, int32_t max = 0, int32_t prefix = 1) {
+    return Fields()
+        .add("num_prefix_tokens", prefix)
+        .add("capacity", capacity)
+        .add("opt_tokens", opt)
+        .add("max_tokens", max);
+}
+
+struct Shapes {
+    bool taken = false;
+    std::vector<DimsExprs> outputs;
+    std::string message;
+};
+
+Shapes output_shapes(const Fields& fields, std::vector<DimsExprs> inputs, Builder& builder, int extra_outputs = 0) {
+    Shapes result;
+    const PluginPointer plugin = create(fields);
+    if (!CHECK(plugin != nullptr)) return result;
+    nvinfer1::IPluginV3OneBuild& phase = build(*plugin);
+    result.outputs.resize(phase.getNbOutputs() + extra_outputs);
+    for (DimsExprs& output : result.outputs) output.nbDims = -1;
+    logged();
+    result.taken = phase.getOutputShapes(
+                       inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0, result.outputs.data(),
+                       static_cast<int32_t>(result.outputs.size()), builder) == 0;
+    result.message = logged();
+    if (result.taken) CHECK_EQUAL(result.message, "");
+    return result;
+}
+
+// Inputs for tokens [batch, tokens, features]
+std::vector<DimsExprs> inputs_of(
+    const IDimensionExpr* batch, const IDimensionExpr* tokens, const IDimensionExpr* features,
+    const IDimensionExpr* thresholds) {
+    return {dims_of({batch, tokens, features}), dims_of({batch, tokens}), dims_of({thresholds})};
+}
+
+void one_dynamic_layer() {
+    Builder builder;
+    const auto inputs = inputs_of(builder.named("B"), builder.number(197), builder.number(384), builder.number(1));
+    const Shapes shapes = output_shapes(fields(0), inputs, builder);
+    if (!CHECK(shapes.taken)) return;
+    CHECK_EQUAL(shapes.outputs.size(), 5u);
+    CHECK_EQUAL(text_of(shapes.outputs[0]), "[B, K1, 384]");
+    CHECK_EQUAL(text_of(shapes.outputs[1]), "[B, K1]");
+    CHECK_EQUAL(text_of(shapes.outputs[2]), "[B, K1]");
+    CHECK_EQUAL(text_of(shapes.outputs[3]), "[B, 197]");
+    CHECK_EQUAL(text_of(shapes.outputs[4]), "[]");
+    CHECK_EQUAL(builder.declared.size(), 1u);
+    CHECK_EQUAL(builder.declared[0].output, 4);
+}
+
+// The size tensor's tuning value and bound, for every combination of what is known.
+void hints() {
+    const struct {
+        const char* tokens;
+        int32_t opt, max;
+        const char *usual, *upper;
+    } cases[] = {
+        {"197", 0, 0, "197", "197"},       {"197", 120, 0, "120", "197"},   {"197", 0, 197, "197", "197"},
+        {"197", 120, 577, "120", "197"},   {"197", 300, 577, "197", "197"}, {"N", 0, 0, "N", "N"},
+        {"N", 120, 0, "min(120, N)", "N"}, {"N", 0, 577, "N", "577"},       {"N", 120, 577, "120", "577"},
+    };
+    for (const auto& one : cases) {
+        Builder builder;
+        const std::string name = one.tokens;
+        const auto* tokens = name == "N" ? builder.named(name) : builder.number(std::stoll(name));
+        const auto inputs = inputs_of(builder.named("B"), tokens, builder.number(384), builder.named("T"));
+        const Shapes shapes = output_shapes(fields(0, one.opt, one.max), inputs, builder);
+        if (!CHECK(shapes.taken) || !CHECK_EQUAL(builder.declared.size(), 1u)) continue;
+        CHECK_EQUAL(builder.declared[0].opt, one.usual);
+        CHECK_EQUAL(builder.declared[0].upper, one.upper);
+    }
+}
+
+void fixed_capacity() {
+    Builder builder;
+    const auto inputs = inputs_of(builder.number(8), builder.number(197), builder.number(384), builder.number(8));
+    // The hints are of no use here, so they may be anything
+    const Shapes shapes = output_shapes(fields(98, 20, 30), inputs, builder);
+    if (!CHECK(shapes.taken)) return;
+    CHECK_EQUAL(shapes.outputs.size(), 4u);
+    CHECK_EQUAL(text_of(shapes.outputs[0]), "[8, 99, 384]");
+    CHECK_EQUAL(text_of(shapes.outputs[1]), "[8, 99]");
+    CHECK_EQUAL(text_of(shapes.outputs[2]), "[8, 99]");
+    CHECK_EQUAL(text_of(shapes.outputs[3]), "[8, 197]");
+    CHECK(builder.declared.empty());
+    for (const DimsExprs& output : shapes.outputs) {
+        for (int32_t i = 0; i < output.nbDims; ++i) CHECK(output.d[i]->isConstant());
+    }
+}
+
+// Three layers, each fed with what the layer before it gave. A capacity of 0 is dynamic.
+void chain(const std::vector<int32_t>& capacities, int32_t opt, int32_t max, const std::vector<std::string>& expected) {
+    Builder builder;
+    const auto* batch = builder.named("B");
+    auto inputs = inputs_of(batch, builder.number(197), builder.number(768), batch);
+    for (size_t layer = 0; layer < capacities.size(); ++layer) {
+        const Shapes shapes = output_shapes(fields(capacities[layer], opt, max), inputs, builder);
+        if (!CHECK(shapes.taken)) {
+            std::cerr << shapes.message;
+            return;
+        }
+        CHECK_EQUAL(text_of(shapes.outputs[0]), "[B, " + expected[layer] + ", 768]");
+        CHECK_EQUAL(text_of(shapes.outputs[3]), "[B, " + as_size(*inputs[0].d[1]).text + "]");
+        inputs[0] = shapes.outputs[0];
+        inputs[1] = shapes.outputs[1];
+    }
+}
+
+void chains() {
+    chain({0, 0, 0}, 120, 197, {"K1", "K2", "K3"});
+    chain({98, 49, 24}, 0, 0, {"99", "50", "25"});
+    chain({98, 49, 24}, 120, 197, {"99", "50", "25"});
+    chain({0, 49, 0}, 40, 197, {"K1", "50", "K2"});
+    chain({98, 0, 0}, 60, 197, {"99", "K1", "K2"});
+}
+
+void hints_missing_in_a_chain() {
+    const struct { int32_t opt, max; } cases[] = {{0, 0}, {120, 0}, {0, 197}};
+    for (const auto& one : cases) {
+        Builder builder;
+        const auto* batch = builder.named("B");
+        auto inputs = inputs_of(batch, builder.number(197), builder.number(768), batch);
+        const Shapes first = output_shapes(fields(0, one.opt, one.max), inputs, builder);
+        if (!CHECK(first.taken)) continue;
+        inputs[0] = first.outputs[0];
+        inputs[1] = first.outputs[1];
+        const Shapes second = output_shapes(fields(0, one.opt, one.max), inputs, builder);
+        CHECK(!second.taken);
+        CHECK_CONTAINS(
+            second.message,
+            "opt_tokens " + std::to_string(one.opt) + " and max_tokens " + std::to_string(one.max) + " of a layer");
+        CHECK_EQUAL(builder.declared.size(), 1u);
+    }
+}
+
+void refusals() {
+    Builder b;
+    const auto *B = b.named("B"), *N = b.named("N"), *D = b.named("D"), *T = b.named("T"), *one = b.number(1);
+    const auto n = [&](int64_t value) { return b.number(value); };
+    const struct {
+        std::vector<DimsExprs> inputs;
+        Fields fields;
+        const char* message;
+    } cases[] = {
+        {{dims_of({B, N}), dims_of({B, N}), dims_of({one})}, fields(0), "tokens has 2 dimensions"},
+        {{dims_of({B, N, D}), dims_of({B, N, one}), dims_of({one})}, fields(0), "log_size has 3 dimensions"},
+        {{dims_of({B, N, D}), dims_of({B, N}), dims_of({})}, fields(0), "threshold has 0 dimensions"},
+        {{dims_of({B, N, D}), dims_of({B, N}), dims_of({one, one})}, fields(0), "threshold has 2 dimensions"},
+        {{dims_of({B, N, D}), dims_of({B, N})}, fields(0), "2 inputs: the plugin has 3"},
+        {{dims_of({n(2), N, D}), dims_of({n(3), N}), dims_of({one})},
+         fields(0),
+         "[2, -1, ...] and log_size is [3, -1]"},
+        {{dims_of({B, n(5), D}), dims_of({B, n(6)}), dims_of({one})},
+         fields(0),
+         "[-1, 5, ...] and log_size is [-1, 6]"},
+        {inputs_of(n(0), N, D, T), fields(0), "the batch is 0"},
+        {inputs_of(B, N, n(0), T), fields(0), "tokens have 0 features"},
+        {inputs_of(n(4), N, D, n(3)), fields(0), "3 thresholds for 4 images"},
+        {inputs_of(B, N, D, n(0)), fields(0), "0 thresholds for -1 images"},
+        {inputs_of(B, n(0), D, T), fields(0, 0, 0, 0), "num_prefix_tokens 0 leaves no patches among 0 tokens"},
+        {inputs_of(B, n(1), D, T), fields(0), "num_prefix_tokens 1 leaves no patches among 1 tokens"},
+        {inputs_of(B, n(4), D, T), fields(0, 0, 0, 5), "num_prefix_tokens 5 leaves no patches among 4 tokens"},
+        // Known from one of the two inputs only
+        {{dims_of({B, N, D}), dims_of({B, n(1)}), dims_of({one})}, fields(0), "leaves no patches among 1 tokens"},
+        {inputs_of(B, n(4098), D, T), fields(0), "4097 patches are more than the 4096"},
+        {inputs_of(B, n(197), D, T), fields(197), "capacity 197 is more than the 196 patches of 197 tokens"},
+        {inputs_of(B, n(197), D, T), fields(0, 0, 196), "197 tokens are more than max_tokens 196"},
+    };
+    for (const auto& c : cases) {
+        const Shapes shapes = output_shapes(c.fields, c.inputs, b);
+        CHECK(!shapes.taken);
+        CHECK_CONTAINS(shapes.message, c.message);
+        CHECK_EQUAL(std::count(shapes.message.begin(), shapes.message.end(), '\n'), 1);
+    }
+    const Shapes outputs = output_shapes(fields(0), inputs_of(B, N, D, T), b, 1);
+    CHECK(!outputs.taken);
+    CHECK_CONTAINS(outputs.message, "6 outputs: with capacity 0 the plugin has 5");
+    CHECK(b.declared.empty());
+}
+
+void largest_and_smallest() {
+    Builder b;
+    const auto *B = b.named("B"), *D = b.number(1), *T = b.named("T");
+    CHECK(output_shapes(fields(0), inputs_of(B, b.number(4097), D, T), b).taken);
+    CHECK(output_shapes(fields(4096), inputs_of(B, b.number(4097), D, T), b).taken);
+    CHECK(output_shapes(fields(0, 0, 0, 0), inputs_of(B, b.number(1), D, T), b).taken);
+    CHECK(output_shapes(fields(196), inputs_of(B, b.number(197), D, T), b).taken);
+    CHECK(output_shapes(fields(0, 0, 197), inputs_of(B, b.number(197), D, T), b).taken);
+    // One threshold for any number of images, and any number of thresholds for any number of images
+    CHECK(output_shapes(fields(0), inputs_of(b.number(4), b.number(5), D, b.number(1)), b).taken);
+    CHECK(output_shapes(fields(0), inputs_of(B, b.number(5), D, b.number(3)), b).taken);
+}
+
+// Null from any function, an exception from the only one that is not noexcept
+void builders_that_fail() {
+    const struct {
+        bool throws;
+        int32_t capacity;
+    } cases[] = {{false, 0}, {false, 10}, {true, 0}};
+    for (const auto& one : cases) {
+        for (const int32_t hint : {0, 30}) {
+            Builder builder;
+            const auto inputs =
+                inputs_of(builder.named("B"), builder.named("N"), builder.named("D"), builder.named("T"));
+            builder.throws = one.throws;
+            builder.fails = !one.throws;
+            const Shapes shapes = output_shapes(fields(one.capacity, hint, hint), inputs, builder);
+            CHECK(!shapes.taken);
+            CHECK_CONTAINS(shapes.message, "TensorRT");
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    setLoggerFinder(loggers::tensorrt10_finder());
+    one_dynamic_layer();
+    hints();
+    fixed_capacity();
+    chains();
+    hints_missing_in_a_chain();
+    refusals();
+    largest_and_smallest();
+    builders_that_fail();
+    return check::result();
+}
