@@ -35,6 +35,10 @@ lint: setup
 test-real: setup
 	$(RUN)/python -m pytest -m real
 
+# What only a GPU can show; needs nvcc, torch, numpy, pytest. Writes docs/gpu-results.md
+test-gpu:
+	$(or $(wildcard $(RUN)/python),$(PYTHON)) tests/run_on_gpu.py --out docs --force
+
 benchmark: setup
 	$(RUN)/python examples/real_weights.py real-weights
 	$(RUN)/python examples/benchmarks/onnxruntime_speed.py \
