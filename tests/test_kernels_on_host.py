@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from host_kernels import (
 )
 from plugin_build import cmake_build
 
-from simprune_deploy.parity.decisions import float_noise
+from simprune_deploy.parity.decisions import float_noise, similarity_matrix
 from simprune_deploy.pruning.operator import similarity_prune
 
 IN_PROCESS = 1500
@@ -362,3 +363,64 @@ def test_a_workspace_for_the_largest_sizes_serves_every_smaller_one(kernels: Hos
     assert (np.diff(bytes_of, axis=0) >= 0).all()
     assert (np.diff(bytes_of, axis=1) >= 0).all()
     assert bytes_of.max() < 200 * 2**20, "a batch is worked on in groups"
+
+
+# --- float noise ----------------------------------------------------------------------------------
+
+
+def giant_first(rng: np.random.Generator, dim: int) -> Any:
+    """One component far larger than the rest, as ViTs have them ("massive activations")."""
+    tokens = rng.standard_normal((12, dim))
+    tokens[:, 0] = 500
+    return tokens
+
+
+def scaled_constants(rng: np.random.Generator, dim: int) -> Any:
+    """Multiples of the vector of ones: all products of a sum are equal, and so are its errors."""
+    return np.ones((12, dim)) * rng.uniform(1, 2, (12, 1))
+
+
+def offset(rng: np.random.Generator, dim: int) -> Any:
+    return 100 + rng.standard_normal((12, dim))
+
+
+def gaussian(rng: np.random.Generator, dim: int) -> Any:
+    return rng.standard_normal((12, dim))
+
+
+def worst_noise(kernels: HostKernels, tokens: Any, dtype: str) -> float:
+    """The largest violation, as a multiple of the bound, at thresholds around a similarity."""
+    limit = np.float32([2])
+    case = Case(np.float32(tokens[None]), np.zeros((1, len(tokens)), np.float32), limit, prefix=0)
+    case = rounded(case, dtype)
+    similarity = similarity_matrix(case.tokens[0], 0)
+    steps = np.geomspace(1e-7, 3e-4, 25)
+    worst = 0.0
+    for step in [*-steps, *steps]:
+        limit = np.float32([similarity[1, 0] + step])
+        case = dataclasses.replace(case, threshold=limit)
+        worst = max(worst, worst_violation(case, kernels.run(case, dtype)))
+    return worst / float_noise(tokens.shape[1])
+
+
+@pytest.mark.parametrize("sm", [80, 75, 1080, 0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [giant_first, scaled_constants, offset, gaussian])
+def test_sums_stay_within_the_noise_that_is_allowed(
+    kernels: HostKernels, family: Callable[..., Any], dtype: str, sm: int
+) -> None:
+    """Sums that round badly; 80 and 75 truncate them as tensor cores do."""
+    kernels.schedule(0, sm)
+    for dim in (384, 768, 1024, 4096):
+        tokens = family(np.random.default_rng(dim), dim)
+        assert worst_noise(kernels, tokens, dtype) <= 1, dim
+
+
+def test_a_mean_of_large_tokens_does_not_overflow(kernels: HostKernels) -> None:
+    tokens = np.full((1, 3, 16), 3e38, np.float32)
+    for dtype in ("float32", "bfloat16"):
+        case = Case(tokens, np.float32([[0, 0, 45]]), np.float32([-1]), prefix=0)
+        case = rounded(case, dtype)
+        actual = kernels.run(case, dtype)
+        assert actual.kept_index.tolist() == [[0]]
+        assert_values(case, dtype, actual)

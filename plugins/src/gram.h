@@ -4,6 +4,10 @@
 // and mirrored, so that G_ij and G_ji have the same bits. The depth goes by in stages of 128 bytes a
 // row; while one stage is multiplied from shared memory the next is on its way into it. The rows are
 // not normalised first: s_ij = G_ij / (sqrt(G_ii) sqrt(G_jj)), and the diagonal is there.
+//
+// A stage is summed by itself and then added to the total: rounding errors grow with the number of
+// stages and the length of one, not with the depth. Tensor cores truncate, which is a bias: in one long
+// sum it would add up.
 #pragma once
 
 #include "job.h"
@@ -23,6 +27,11 @@ struct GramShared {
 // A thread's sums: [2][4][4] fragments of a 32 x 32 warp tile, or [8][4] of the plain code.
 struct GramSums {
     float value[32];
+
+    SIMPRUNE_FN void add(const GramSums& part) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) value[i] += part.value[i];
+    }
 };
 
 SIMPRUNE_FN int gram_tiles(const Job& job) {
@@ -123,6 +132,8 @@ private:
         if ((diagonal() && column > row) || row_tile_ * kTile + row >= job_.num_patches) return;
         const auto& rows = shared.stage[buffer][0];
         const auto& columns = shared.stage[buffer][column_operand()];
+        Lanes<GramSums> part;
+        warp.each([&](int lane) { part[lane] = GramSums{}; });
 #pragma unroll
         for (int k = 0; k < kStageBytes / 32; ++k) {  // 16 elements, 8 words
             Lanes<FragmentA> a[2];
@@ -149,10 +160,11 @@ private:
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     multiply_accumulate<T>(
-                        warp, [&](int lane) { return sums.of(warp, lane).value + (m * 4 + n) * 4; }, a[m], b[n]);
+                        warp, [&](int lane) { return part[lane].value + (m * 4 + n) * 4; }, a[m], b[n]);
                 }
             }
         }
+        warp.each([&](int lane) { sums.of(warp, lane).add(part[lane]); });
     }
 
     SIMPRUNE_FN static uint32_t word_of(const uint8_t* row, int index) {
@@ -181,7 +193,8 @@ private:
         const Warp& warp, GramShared& shared, int buffer, Registers<GramSums>& sums) const {
         warp.each([&](int lane) {
             const int thread = warp.index * kWarp + lane;
-            float* sum = sums.of(warp, lane).value;
+            GramSums part{};
+            float* sum = part.value;
 #pragma unroll 2
             for (int p = 0; p < kPacksPerRow; ++p) {
                 Pack<T> columns[4];
@@ -202,6 +215,7 @@ private:
                     }
                 }
             }
+            sums.of(warp, lane).add(part);
         });
     }
 

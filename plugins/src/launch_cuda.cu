@@ -65,6 +65,11 @@ int explain(cudaError_t error, const char* kernel) {
             cudaDriverGetVersion(&driver);
             cudaRuntimeGetVersion(&runtime);
             cudaGetLastError();
+            if (driver == 0) {
+                return fail(
+                    SIMPRUNE_CUDA_ERROR,
+                    "no NVIDIA driver was found: install one, or give the container access to the GPU (--gpus all)");
+            }
             return fail(
                 SIMPRUNE_CUDA_ERROR,
                 "the driver serves CUDA up to %d.%d and this library was built with %d.%d: update the driver, or "
@@ -75,11 +80,16 @@ int explain(cudaError_t error, const char* kernel) {
     }
 }
 
-template <class Kernel>
-int start(const char* name, Kernel kernel, int64_t blocks, int threads, const Job& job, cudaStream_t stream) {
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(job);
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? static_cast<int>(SIMPRUNE_OK) : explain(error, name);
+// The launch's own status is read, not the thread's last error, which may be somebody else's.
+int start(const char* name, void (*kernel)(Job), int64_t blocks, int threads, const Job& job, cudaStream_t stream) {
+    Job copy = job;
+    void* arguments[] = {&copy};
+    const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0, stream);
+    if (error == cudaSuccess) return SIMPRUNE_OK;
+    cudaGetLastError();  // reported here, so others shall not find it again
+    return explain(error, name);
 }
 
 template <class T>

@@ -83,6 +83,9 @@ int check_problem(const simprune_problem* problem) {
             SIMPRUNE_BAD_PROBLEM, "%lld thresholds for %lld images: give 1, or one an image", number(p.num_thresholds),
             number(p.batch));
     }
+    if (p.num_tokens > std::numeric_limits<int32_t>::max() / 2) {
+        return fail(SIMPRUNE_BAD_PROBLEM, "%lld tokens are too many", number(p.num_tokens));
+    }
     // Blocks are counted in 31 bits; the write kernel has the most of them to an image
     const int64_t blocks = (p.num_tokens + 7) / 8 + patches * patches / (64 * 64);
     if (p.batch > std::numeric_limits<int32_t>::max() / (blocks + 1)) {

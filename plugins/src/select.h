@@ -14,6 +14,7 @@ struct SelectShared {
     uint32_t valid[kMaxWords], kept[kMaxWords];
     int32_t rank[kMaxWords + 1];  // kept patches before a word
     bool conflict[kWarp];
+    int32_t saved;  // redundancy: the patch that stays though all would go
     uint16_t heads[SIMPRUNE_MAX_PATCHES];
     bool gives_up[SIMPRUNE_MAX_PATCHES];
     float key[SIMPRUNE_MAX_PATCHES];  // of step 6; before that the scores of a small image
@@ -184,11 +185,14 @@ SIMPRUNE_FN void keep_below_mean(
                 if ((shared.valid[word] >> lane & 1) != 0) least[lane] = better(least[lane], {-score[patch], patch});
             }
         });
-        if (warp.ballot(some) != 0) return;
-        const int patch = warp_best(warp, least).index;
+        const int patch = warp.ballot(some) != 0 ? job.num_patches : warp_best(warp, least).index;
         warp.each([&](int lane) {
-            if (lane == 0 && patch < job.num_patches) shared.kept[patch / kWarp] = 1u << patch % kWarp;
+            if (lane == 0) shared.saved = patch;
         });
+    });
+    block.threads([&](int thread) {
+        const int patch = shared.saved;
+        if (thread == 0 && patch < job.num_patches) shared.kept[patch / kWarp] = 1u << patch % kWarp;
     });
 }
 

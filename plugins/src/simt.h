@@ -31,8 +31,9 @@ namespace simprune {
 
 // The order in which the CPU runs blocks, warps and lanes, and the GPU whose code path it takes.
 struct Schedule {
-    int order = 0;  // 0 forward, 1 backward, otherwise a seed to shuffle with
-    int sm = 80;    // 80: mma.m16n8k16; 75: mma.m16n8k8 for float16; 0: no tensor cores
+    int order = 0;          // 0 forward, 1 backward, otherwise a seed to shuffle with
+    int sm = 80;            // 80: mma.m16n8k16; 75: mma.m16n8k8 for float16; 0: no tensor cores
+    bool truncates = true;  // sums of tensor cores are rounded towards zero, as real ones do
 };
 extern Schedule host_schedule;
 

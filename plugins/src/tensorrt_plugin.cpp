@@ -100,6 +100,15 @@ const char* name_of(DataType type) {
     }
 }
 
+// Of the C interface's workspace.
+constexpr size_t kWorkspaceAlignment = 256;
+
+void* aligned(void* workspace) {
+    const auto address = reinterpret_cast<uintptr_t>(workspace);
+    return static_cast<uint8_t*>(workspace) +
+           (kWorkspaceAlignment - address % kWorkspaceAlignment) % kWorkspaceAlignment;
+}
+
 long long number(int64_t value) {
     return static_cast<long long>(value);
 }
@@ -465,7 +474,8 @@ size_t PrunePlugin::getWorkspaceSize(
     const simprune_problem largest = problem(tokens, threshold, type);
     const size_t bytes = simprune_workspace_bytes(&largest);
     if (bytes == 0) log_error("%s", simprune_error());
-    return bytes;
+    // TensorRT promises no alignment
+    return bytes == 0 ? 0 : bytes + kWorkspaceAlignment;
 }
 
 // Shapes and types are added by TensorRT
@@ -520,6 +530,7 @@ int32_t PrunePlugin::enqueue(
     }
     const simprune_problem call = problem(tokens, threshold, type);
     // TensorRT does not say how much it gives, but it asked for the largest shapes
+    if (workspace != nullptr) workspace = aligned(workspace);
     if (simprune_enqueue(&call, &buffers, workspace, simprune_workspace_bytes(&call), stream) != SIMPRUNE_OK) {
         log_error("%s", simprune_error());
         return kFailed;

@@ -35,17 +35,18 @@ public:
         return warp_sum(warp, sum);
     }
 
+    // Weights are divided before they are summed: a mean of large tokens must not overflow.
     SIMPRUNE_FN void merge(const Warp& warp, float size, T* out) const {
         for (int first = 0; first < job_.dim; first += kColumns) {
             Lanes<Accumulator> sum;
-            warp.each([&](int lane) { start_with_head(lane, first, sum[lane]); });
+            warp.each([&](int lane) { start_with_head(lane, first, 1.0f / size, sum[lane]); });
             for (int start = job_.prefix; start < job_.num_tokens; start += kWarp) {
                 Lanes<bool> is_member;
                 Lanes<float> weight;
                 warp.each([&](int lane) {
                     const int token = start + lane;
                     is_member[lane] = token < job_.num_tokens && member(token);
-                    weight[lane] = is_member[lane] ? relative_size(token) : 0.0f;
+                    weight[lane] = is_member[lane] ? relative_size(token) / size : 0.0f;
                 });
                 uint32_t open = warp.ballot(is_member);
                 while (open != 0) {
@@ -68,7 +69,7 @@ public:
                     Vector result;
 #pragma unroll
                     for (int e = 0; e < kVector; ++e) {
-                        result.value[e] = from_float<T>(sum[lane].value[v][e] / size);
+                        result.value[e] = from_float<T>(sum[lane].value[v][e]);
                     }
                     *reinterpret_cast<Vector*>(out + column) = result;
                 }
@@ -127,14 +128,14 @@ private:
         return exponential(log_size_[token] - log_size_[head_]);
     }
 
-    SIMPRUNE_FN void start_with_head(int lane, int first, Accumulator& sum) const {
+    SIMPRUNE_FN void start_with_head(int lane, int first, float weight, Accumulator& sum) const {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             const int column = first + (v * kWarp + lane) * kVector;
             if (column >= job_.dim) break;
             const Vector x = *reinterpret_cast<const Vector*>(tokens_ + int64_t{head_} * job_.dim + column);
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) sum.value[v][e] = to_float(x.value[e]);
+            for (int e = 0; e < kVector; ++e) sum.value[v][e] = weight * to_float(x.value[e]);
         }
     }
 

@@ -67,7 +67,8 @@ def similarity_matrix(tokens: Array, prefix: int) -> Array:
     """Return the cosine similarities float64[M, M] of the patches among tokens [N, D]."""
     patches = np.asarray(tokens[prefix:], np.float64)
     norm = np.maximum(np.linalg.norm(patches, axis=1, keepdims=True), 1e-12)
-    features = patches / norm
+    # in float32 the square of such a norm is infinite, and step 1 gives x / inf = 0
+    features = np.where(norm**2 > np.finfo(np.float32).max, 0.0, patches / norm)
     return np.asarray(features @ features.T)
 
 
