@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,15 @@ from simprune_deploy.files import check_destination, sha256, staged_folder, writ
 if TYPE_CHECKING:
     import onnx
 
+    from simprune_deploy.engine.rtx import BuiltEngine
+    from simprune_deploy.engine.targets import Target
     from simprune_deploy.images import ImageSet
     from simprune_deploy.onnx.exporter import ExportOptions
     from simprune_deploy.parity.verdict import Verdict
     from simprune_deploy.pruning.model import PrunedViT
 
 MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
+ENGINES = "engines"
 FORMAT = 1
 
 Progress = Callable[[str], None]
@@ -221,3 +224,46 @@ def verify(
         return prove_against_golden(graph, golden, progress)
     pictures = _pictures(reference, images, not facts.export["normalize"])
     return prove_against_torch(graph, reference, pictures, progress)[0]
+
+
+def build_engines(
+    folder: str | Path,
+    targets: Sequence[Target],
+    *,
+    per_target: bool = False,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> list[BuiltEngine]:
+    """Build TensorRT-RTX engines of an exported folder's model, into its folder ``engines``.
+
+    The manifest stays as it is: it records what was exported and proved. Each engine has a file
+    of metadata beside it that names the model and itself by their SHA-256.
+
+    Args:
+        folder: A folder that :func:`export` wrote.
+        targets: From :func:`simprune_deploy.engine.targets.find_targets`.
+        per_target: One engine for each target. Default: one for all of them.
+        force: Build again what is there already.
+        progress: Called with a word on each step.
+
+    Raises:
+        SimpruneError: the folder is damaged or its proof failed, or an engine cannot be built.
+    """
+    from simprune_deploy.engine.rtx import build_engines as build
+    from simprune_deploy.parity.verdict import ACCEPTED
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest["verdict"] not in (*ACCEPTED, "not verified"):
+        raise SimpruneError(
+            f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of proven "
+            "exports: export again, or with --no-verify if you want one all the same"
+        )
+    return build(
+        folder / MODEL,
+        folder / ENGINES,
+        targets,
+        per_target=per_target,
+        force=force,
+        progress=progress,
+    )

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -17,6 +17,8 @@ from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.checkpoint import Checkpoint
+    from simprune_deploy.engine.rtx import BuiltEngine
+    from simprune_deploy.engine.targets import Target
 
 app = typer.Typer(
     name="simprune-deploy",
@@ -34,6 +36,9 @@ Arch = Annotated[
 ]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="MODEL is a timm name or hf-hub: id to download.")
+]
+PerTarget = Annotated[
+    bool, typer.Option("--per-target", help="One engine for each target, not one for all.")
 ]
 TrustPickle = Annotated[
     bool,
@@ -133,6 +138,9 @@ def export(
         bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalise in the graph.")
     ] = False,
     softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities.")] = False,
+    precision: Annotated[
+        str, typer.Option(help="Types in the graph: fp32, fp16 or bf16; inputs stay float32.")
+    ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
     emit_assignments: Annotated[
         bool, typer.Option("--emit-assignments", help="Output where every token went, per layer.")
@@ -142,6 +150,11 @@ def export(
         typer.Option(help="Pictures for the proof.  [default: some that come along]"),
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="GPUs to build TensorRT-RTX engines for, after the proof: rtx-ada."),
+    ] = None,
+    per_target: PerTarget = False,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--output", help="Folder to write.  [default: NAME-pruned]"),
@@ -156,6 +169,7 @@ def export(
         # every check that needs no model comes before the model is loaded
         from simprune_deploy.bundle import MANIFEST
         from simprune_deploy.files import check_destination
+        from simprune_deploy.onnx.precision import check_precision
         from simprune_deploy.pruning.config import PruneConfig, check_threshold
 
         changes: dict[str, Any] = {
@@ -167,6 +181,7 @@ def export(
         if threshold is not None:
             check_threshold(threshold)
         PruneConfig(**{name: value for name, value in changes.items() if value is not None})
+        check_precision(precision)
         layer_list = _parse_layers(layers)
         counts = _parse_tokens(tokens)
         batch_range = _parse_batch(batch)
@@ -174,6 +189,9 @@ def export(
         check_destination(folder, force, MANIFEST)
         if images is not None and no_verify:
             raise SimpruneError("--images is for the proof, and --no-verify skips it: drop one")
+        if per_target and target is None:
+            raise SimpruneError("--per-target says how to build for --target: name the targets")
+        engine_targets = _engine_targets(target) if target is not None else []
 
         from simprune_deploy import bundle
         from simprune_deploy.report.terminal import progress
@@ -190,6 +208,7 @@ def export(
                 normalize=normalize,
                 softmax=softmax,
                 emit_assignments=emit_assignments,
+                precision=precision,
             )
             checkpoint = _load(model, arch, img_size, pretrained, trust_pickle)
             pruned = prune(
@@ -209,19 +228,61 @@ def export(
                 source={"kind": checkpoint.kind, "notes": list(checkpoint.notes)},
                 progress=step,
             )
-        verdict = result.verdict
+            verdict = result.verdict
+            engines = None
+            if engine_targets and (verdict is None or verdict.accepted):
+                engines = _build_engines_after_export(
+                    result.folder, engine_targets, per_target, step
+                )
         if as_json:
-            _print_json(
-                {
-                    "output": str(result.folder),
-                    "verdict": verdict.to_dict() if verdict else None,
-                    "manifest": result.manifest,
-                }
-            )
+            answer: dict[str, Any] = {
+                "output": str(result.folder),
+                "verdict": verdict.to_dict() if verdict else None,
+                "manifest": result.manifest,
+            }
+            if engine_targets:
+                answer["engines"] = [each.to_dict() for each in engines or []]
+            _print_json(answer)
         else:
             _print_export(result, checkpoint)
-        if verdict is not None and verdict.status != "proven":
+            if engines is not None:
+                _print_engines(engines)
+            elif engine_targets:
+                typer.echo("no engine was built: the export is not proven")
+        if verdict is not None and not verdict.accepted:
             raise typer.Exit(1)
+
+
+def _engine_targets(text: str) -> list[Target]:
+    """Return the targets of --target; refuse here, before any work, what cannot be built here."""
+    from simprune_deploy.engine.rtx import check_targets
+    from simprune_deploy.engine.targets import find_targets
+
+    targets = find_targets(text)
+    check_targets(targets)
+    return targets
+
+
+def _build_engines_after_export(
+    folder: Path, targets: list[Target], per_target: bool, progress: Callable[[str], None]
+) -> list[BuiltEngine]:
+    from simprune_deploy.bundle import build_engines
+
+    try:
+        return build_engines(folder, targets, per_target=per_target, progress=progress)
+    except SimpruneError as error:
+        # the export is whole and may have taken long: it stays
+        raise SimpruneError(
+            f"{error} (the export in {folder} is complete; `simprune-deploy engine {folder}` "
+            "builds its engines)"
+        ) from error
+
+
+def _print_engines(engines: list[BuiltEngine]) -> None:
+    from simprune_deploy.report.terminal import print_engines
+
+    typer.echo()
+    print_engines(engines)
 
 
 def _print_export(result: Any, checkpoint: Checkpoint) -> None:
@@ -239,6 +300,7 @@ def _print_export(result: Any, checkpoint: Checkpoint) -> None:
             "checkpoint": "; ".join([checkpoint.kind, *checkpoint.notes]),
             "prunes before blocks": pruning["layers"],
             "threshold": pruning["threshold"],
+            "precision": facts["export"]["precision"],
             "patches kept": pruning["capacities"] or "as many as the image needs",
             "written": ", ".join(
                 f"{result.folder / name} ({entry['bytes'] / 1e6:.1f} MB)"
@@ -288,7 +350,7 @@ def verify(
             _print_json(verdict.to_dict())
         else:
             print_verdict(Console(), verdict)
-        if verdict.status != "proven":
+        if not verdict.accepted:
             raise typer.Exit(1)
 
 
@@ -305,6 +367,48 @@ def _reference_of(
     size = height if height == width else (height, width)
     model = _load(reference, arch, size, pretrained, trust_pickle).model
     return PrunedViT(getattr(model, "vit", model), facts.pruning)
+
+
+@app.command()
+def engine(
+    bundle: Annotated[Path, typer.Argument(metavar="FOLDER", help="Exported folder.")],
+    target: Annotated[
+        str, typer.Option(help="GPUs to build for: rtx-ada,dgx-spark; `targets` lists them.")
+    ],
+    per_target: PerTarget = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build again what is there already.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build TensorRT-RTX engines of an exported folder, on a machine with or without a GPU."""
+    with _errors():
+        from simprune_deploy.bundle import build_engines
+        from simprune_deploy.report.terminal import print_engines, progress
+
+        targets = _engine_targets(target)
+        with progress(enabled=not as_json) as step:
+            engines = build_engines(
+                bundle, targets, per_target=per_target, force=force, progress=step
+            )
+        if as_json:
+            _print_json({"engines": [each.to_dict() for each in engines]})
+        else:
+            print_engines(engines)
+
+
+@app.command("targets")
+def list_targets(as_json: Json = False) -> None:
+    """List the edge GPUs: what each carries, and where its engine can be built."""
+    with _errors():
+        from simprune_deploy.engine.targets import load_targets
+        from simprune_deploy.report.terminal import print_targets
+
+        known = load_targets()
+        if as_json:
+            _print_json(known.to_dict())
+        else:
+            print_targets(known)
 
 
 @app.command()

@@ -44,9 +44,10 @@ def _describe_graph(path: Path) -> dict[str, Any]:
     from simprune_deploy.onnx.variants import prune_nodes
 
     graph = load_graph(path)
-    facts = read_facts(graph).to_dict()
+    facts = read_facts(graph)
     return {
-        **facts,
+        **facts.to_dict(),
+        "precision": facts.precision,
         "inputs": [_signature(value) for value in graph.graph.input],
         "outputs": [_signature(value) for value in graph.graph.output],
         "nodes": len(graph.graph.node),

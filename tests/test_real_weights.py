@@ -51,3 +51,18 @@ def test_pruned_features_stay_close_to_the_dense_ones() -> None:
         for image in images.split(1):
             cosines.append(torch.cosine_similarity(pruned(image), vit(image)).item())
     assert np.mean(cosines) > 0.99
+
+
+@pytest.mark.parametrize("size", [224, 518])
+def test_float16_is_proven_on_photographs_and_does_not_overflow(size: int, tmp_path: Path) -> None:
+    command = ["export", str(MODEL), "--threshold", "0.8", "--layers", "3,6,9", "--json"]
+    command += ["--img-size", str(size), "--images", str(PHOTOGRAPHS), "-o", str(tmp_path / "out")]
+    command += ["--precision", "fp16", "--batch", "1..4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "simprune_deploy", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["verdict"]["checks"]
+    assert checks["outputs"]["rms_difference"] < 0.005
+    assert checks["range"]["largest"] < 1000
+    assert checks["decisions"]["unexplained_differences"] == 0

@@ -30,6 +30,7 @@ from simprune_deploy.onnx.function_body import (
 )
 from simprune_deploy.onnx.metadata import Facts, write_facts
 from simprune_deploy.onnx.names import make_readable
+from simprune_deploy.onnx.precision import check_precision, with_precision
 from simprune_deploy.onnx.token_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
@@ -53,9 +54,11 @@ class ExportOptions:
         normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
         softmax: Give probabilities instead of logits.
         log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
-            faster on a CPU. False adds them to the scores, the form that GPU kernels fuse.
-            Default True.
+            faster on a CPU. False adds them to the scores, the form that GPU kernels fuse, and
+            in float32 whatever the precision. Default (None): True in "fp32", else False.
         emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
+        precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
+            and outputs stay float32.
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -67,9 +70,13 @@ class ExportOptions:
     normalize: bool = False
     softmax: bool = False
     emit_assignments: bool = False
-    log_size_in_keys: bool = True
+    log_size_in_keys: bool | None = None
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.log_size_in_keys is None:
+            object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
         low, high = self.batch
         if low < 1 or high < low:
             raise SimpruneError(
@@ -229,9 +236,13 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
+    facts = model_facts(exported, options)
+    if options.precision != "fp32":
+        graph, rounding = with_precision(graph, options.precision)
+        facts = dataclasses.replace(facts, rounding=dataclasses.asdict(rounding))
     graph.producer_name = "simprune-deploy"
     graph.producer_version = simprune_deploy.__version__
-    write_facts(graph, model_facts(exported, options))
+    write_facts(graph, facts)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 

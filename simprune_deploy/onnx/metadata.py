@@ -32,6 +32,7 @@ class Facts:
         image_size: Height and width in pixels.
         embed_dim, mlp_dim: Widths of a block; the MLP's as if it had two matrices.
         parameters: Number of weights.
+        rounding: What 16 bits did to the weights; empty in float32.
     """
 
     architecture: str
@@ -49,6 +50,12 @@ class Facts:
     embed_dim: int
     mlp_dim: int
     parameters: int
+    rounding: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "fp16" or "bf16"; files from before there was a choice are float32."""
+        return str(self.export.get("precision", "fp32"))
 
     @property
     def num_tokens(self) -> int:

@@ -18,17 +18,15 @@ from simprune_deploy.parity.decisions import (
     violation,
 )
 from simprune_deploy.parity.runners import Run
+from simprune_deploy.parity.tolerance import (
+    TURNED_COSINE,
+    Tolerance,
+    cosines,
+    root_mean_square,
+)
 from simprune_deploy.parity.verdict import Check
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
-
-OUTPUT_ATOL, OUTPUT_RTOL = 1e-4, 1e-5
-"""Outputs may differ by 1e-4 plus 1e-5 of the largest reference output (float32)."""
-
-INPUT_NOISE = 8
-"""When two runtimes are compared, their similarities also differ because their tokens do: where
-both tokens are at hand by as much as is measured, but at most by 8 times the noise of the
-similarity itself, and by that much against golden cases, which hold no tokens."""
 
 MAX_TURNED = 0.5
 """If float noise turned a decision in more than this share of the images, what is left is too
@@ -45,6 +43,7 @@ class Pruning:
         num_tokens: N before the first prune layer.
         depth: Blocks.
         block: Their widths.
+        precision: Of the graph, "fp32" by default.
     """
 
     config: PruneConfig
@@ -52,16 +51,24 @@ class Pruning:
     num_tokens: int
     depth: int
     block: BlockShape
+    precision: str = "fp32"
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(self.precision, self.depth)
 
 
-def check_outputs(reference: Run, run: Run, same: Array) -> Check:
+FLOAT32 = Tolerance()
+
+
+def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = FLOAT32) -> Check:
     """Compare outputs by Polygraphy, over the images whose decisions agree.
 
     An image with a decision that noise turned has another output, rightly; those are reported
     apart and held to no tolerance here, but to the margin of the decision in
-    :func:`check_decisions`.
+    :func:`check_decisions`. (In 16 bits, where noise turns many, to a cosine too.)
     """
-    limit = OUTPUT_ATOL + OUTPUT_RTOL * float(np.abs(reference.outputs).max())
+    limit = tolerance.largest(reference.outputs)
     numbers: dict[str, Any] = {"tolerance": limit, "images": int(same.sum())}
     if not np.isfinite(run.outputs).all() or not np.isfinite(reference.outputs).all():
         return Check("outputs", False, "outputs hold NaN or infinity", numbers)
@@ -69,7 +76,19 @@ def check_outputs(reference: Run, run: Run, same: Array) -> Check:
         turned = np.abs(reference.outputs[~same] - run.outputs[~same])
         numbers["turned_images"] = int((~same).sum())
         numbers["largest_difference_of_turned_images"] = float(turned.max())
-    if same.mean() < 1 - MAX_TURNED:
+        if not tolerance.is_float32:
+            cosine = float(cosines(reference.outputs[~same], run.outputs[~same]).min())
+            numbers["smallest_cosine_of_turned_images"] = cosine
+            if cosine < TURNED_COSINE:
+                off = f"an image decided otherwise has cosine {cosine:.4f}, below {TURNED_COSINE}"
+                return Check("outputs", False, off, numbers)
+            if not same.any():
+                text = (
+                    f"every image was decided otherwise somewhere; smallest cosine {cosine:.5f} "
+                    f"(above {TURNED_COSINE})"
+                )
+                return Check("outputs", True, text, numbers)
+    if tolerance.is_float32 and same.mean() < 1 - MAX_TURNED:
         few = f"only {same.sum()} of {len(same)} images were decided alike, too few to compare"
         return Check("outputs", False, few, numbers)
     compare = SimpleCompareFunc(atol=limit, rtol=0, check_error_stat="max")
@@ -82,6 +101,8 @@ def check_outputs(reference: Run, run: Run, same: Array) -> Check:
     numbers["mean_difference"] = float(result.mean_absdiff)
     numbers["largest_output"] = float(np.abs(reference.outputs).max())
     passed = bool(result)
+    if not tolerance.is_float32:
+        return _outputs_in_16_bits(reference, run, same, tolerance, passed, numbers)
     return Check(
         "outputs",
         passed,
@@ -91,7 +112,37 @@ def check_outputs(reference: Run, run: Run, same: Array) -> Check:
     )
 
 
-def check_top1(reference: Run, run: Run, same: Array, has_classes: bool) -> Check:
+def _outputs_in_16_bits(
+    reference: Run,
+    run: Run,
+    same: Array,
+    tolerance: Tolerance,
+    passed: bool,
+    numbers: dict[str, Any],
+) -> Check:
+    """Hold the root of the mean square too: a mistake everywhere hides below the largest."""
+    rms = root_mean_square(run.outputs[same] - reference.outputs[same])
+    limit = tolerance.rms(reference.outputs)
+    numbers["rms_difference"], numbers["rms_tolerance"] = rms, limit
+    numbers["smallest_cosine"] = float(cosines(reference.outputs[same], run.outputs[same]).min())
+    passed = passed and rms <= limit
+    return Check(
+        "outputs",
+        passed,
+        f"output difference {rms:.2e} (root mean square; {'within' if passed else 'not within'} "
+        f"{limit:.2e}), at most {numbers['largest_difference']:.2e} (of "
+        f"{numbers['tolerance']:.2e})",
+        numbers,
+    )
+
+
+def check_top1(
+    reference: Run,
+    run: Run,
+    same: Array,
+    has_classes: bool,
+    tolerance: Tolerance = FLOAT32,
+) -> Check:
     """Compare the winning class of every image."""
     if not has_classes:
         return Check("top1", None, "the model gives features, not classes")
@@ -100,7 +151,7 @@ def check_top1(reference: Run, run: Run, same: Array, has_classes: bool) -> Chec
     # where the reference itself is undecided within the output tolerance, either class is right
     ordered = np.sort(reference.outputs, axis=1)
     gap = ordered[:, -1] - ordered[:, -2] if ordered.shape[1] > 1 else np.full(len(agree), np.inf)
-    tie = gap <= 2 * (OUTPUT_ATOL + OUTPUT_RTOL * np.abs(reference.outputs).max())
+    tie = gap <= 2 * tolerance.largest(reference.outputs)
     passed = bool((agree | tie | ~same).all())
     count = int(agree.sum())
     return Check(
@@ -144,7 +195,7 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
             worst = max(worst, violation(record, config, capacity, prefix))
             if not turned[image] and not record.same_decisions(other):
                 turned[image] = True
-                margin, allowed = _explain(record, other, config, capacity, prefix, noise)
+                margin, allowed = _explain(record, other, pruning, capacity, noise)
                 margins.append(margin)
                 unexplained += margin > allowed
     passed = not broken and worst <= noise and not unexplained
@@ -179,23 +230,29 @@ def _decisions_summary(numbers: dict[str, Any], worst: float, margins: list[floa
 def _explain(
     record: PruneRecord,
     other: PruneRecord,
-    config: PruneConfig,
+    pruning: Pruning,
     capacity: int,
-    prefix: int,
     noise: float,
 ) -> tuple[float, float]:
-    """Return the margin of a difference and the largest that float noise can explain."""
+    """Return the margin of a difference and the largest that rounding can explain.
+
+    The two runtimes' similarities also differ because their tokens do: where both tokens are at
+    hand by as much as is measured, but at most by what the tolerance allows, and by that much
+    against golden cases, which hold no tokens.
+    """
+    config, prefix = pruning.config, pruning.num_prefix_tokens
+    most = pruning.tolerance.similarity(noise)
     seen = dataclasses.replace(
         record, kept_index=other.kept_index, assignment=_fit(other, len(record.assignment))
     )
     margin = violation(seen, config, capacity, prefix)
     if other.tokens is None:
-        return margin, noise * (1 + INPUT_NOISE)
+        return margin, noise + most
     count = min(len(record.tokens), len(other.tokens))
     apart = similarity_matrix(record.tokens[:count], prefix) - similarity_matrix(
         other.tokens[:count], prefix
     )
-    return margin, noise + min(float(np.abs(apart).max()), INPUT_NOISE * noise)
+    return margin, noise + min(float(np.abs(apart).max()), most)
 
 
 def _fit(other: PruneRecord, length: int) -> Array:
@@ -208,6 +265,23 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def check_range(largest: dict[str, float], limit: float) -> Check:
+    """Compare the largest magnitude of every 16-bit tensor with the end of float16."""
+    name = max(largest, key=lambda each: (not math.isfinite(largest[each]), largest[each]))
+    value = largest[name]
+    passed = math.isfinite(value) and value <= limit
+    numbers = {"largest": _finite(value), "tensor": name, "limit": limit, "tensors": len(largest)}
+    if passed:
+        text = (
+            f"the largest of {len(largest)} float16 tensors is {value:.4g} of {limit:.0f}: {name}"
+        )
+    else:
+        first = next(each for each, size in largest.items() if not size <= limit)
+        numbers["tensor"] = first
+        text = f"{first} leaves float16, which ends at {limit:.0f}: use --precision bf16"
+    return Check("range", passed, text, numbers)
+
+
 def check_batch_invariance(alone: Run, mixed: Run, pruning: Pruning) -> Check:
     """Compare every image alone with itself among others."""
     count = len(alone.outputs)
@@ -218,7 +292,7 @@ def check_batch_invariance(alone: Run, mixed: Run, pruning: Pruning) -> Check:
     )
     decided = check_decisions(head, alone, pruning)
     same = images_with_same_decisions(head, alone)
-    outputs = check_outputs(head, alone, same)
+    outputs = check_outputs(head, alone, same, pruning.tolerance)
     passed = bool(decided.passed and outputs.passed)
     return Check(
         "batch_invariance",

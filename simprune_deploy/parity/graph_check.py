@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from simprune_deploy import __version__
 from simprune_deploy.onnx.function_body import BodyVariant, build_function
 from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types
 from simprune_deploy.onnx.variants import prune_nodes
 from simprune_deploy.parity.verdict import Check
 
@@ -20,6 +21,7 @@ def check_graph(graph: onnx.ModelProto, facts: Facts) -> Check:
     """Hold nodes, attributes, function body, thresholds, inputs and outputs against the facts."""
     slips = [*_prune_slips(graph, facts), *_threshold_slips(graph, facts)]
     slips += [*_signature_slips(graph, facts), *_body_slips(graph, facts)]
+    slips += _precision_slips(graph, facts)
     numbers: dict[str, Any] = {"prune_nodes": len(prune_nodes(graph)), "slips": slips}
     if slips:
         return Check("graph", False, f"the graph contradicts its description: {slips[0]}", numbers)
@@ -86,6 +88,40 @@ def _signature_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
     width = output.type.tensor_type.shape.dim[-1].dim_value
     if facts.num_classes and width != facts.num_classes:
         yield f"it has {width} classes, not {facts.num_classes}"
+
+
+def _precision_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    """Hold the tokens' and the weights' types against the precision that the file claims."""
+    wanted = PRECISIONS.get(facts.precision)
+    if wanted is None:
+        yield f"its precision {facts.precision!r} is not known"
+        return
+    kinds = {int(each.data_type) for each in graph.graph.initializer}
+    if facts.precision == "fp32" and not kinds & set(PRECISIONS.values()) - {wanted}:
+        return
+    name_of = onnx.TensorProto.DataType.Name
+    types = value_types(graph)
+    for value in (*graph.graph.input, graph.graph.output[0]):
+        if types[value.name] != onnx.TensorProto.FLOAT:
+            yield f"its {value.name} is {name_of(types[value.name])}, not FLOAT"
+    for node in prune_nodes(graph):
+        for name, kind in zip(node.input, (wanted, PRECISIONS["fp32"]), strict=False):
+            if types[name] != kind:
+                yield f"{node.name} reads {name} as {name_of(types[name])}, not {name_of(kind)}"
+    others = set(PRECISIONS.values()) - {wanted, PRECISIONS["fp32"]}
+    for name, kind in types.items():
+        if kind in others:
+            yield f"{name} is {name_of(kind)} in a model of precision {facts.precision}"
+            return
+    inside = {name for node in graph.graph.node if _is_block_product(node) for name in node.input}
+    for name in sorted(inside & types.keys()):
+        if types[name] != wanted:
+            yield f"{name} is multiplied as {name_of(types[name])}, not {name_of(wanted)}"
+            return
+
+
+def _is_block_product(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and module_of(node).startswith("blocks.")
 
 
 def _body_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ import onnx
 
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.metadata import Facts, read_facts
+from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
 from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics
 from simprune_deploy.parity.checks import (
     Pruning,
@@ -20,6 +22,7 @@ from simprune_deploy.parity.checks import (
     check_decisions,
     check_outputs,
     check_pruning,
+    check_range,
     check_top1,
     images_with_same_decisions,
 )
@@ -33,6 +36,7 @@ from simprune_deploy.parity.runners import (
     quiet_polygraphy,
     run,
 )
+from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.parity.verdict import Check, Verdict
 
 if TYPE_CHECKING:
@@ -81,14 +85,25 @@ def prove_against_torch(
             reference = run(runner, inputs, inputs.mixed(), layers)
     finally:
         model.train(was_training)
-    reference = Run(f"PyTorch {_version('torch')} (CPU)", reference.outputs, reference.records)
+    name = f"PyTorch {_version('torch')} (CPU)"
+    reference = Run(name, reference.outputs, reference.records)
     described = {
         "source": images.source,
         "images": list(images.names),
         "skipped": [list(pair) for pair in images.skipped],
     }
-    verdict = _prove(graph, facts, reference, inputs, described, progress)
-    return verdict, golden_of(inputs, reference)
+    if facts.precision == "fp32":
+        verdict, _ = _prove(graph, facts, reference, inputs, described, progress)
+        return verdict, golden_of(inputs, reference)
+
+    def told(decided: Run) -> Run:
+        from simprune_deploy.parity.replay import replay
+
+        progress("PyTorch, told the decisions")
+        return replay(runner, decided, inputs, f"{name}, told the decisions")
+
+    verdict, used = _prove(graph, facts, reference, inputs, described, progress, told)
+    return verdict, golden_of(inputs, used)
 
 
 def prove_against_golden(
@@ -105,7 +120,7 @@ def prove_against_golden(
         bool(facts.export["runtime_threshold"]),
     )
     described = {"source": "golden cases", "images": len(golden.images), "skipped": []}
-    return _prove(graph, facts, golden.reference, inputs, described, progress)
+    return _prove(graph, facts, golden.reference, inputs, described, progress)[0]
 
 
 def _inputs(facts: Facts, pixels: Any) -> Inputs:
@@ -154,55 +169,121 @@ def _prove(
     inputs: Inputs,
     described: dict[str, Any],
     progress: Progress,
-) -> Verdict:
+    told: Callable[[Run], Run] | None = None,
+) -> tuple[Verdict, Run]:
+    """Ask every question; `told` gives the reference's answer to decisions that are not its own.
+
+    Also returns the reference that the outputs were compared with.
+    """
     layers = pruned_layers(graph)
+    precision = facts.precision
     pruning = Pruning(
-        facts.pruning, facts.num_prefix_tokens, facts.num_tokens, facts.depth, facts.block
+        facts.pruning,
+        facts.num_prefix_tokens,
+        facts.num_tokens,
+        facts.depth,
+        facts.block,
+        precision,
     )
+    environment = _environment(reference.name, precision)
     graph_check = check_graph(graph, facts)
     if not graph_check.passed:
         # what follows reads the graph by its description: it would mean nothing
         skipped = "not asked, because the graph contradicts its description"
         names = ("outputs", "top1", "decisions", "batch_invariance", "pruning")
         checks = (graph_check, *(Check(name, None, skipped) for name in names))
-        return Verdict(checks, _environment(reference.name), described)
+        return Verdict(checks, environment, described), reference
+    # ONNX Runtime's CPU provider has no bfloat16 kernels
+    runnable = emulated(graph, precision) if precision == "bf16" else graph
     with quiet_polygraphy():
         progress("ONNX Runtime")
         shipped = run(
-            onnxruntime_runner(graph.SerializeToString(), "onnxruntime"),
+            onnxruntime_runner(runnable.SerializeToString(), "onnxruntime"),
             inputs,
             inputs.mixed(),
             [],
         )
         progress("ONNX Runtime, with its decisions shown")
-        shown = onnxruntime_runner(with_diagnostics(graph).SerializeToString(), "onnxruntime")
+        shown = onnxruntime_runner(with_diagnostics(runnable).SerializeToString(), "onnxruntime")
         diagnosed = run(shown, inputs, inputs.mixed(), layers)
         alone = None
         if inputs.batch[1] > 1:
             progress("ONNX Runtime, every image alone")
             alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers)
+        compared = told(diagnosed) if told is not None else reference
+        extra: tuple[Check, ...] = ()
+        if precision == "fp16":
+            progress("ONNX Runtime, every float16 tensor measured")
+            extra = (check_range(_ranges(graph, precision, inputs), LARGEST_FLOAT16),)
+        elif precision == "bf16":
+            extra = (Check("run", None, NOT_RUN),)
         progress("comparison")
-        same = images_with_same_decisions(reference, diagnosed)
+        same = images_with_same_decisions(compared, diagnosed)
         invariance = (
             check_batch_invariance(alone, diagnosed, pruning)
             if alone is not None
             else Check("batch_invariance", None, "the model takes one image at a time")
         )
+        tolerance = pruning.tolerance
+        outputs = check_outputs(compared, shipped, same, tolerance)
+        if told is not None:
+            outputs = _with_own_decisions(outputs, reference, shipped)
         checks = (
             graph_check,
-            check_outputs(reference, shipped, same),
-            check_top1(reference, shipped, same, facts.num_classes > 0),
+            outputs,
+            check_top1(compared, shipped, same, facts.num_classes > 0, tolerance),
             check_decisions(reference, diagnosed, pruning),
             invariance,
             check_pruning(diagnosed, pruning),
+            *extra,
         )
-    return Verdict(checks, _environment(reference.name), described)
+    return Verdict(checks, environment, described), compared
 
 
-def _environment(reference: str) -> dict[str, Any]:
+NOT_RUN = (
+    "the bfloat16 file itself was not run: ONNX Runtime's CPU provider has no bfloat16 kernels. "
+    "What ran is the same graph with every bfloat16 tensor held in float32 and rounded"
+)
+
+
+def _ranges(graph: onnx.ModelProto, precision: str, inputs: Inputs) -> dict[str, float]:
+    """Return the largest magnitude over all images of every narrow tensor.
+
+    Runtimes may widen float16 to float32 between operators, and so hide what leaves it; here
+    every tensor is rounded.
+    """
+    measured, names = with_ranges(graph, precision)
+    largest = np.zeros(len(names), np.float32)
+    with onnxruntime_runner(measured.SerializeToString(), "ranges") as runner:
+        for chunk in inputs.mixed():
+            found = runner.infer(inputs.feed(chunk, inputs.runtime_threshold))["ranges"]
+            largest = np.maximum(largest, np.array(found))
+    return dict(zip(names, largest.tolist(), strict=True))
+
+
+def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:
+    """Add how far the outputs are from the float32 reference with decisions of its own."""
+    cosine = float(cosines(reference.outputs, run_.outputs).min())
+    apart = float(np.abs(reference.outputs - run_.outputs).max())
+    agree = int((reference.outputs.argmax(1) == run_.outputs.argmax(1)).sum())
+    numbers = {
+        "largest_difference_with_own_decisions": apart,
+        "smallest_cosine_with_own_decisions": cosine,
+        "top1_agrees_with_own_decisions": agree,
+    }
+    text = (
+        f"{check.summary}, PyTorch told the decisions; cosine {cosine:.5f} or more to PyTorch "
+        "with its own"
+    )
+    return dataclasses.replace(check, summary=text, numbers={**check.numbers, **numbers})
+
+
+def _environment(reference: str, precision: str) -> dict[str, Any]:
+    how = "CPU, emulating bfloat16" if precision == "bf16" else "CPU"
     return {
         "reference": reference,
-        "runtime": f"ONNX Runtime {_version('onnxruntime')} (CPU)",
+        "precision": precision,
+        "runtime": f"ONNX Runtime {_version('onnxruntime')} ({how})",
         "polygraphy": _version("polygraphy"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -159,6 +159,16 @@ def run(runner: BaseRunner, inputs: Inputs, chunks: list[list[int]], layers: lis
 
 @contextlib.contextmanager
 def quiet_polygraphy() -> Iterator[None]:
-    """Keep Polygraphy's log off the terminal: the verdict says what it found."""
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        yield
+    """Keep the logs of Polygraphy and ONNX Runtime off the terminal: the verdict says it all.
+
+    Errors still show. (ONNX Runtime warns of every float16 operator that it cannot fold.)
+    """
+    import onnxruntime
+
+    warnings, errors = 2, 3
+    onnxruntime.set_default_logger_severity(errors)
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(warnings)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-Status = Literal["proven", "failed", "not proven"]
+Status = Literal["proven", "proven in emulation", "failed", "not proven"]
+
+ACCEPTED = ("proven", "proven in emulation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +15,8 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: "graph", "outputs", "top1", "decisions", "batch_invariance", "pruning".
+        name: "graph", "outputs", "top1", "decisions", "batch_invariance", "pruning"; for 16 bits
+            also "range" (float16) or "run" (bfloat16).
         passed: The answer; None if the question was not asked, and `summary` says why.
         summary: One line for a person.
         numbers: The measurements and limits behind it, JSON types.
@@ -41,11 +44,21 @@ class Verdict:
 
     @property
     def status(self) -> Status:
-        """ "failed" if a check failed, "not proven" if nothing was pruned, else "proven"."""
+        """ "failed" if a check failed, "not proven" if nothing was pruned, else "proven".
+
+        "proven in emulation" if what ran was not the file but the same numbers in float32.
+        """
         by_name = {check.name: check for check in self.checks}
         if any(check.passed is False for name, check in by_name.items() if name != "pruning"):
             return "failed"
-        return "proven" if by_name["pruning"].passed else "not proven"
+        if not by_name["pruning"].passed:
+            return "not proven"
+        return "proven in emulation" if "run" in by_name else "proven"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every check that was made said yes."""
+        return self.status in ACCEPTED
 
     @property
     def reason(self) -> str:

@@ -12,12 +12,19 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from simprune_deploy.doctor import Finding
+    from simprune_deploy.engine.rtx import BuiltEngine
+    from simprune_deploy.engine.targets import Targets
     from simprune_deploy.parity.verdict import Verdict
     from simprune_deploy.plugin.info import LibraryInfo
     from simprune_deploy.pruning.families import PrunableModel
 
 MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[dim]not asked[/dim]"}
-COLOURS = {"proven": "green", "failed": "red", "not proven": "yellow"}
+COLOURS = {
+    "proven": "green",
+    "proven in emulation": "yellow",
+    "failed": "red",
+    "not proven": "yellow",
+}
 
 
 @contextlib.contextmanager
@@ -140,3 +147,53 @@ def print_findings(findings: list[Finding]) -> None:
             # what is there and does not work needs a reason; what is missing does not
             why = f"{each.detail}: " if each.detail and each.state not in colours else ""
             console.print(escape(f"{each.name}: {why}{each.remedy}"), highlight=False)
+
+
+def print_targets(known: Targets) -> None:
+    """Print the targets as a table, then what each carries with the documents that say so."""
+    console = Console()
+    table = Table("target", "SM", "runs", "engine is built", "pays", box=None, pad_edge=False)
+    for target in known.targets:
+        names = ("compute_capability", "flavour", "build", "precisions")
+        table.add_row(target.name, *(escape(str(target.facts[name])) for name in names))
+    console.print(table, highlight=False)
+    for name, members in known.groups.items():
+        console.print(f"{name} stands for {', '.join(members)}.", highlight=False)
+    numbers: dict[str, int] = {}
+    for target in known.targets:
+        parts = []
+        for name, fact in target.facts.items():
+            for source in fact.sources:
+                numbers.setdefault(source, len(numbers) + 1)
+            marks = ",".join(str(numbers[source]) for source in fact.sources)
+            label = f"{name.replace('_', ' ').replace('tensorrt', 'TensorRT')}: {fact}"
+            parts.append(f"{label} [{marks}]" if marks else label)
+        names_too = f" (or {', '.join(target.aliases)})" if target.aliases else ""
+        console.print(f"\n[bold]{target.name}[/bold]{names_too}: {target.title}", highlight=False)
+        console.print(escape("; ".join(parts) + "."), highlight=False)
+        if target.notes:
+            console.print(escape(" ".join(target.notes)), highlight=False)
+    console.print()
+    for source, number in numbers.items():
+        console.print(escape(f"[{number}] {source}"), style="dim", highlight=False)
+    console.print(f"Compared with these on {known.checked}.", style="dim", highlight=False)
+
+
+def print_engines(engines: list[BuiltEngine]) -> None:
+    """Print what was built, for which GPUs, and how far it was checked."""
+    console = Console()
+    for engine in engines:
+        facts = engine.facts
+        when = "was there already" if engine.cached else f"{facts['seconds']:.1f} s"
+        print_facts(
+            console,
+            {
+                "engine": f"{engine.path} ({facts['engine']['bytes'] / 1e6:.1f} MB, {when})",
+                "for": f"{_text(facts['targets'])} (SM {_text(facts['compute_capabilities'])})",
+                "TensorRT-RTX": f"{facts['version']}; an engine runs with this version only",
+                "precision": facts["precision"],
+                "status": facts["status"],
+                "checked": facts["checked"],
+                "not checked": facts["not_checked"],
+            },
+        )

@@ -1,0 +1,68 @@
+"""PyTorch's float32 answer to decisions that another runtime took.
+
+In 16 bits the tokens are a little off, so some decisions fall otherwise, rightly, and an image
+with another decision has another output. To see what rounding alone does, the reference runs once
+more and merges what the other runtime merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
+from simprune_deploy.parity.decisions import PruneRecord
+from simprune_deploy.parity.runners import Inputs, Run, TorchRunner
+from simprune_deploy.pruning.model import PrunedViT
+
+
+class _ReplayingViT(PrunedViT):
+    """The model for one image, told by `decisions` what to merge; they are used up in order."""
+
+    decisions: list[PruneRecord]
+
+    def _operator(
+        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+    ) -> tuple[torch.Tensor, ...]:
+        record = self.decisions.pop(0)
+        heads = torch.from_numpy(np.asarray(record.heads(), np.int64))
+        assignment = torch.from_numpy(np.asarray(record.valid_assignment(), np.int64))
+        if assignment.numel() != tokens.shape[1]:
+            raise ValueError(
+                f"{assignment.numel()} decisions do not fit {tokens.shape[1]} tokens of an image"
+            )
+        belongs = torch.nn.functional.one_hot(assignment, len(heads)).to(tokens.dtype).T
+        weights = belongs * log_size[0].exp()
+        total = weights.sum(1)
+        if values["reduction"] == "merge":
+            kept = weights @ tokens[0] / total[:, None]
+        else:
+            kept = tokens[0, heads]
+        return kept[None], total.log()[None], heads[None], assignment[None]
+
+
+def replay(runner: TorchRunner, decided: Run, inputs: Inputs, name: str) -> Run:
+    """Run every image alone in PyTorch, with the decisions of `decided`.
+
+    The records of the result hold those decisions and PyTorch's own tokens, without padding.
+    """
+    config = runner.model.config
+    if not decided.records:  # the graph of a threshold above 1 has no prune nodes
+        config = dataclasses.replace(config, layers=(), capacities=())
+    model = _ReplayingViT(runner.model.vit, config).eval()
+    told = TorchRunner(model, runner.output, runner.softmax, runner.normalize)
+    outputs = []
+    records: dict[int, list[PruneRecord]] = {layer: [] for layer in decided.records}
+    for image in range(len(inputs.images)):
+        model.decisions = [found[image] for found in decided.records.values()]
+        limit = inputs.thresholds[image : image + 1].astype(np.float32)
+        feed = {"images": inputs.images[image : image + 1], "threshold": limit}
+        result = told.infer_impl(feed)
+        outputs.append(result[runner.output][0])
+        for layer, found in records.items():
+            values = {what: result[diagnostic_name(layer, what)][0] for what in DIAGNOSTICS}
+            found.append(PruneRecord(threshold=float(limit[0]), **values))
+    return Run(name, np.stack(outputs), records)
