@@ -21,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
 from simprune_deploy.plugin import LIBRARY_VARIABLE, build, kernels, toolchain
 from simprune_deploy.plugin.build import BuildOptions
-from simprune_deploy.plugin.info import MARK, read_info
+from simprune_deploy.plugin.info import LARGEST_FILE, MARK, read_info
 from simprune_deploy.plugin.kernels import Kernels
 from simprune_deploy.pruning.config import REDUCTIONS, SELECTIONS
 from simprune_deploy.pruning.operator import similarity_prune, similarity_prune_on_gpu
@@ -191,6 +193,10 @@ def test_gpu_code(
         fatbin((2, 87, 0))[:-1],
         fatbin((2, 87, 0))[:40],
         fatbin((2, 87, 0)) + b"\x50\xed",
+        fatbin((2, 87, 0)) + bytes(8) + b"\1" + bytes(7) + fatbin((2, 90, 0)),
+        # far more pieces than any library has: reading them all would take its time
+        fatbin() * 70_000,
+        fatbin(*[(2, 87, 0)] * 70_000),
         fatbin((2, 87, 0), header=40),
         struct.pack("<IHHQ", 0xBA55ED50, 1, 0, 0),
         struct.pack("<IHHQ", 0xBA55ED50, 1, 16, 64) + struct.pack("<HHIQ48x", 2, 1, 64, 1 << 60),
@@ -227,7 +233,23 @@ WHOLE = elf(gpu_code=fatbin((2, 87, 0)))
         (elf(facts=MARK + b'{"kind": "\xff"}\0'), "its description is damaged"),
         (elf(facts={**FACTS, "abi": "1"}), "no usable 'abi'"),
         (elf(facts={**FACTS, "abi": True}), "no usable 'abi'"),
+        (elf(facts={**FACTS, "abi": 10**4000}), "no usable 'abi'"),
+        (elf(facts={**FACTS, "abi": -1}), "no usable 'abi'"),
         (elf(facts={**FACTS, "fields": []}), "no usable 'fields'"),
+        (elf(facts={**FACTS, "fields": {"a": 1}}), "no usable 'fields'"),
+        # what would steer a terminal, break the line or not be printed at all
+        (elf(facts={**FACTS, "version": "\x1b[31m1"}), "no usable 'version'"),
+        (elf(facts={**FACTS, "version": "\ud800"}), "no usable 'version'"),
+        (elf(facts={**FACTS, "architectures": "87\n99"}), "no usable 'architectures'"),
+        (elf(facts={**FACTS, "namespace": "a\u202eb"}), "no usable 'namespace'"),
+        (elf(facts={**FACTS, "fields": {"a\tb": "int32"}}), "no usable 'fields'"),
+        (elf(facts={**FACTS, "fields": {"a": "\x07"}}), "no usable 'fields'"),
+        # brackets in one another, an endless description, one without its end
+        (elf(facts=MARK + b'{"kind": ' + b"[" * 60_000 + b"\0"), "its description is damaged"),
+        (
+            elf(facts=MARK + b'{"a": "' + b"x" * 70_000 + b'", ' + json.dumps(FACTS).encode()[1:]),
+            "its description is damaged",
+        ),
         (elf(facts={k: v for k, v in FACTS.items() if k != "cuda"}), "no usable 'cuda'"),
     ],
 )
@@ -244,6 +266,70 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     assert "does not exist" in refusal("plugin", "info", tmp_path / "no.so")
     assert "is a folder: name the library in it" in refusal("plugin", "info", tmp_path)
     assert "not a shared library" in refusal("plugin", "info", "/dev/null")
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_pipe_does_not_block(tmp_path: Path, opened: bool) -> None:
+    """Neither at the first look nor, where it has since taken a file's place, when opened."""
+    pipe = tmp_path / "lib.so"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "simprune_deploy", "plugin", "info", str(pipe)]
+    if opened:
+        code = (
+            "import stat, sys; stat.S_ISREG = lambda mode: True\n"
+            f"sys.argv[1:] = {command[3:]}\nfrom simprune_deploy.cli import main; main()"
+        )
+        command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2
+    (line,) = answer.stderr.splitlines()
+    assert f"{pipe} is not a shared library" in line
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "lib.so", WHOLE)
+    os.truncate(path, LARGEST_FILE + 1)  # without taking that much of the disk
+    line = refusal("plugin", "info", path)
+    assert f"{path} has {LARGEST_FILE + 1} bytes, more than the {LARGEST_FILE}" in line
+
+
+def test_reading_takes_little_time_and_memory(tmp_path: Path) -> None:
+    """4000 sections, each the whole file of 6 MB, and GPU code that is 64 MB of nothing."""
+    size, count = 6_000_000, 4000
+    names = b"".join(b"\0s%d" % index for index in range(count))
+    headers = b"".join(
+        struct.pack("<IIQQQQ24x", names.find(b"s%d" % index), 1, 0, 0, 0, size)
+        for index in range(count - 1)
+    )
+    headers += struct.pack("<IIQQQQ24x", 0, 3, 0, 0, 64, len(names))
+    head = elf()[:40] + struct.pack("<QIHHHHHH", size, 0, 64, 0, 0, 64, count, count - 1)
+    body = head + names + MARK + json.dumps(FACTS).encode()
+    many = written(tmp_path / "many.so", body.ljust(size, b"\0") + headers)
+    zeros = written(tmp_path / "zeros.so", elf(gpu_code=bytes(64 << 20)))
+    for path in (many, zeros):
+        tracemalloc.start()
+        try:
+            assert read_info(path).version == "0.1.0"
+            assert tracemalloc.get_traced_memory()[1] < 3 * path.stat().st_size
+        finally:
+            tracemalloc.stop()
+    began = time.process_time()
+    read_info(zeros)
+    # to find its hash takes the most of it, in the same time anywhere
+    hashing = time.process_time()
+    sha256(zeros)
+    done = time.process_time()
+    assert hashing - began < 4 * (done - hashing) + 0.5
+
+
+def test_two_sections_of_gpu_code_are_refused(tmp_path: Path) -> None:
+    data = elf(gpu_code=fatbin((2, 87, 0)))
+    # .rodata (its name is the second) takes the other's name
+    table = struct.unpack_from("<Q", data, 40)[0]
+    name = struct.unpack_from("<I", data, table + 2 * 64)[0]
+    data = data[: table + 64] + struct.pack("<I", name) + data[table + 68 :]
+    with pytest.raises(SimpruneError, match=r"GPU code .* is damaged"):
+        read_info(written(tmp_path / "lib.so", data))
 
 
 def test_no_damage_makes_reading_fail_otherwise(host_library: Path, tmp_path: Path) -> None:
@@ -396,13 +482,19 @@ def test_the_wheel_of_nvcc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ("echo hello", "names no CUDA release"),
         ("echo 'release 13.0, V13.0.88'", "names no architecture"),
+        (
+            "echo 'release 11.8, V11.8.89'; echo compute_87",
+            "CUDA 11.8.89 ({path}) is older than 12.0",
+        ),
         ("echo no licence >&2; exit 3", "--version failed: no licence"),
         ("kill -9 $$", "--version failed"),
     ],
 )
 def test_an_nvcc_that_does_not_answer(tmp_path: Path, script: str, message: str) -> None:
     nvcc = program(tmp_path / "nvcc", script)
-    assert message in refusal("plugin", "build", "--nvcc", nvcc, "-o", tmp_path / "out")
+    assert message.format(path=nvcc) in refusal(
+        "plugin", "build", "--nvcc", nvcc, "-o", tmp_path / "out"
+    )
 
 
 def test_names_that_are_no_nvcc(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +518,8 @@ def test_names_that_are_no_nvcc(empty_machine: Path, monkeypatch: pytest.MonkeyP
         ("all", CUDA_13, "75,80,86,87,89,90,100,110,120,121"),
         # where it does not know some: those are left out, and Thor is 101
         ("all", CUDA_12, "75,80,86,87,89,90,100,101,120"),
-        ("all", an_nvcc("11.8.89", 35, 75, 80, 86, 87, 89, 90), "75,80,86,87,89,90"),
-        ("all", an_nvcc("9.0.1", 35), ""),
+        ("all", an_nvcc("12.0.76", 50, 75, 80, 86, 87, 89, 90), "75,80,86,87,89,90"),
+        ("all", an_nvcc("12.0.76", 50), ""),
     ],
 )
 def test_architectures(wish: str, nvcc: toolchain.Nvcc, architectures: str) -> None:
@@ -812,20 +904,34 @@ def test_a_failed_build_quotes_its_log_and_keeps_it(
 def test_settings_of_a_make_around_it_do_not_reach_cmake(
     made_up_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MAKEFLAGS", "CMAKE_GENERATOR", "CUDAARCHS"):
+    for name in (
+        *("MAKEFLAGS", "GNUMAKEFLAGS", "CUDAARCHS", "CUDAFLAGS"),
+        *("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"),
+        *(
+            "CMAKE_GENERATOR",
+            "CMAKE_GENERATOR_PLATFORM",
+            "CMAKE_TOOLCHAIN_FILE",
+            "CMAKE_PREFIX_PATH",
+        ),
+    ):
         monkeypatch.setenv(name, "nonsense")
+    monkeypatch.setenv("CXXFLAGS", "-passed-on")
+    monkeypatch.setenv("CMAKE_CUDA_COMPILER_LAUNCHER", "a-cache")
     cmake_does(made_up_tools, "env; echo error; exit 1")
     line = refusal("plugin", "build", "--arch", "87", "-o", made_up_tools / "out")
     log = re.search(r"whole log: (\S+)\)", line)
     assert log
-    assert "nonsense" not in Path(log[1]).read_text()
+    environment = Path(log[1]).read_text()
+    assert "nonsense" not in environment
+    assert "CXXFLAGS=-passed-on\n" in environment
+    assert "CMAKE_CUDA_COMPILER_LAUNCHER=a-cache\n" in environment
 
 
 def test_no_kept_architecture(made_up_tools: Path) -> None:
-    program(made_up_tools / "bin" / "nvcc", "echo 'release 9.0, V9.0.1'; echo compute_35")
+    program(made_up_tools / "bin" / "nvcc", "echo 'release 12.0, V12.0.76'; echo compute_50")
     line = refusal("plugin", "build", "--arch", "all", "-o", made_up_tools / "out")
     assert "knows none of the kept architectures" in line
-    assert "35" in line
+    assert "50" in line
 
 
 def test_no_space_is_one_line(made_up_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -840,46 +946,128 @@ def test_no_space_is_one_line(made_up_tools: Path, monkeypatch: pytest.MonkeyPat
     assert not (made_up_tools / "out").exists()
 
 
-def test_interrupt_leaves_nothing(made_up_tools: Path) -> None:
-    """Ctrl-C ends CMake and all it started, and leaves no file, no log and no folder."""
+def start_slow_build(machine: Path) -> subprocess.Popen[str]:
+    """Start a build in a process of its own that is not done in minutes; see `wait_for_child`."""
     cmake_does(
-        made_up_tools,
+        machine,
         f'[ "$1" = --build ] || exit 0\ntouch "$2/half"; sleep 300 &\n'
-        f"echo $! > {made_up_tools}/pid.new; mv {made_up_tools}/pid.new {made_up_tools}/pid; wait",
+        f"echo $! > {machine}/pid.new; mv {machine}/pid.new {machine}/pid; wait",
     )
     code = (
         f"from pathlib import Path; import simprune_deploy.plugin.toolchain as t\n"
-        f"t.SYSTEM_INCLUDE = Path({str(made_up_tools / 'include')!r})\n"
+        f"t.SYSTEM_INCLUDE = Path({str(machine / 'include')!r})\n"
         "from simprune_deploy.cli import main; main()"
     )
-    process = subprocess.Popen(
+
+    def as_by_default() -> None:
+        # a test run in the background may have been told to ignore these, and would pass that on
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
+    return subprocess.Popen(
         [sys.executable, "-c", code, "plugin", "build", "--arch", "87", "-o", "deep/out"],
-        cwd=made_up_tools,
+        cwd=machine,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a test run in the background may have been told to ignore Ctrl-C, and would pass that on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_by_default,
     )
+
+
+def wait_for_child(machine: Path, process: subprocess.Popen[str]) -> Path:
+    """Return the folder in /proc of a process that the build's CMake has started."""
+    deadline = time.monotonic() + 60
+    while not (machine / "pid").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return Path("/proc", (machine / "pid").read_text().strip())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_stopped_build_leaves_nothing(
+    made_up_tools: Path, number: signal.Signals, code: int
+) -> None:
+    """The signal ends CMake and all it started, and leaves no file, no log and no folder."""
+    process = start_slow_build(made_up_tools)
     try:
-        deadline = time.monotonic() + 60
-        while not (made_up_tools / "pid").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        child = wait_for_child(made_up_tools, process)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in out + err
     assert not (made_up_tools / "deep").exists()
     assert list((made_up_tools / "tmp").iterdir()) == []
-    child = Path("/proc", (made_up_tools / "pid").read_text().strip())
     deadline = time.monotonic() + 10
     while child.exists() and "sleep" in (child / "cmdline").read_text():
         assert time.monotonic() < deadline, "a process of the build is still running"
         time.sleep(0.05)
+
+
+def test_a_second_signal_does_not_interrupt_the_cleaning_up() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cleaned_up = []
+
+    @build._stopping_cleanly()
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            cleaned_up.append(True)
+
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            work()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143
+    assert cleaned_up
+
+
+def test_handlers_of_signals_are_put_back(made_up_tools: Path) -> None:
+    """And one that the calling program has set, or a signal that it ignores, is left alone."""
+    seen = made_up_tools / "seen"
+    cmake_makes(made_up_tools, our_library())
+    options = BuildOptions(arch="87", output=made_up_tools / "out", force=True)
+    names = (signal.SIGTERM, signal.SIGHUP)
+
+    def now() -> list[Any]:
+        return [signal.getsignal(each) for each in names]
+
+    before = now()
+    handlers: list[Any] = []
+    try:
+        for wanted in ((signal.SIG_DFL,) * 2, (lambda *_: seen.touch(), signal.SIG_IGN)):
+            for each, handler in zip(names, wanted, strict=True):
+                signal.signal(each, handler)
+            during: list[list[Any]] = []
+            build.build(options, lambda _, during=during: during.append(now()))
+            assert now() == list(wanted)
+            handlers.append(during[0])
+            assert all(each == during[0] for each in during)
+        assert signal.SIG_DFL not in handlers[0]
+        assert handlers[1] == list(wanted)
+    finally:
+        for each, handler in zip(names, before, strict=True):
+            signal.signal(each, handler)
+
+
+def test_a_build_in_another_thread(made_up_tools: Path) -> None:
+    """Only the main thread may set handlers."""
+    cmake_makes(made_up_tools, our_library())
+    with ThreadPoolExecutor(1) as pool:
+        options = BuildOptions(arch="87", output=made_up_tools / "out")
+        assert pool.submit(build.build, options).result().info.path.is_file()
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -950,6 +1138,75 @@ def test_versions_agree() -> None:
     assert (ROOT / "plugins" / "version.txt").read_text() == f"{simprune_deploy.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "settings", "found"),
+    [
+        ({"CUDAFLAGS": "-use_fast_math"}, [], "CMAKE_CUDA_FLAGS has use_fast_math"),
+        ({}, ["-DCMAKE_CUDA_FLAGS_RELEASE=-ftz=true"], "CMAKE_CUDA_FLAGS_RELEASE has ftz=true"),
+        (
+            {"NVCC_APPEND_FLAGS": "--default-stream per-thread"},
+            [],
+            "NVCC_APPEND_FLAGS has default-stream per-thread",
+        ),
+        ({"CUDAFLAGS": "-lineinfo"}, [], None),
+    ],
+)
+def test_cmake_by_itself_refuses_options_that_change_results(
+    nvcc: toolchain.Nvcc,
+    tmp_path: Path,
+    environment: dict[str, str],
+    settings: list[str],
+    found: str | None,
+) -> None:
+    command = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(tmp_path), "-G", "Unix Makefiles"]
+    command += [f"-DCMAKE_CUDA_COMPILER={nvcc.path}", "-DSIMPRUNE_TENSORRT=OFF"]
+    command += [f"-DCMAKE_CUDA_ARCHITECTURES={nvcc.architectures[-1]}-real", *settings]
+    answer = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if found is not None:
+        assert answer.returncode == 1
+        assert f"{found}, which changes what the kernels" in " ".join(answer.stderr.split())
+        return
+    assert answer.returncode == 0, answer.stderr
+    flags = (tmp_path / "CMakeFiles" / "simprune_cuda.dir" / "flags.make").read_text()
+    (cuda,) = re.findall(r"^CUDA_FLAGS = (.*)$", flags, re.M)
+    for option in ("-ftz=false", "-prec-div=true", "-prec-sqrt=true", "--default-stream legacy"):
+        assert cuda.index(option) > cuda.index("-lineinfo")  # the last one counts
+
+
+def cross_flags(tmp_path: Path, folder: Path, flags: str) -> subprocess.CompletedProcess[str]:
+    """Read the settings for 64-bit Arm as CMake does, more than once, and print CUDAFLAGS."""
+    settings = ROOT / "plugins" / "cmake" / "aarch64-linux-gnu.cmake"
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        f'include("{settings}")\ninclude("{settings}")\nmessage("CUDAFLAGS=$ENV{{CUDAFLAGS}}")\n'
+    )
+    return subprocess.run(
+        ["cmake", f"-DSIMPRUNE_CUDA_TARGET_LIB={folder}", "-P", str(script)],
+        env={**os.environ, "CUDAFLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_folders_of_a_cross_build(tmp_path: Path) -> None:
+    folder = tmp_path / "g++" / "lib"
+    answer = cross_flags(tmp_path, folder, f"-lineinfo -L{tmp_path}/g/lib")
+    assert answer.returncode == 0, answer.stderr
+    (flags,) = re.findall("CUDAFLAGS=(.*)", answer.stderr)
+    assert re.fullmatch(rf"-I\S+ -L{re.escape(str(folder))} -lineinfo -L\S+", flags)
+    for name in ("with space", "a'b", "[lib"):
+        answer = cross_flags(tmp_path, tmp_path / name, "")
+        assert answer.returncode == 1
+        said = " ".join(answer.stderr.split())
+        assert f"{tmp_path / name} has '" in said
+        assert "name it by a symbolic link" in said
+
+
 def setuptools_version() -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version("setuptools")
@@ -998,10 +1255,13 @@ def test_an_installed_wheel_builds_the_kernels(tmp_path: Path, nvcc: toolchain.N
         "import simprune_deploy; print(simprune_deploy.__file__)\n"
         "from simprune_deploy.cli import main; main()"
     )
-    arguments = ["plugin", "build", "--kernels-only", "--arch", nvcc.architectures[-1]]
+    arguments = ["plugin", "build", "--kernels-only", "--arch", ",".join(nvcc.architectures[-2:])]
+    # and where the name of the folder for temporary files has a space
+    temporary = tmp_path / "with space"
+    temporary.mkdir()
     answer = subprocess.run(
         [sys.executable, "-c", code, *arguments, "-o", str(output)],
-        env={**os.environ, "PYTHONPATH": str(target)},
+        env={**os.environ, "PYTHONPATH": str(target), "TMPDIR": str(temporary)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -1010,7 +1270,8 @@ def test_an_installed_wheel_builds_the_kernels(tmp_path: Path, nvcc: toolchain.N
     assert answer.stdout.startswith(str(target))
     info = read_info(output / "libsimprune_kernels.so")
     assert (info.kind, info.tensorrt_headers) == ("kernels", None)
-    assert info.device_code.sms == (nvcc.architectures[-1],)
+    assert info.device_code.sms == nvcc.architectures[-2:]
+    assert list(temporary.iterdir()) == []
 
 
 # --- the kernels on torch tensors -----------------------------------------------------------------

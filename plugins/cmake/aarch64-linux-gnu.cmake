@@ -21,10 +21,20 @@ set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
 find_program(simprune_nvcc nvcc PATHS /usr/local/cuda/bin)
 get_filename_component(simprune_nvcc_folder "${simprune_nvcc}" DIRECTORY)
 find_path(simprune_cuda_include cuda_runtime.h
-  HINTS $ENV{CUDA_HOME}/include ${simprune_nvcc_folder}/../include PATHS /usr/local/cuda/include
+  HINTS "$ENV{CUDA_HOME}/include" "${simprune_nvcc_folder}/../include" PATHS /usr/local/cuda/include
   NO_CMAKE_FIND_ROOT_PATH)
-if(SIMPRUNE_CUDA_TARGET_LIB AND NOT "$ENV{CUDAFLAGS}" MATCHES "${SIMPRUNE_CUDA_TARGET_LIB}")
-  set(ENV{CUDAFLAGS} "-I${simprune_cuda_include} -L${SIMPRUNE_CUDA_TARGET_LIB} $ENV{CUDAFLAGS}")
+if(SIMPRUNE_CUDA_TARGET_LIB)
+  foreach(folder "${simprune_cuda_include}" "${SIMPRUNE_CUDA_TARGET_LIB}")
+    if(folder MATCHES "[] \t\"'`$&;|<>()*?!#\\{}[]")
+      message(FATAL_ERROR "the folder ${folder} has '${CMAKE_MATCH_0}' in its name, which nvcc's options cannot hold: name it by a symbolic link")
+    endif()
+  endforeach()
+  set(simprune_flags "-I${simprune_cuda_include} -L${SIMPRUNE_CUDA_TARGET_LIB}")
+  # CMake reads this file several times
+  string(FIND "$ENV{CUDAFLAGS}" "${simprune_flags}" simprune_there)
+  if(simprune_there EQUAL -1)
+    set(ENV{CUDAFLAGS} "${simprune_flags} $ENV{CUDAFLAGS}")
+  endif()
 endif()
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES SIMPRUNE_CUDA_TARGET_LIB)
 

@@ -16,9 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from simprune_deploy import __version__
@@ -37,6 +39,16 @@ from simprune_deploy.plugin.toolchain import (
 )
 
 DEFAULT_OUTPUT = Path("simprune-plugin")
+
+_NOT_FOR_CMAKE = re.compile(
+    # those of a make that runs us: they name its job server
+    r"MAKEFLAGS|MAKELEVEL|MFLAGS|GNUMAKEFLAGS"
+    # options for nvcc, such as -use_fast_math: they would change results unnoticed
+    r"|CUDAFLAGS|CUDAARCHS|NVCC_APPEND_FLAGS|NVCC_PREPEND_FLAGS"
+    # CMake's own settings, but for a compiler cache
+    r"|CMAKE_(?!\w+_LAUNCHER$)\w+"
+)
+"""Variables that a build does not pass on; the host's CXX, CXXFLAGS and LDFLAGS it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +120,14 @@ def build(options: BuildOptions, progress: Callable[[str], None] | None = None) 
     Raises:
         SimpruneError: something is missing, an option is wrong, or the compilation failed; the
             message then quotes the log and says where it is kept.
+        SystemExit: SIGTERM or SIGHUP came, with 128 and its number; what the build had started is
+            ended, and nothing of it is left.
     """
+    with _stopping_cleanly():
+        return _build(options, progress)
+
+
+def _build(options: BuildOptions, progress: Callable[[str], None] | None) -> BuiltLibrary:
     step = progress or (lambda _: None)
     if sys.platform != "linux":
         raise SimpruneError(f"the plugin is built on Linux, and this is {sys.platform}")
@@ -172,6 +191,31 @@ def _check_target(library: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
+def _stopping_cleanly() -> Iterator[None]:
+    """Let the signals that end a process raise SystemExit, so that everything is cleaned up."""
+    stopping = False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopping
+        if not stopping:  # a second one would interrupt the cleaning up
+            stopping = True
+            raise SystemExit(128 + number)
+
+    replaced: list[signal.Signals] = []
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for each in (signal.SIGTERM, signal.SIGHUP):
+                # one that is ignored (nohup) or that the calling program handles stays so
+                if signal.getsignal(each) is signal.SIG_DFL:
+                    replaced.append(each)
+                    signal.signal(each, stop)
+        yield
+    finally:
+        for each in replaced:
+            signal.signal(each, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def _build_folder() -> Iterator[Path]:
     """Yield a temporary folder for CMake and for the compilers' own temporary files."""
     try:
@@ -181,7 +225,11 @@ def _build_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.05)  # a compiler that was just killed had made one more file
 
 
 def _configuration(
@@ -218,11 +266,8 @@ def _progress_text(architectures: tuple[str, ...], line: str) -> str:
 
 def _environment(folder: Path, nvcc: Nvcc) -> dict[str, str]:
     """Return the environment for CMake and what it runs."""
-    # not those of a make that runs us (they name its job server), nor CMake's own settings
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CMAKE_GENERATOR", "CUDAARCHS")
+        name: value for name, value in os.environ.items() if not _NOT_FOR_CMAKE.fullmatch(name)
     }
     # the compilers' temporary files go with the folder; messages stay in one language
     environment.update(TMPDIR=str(folder), LC_ALL="C")

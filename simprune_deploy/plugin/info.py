@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,15 @@ MARK = b"simprune-library-info:"
 MACHINES = {62: "x86_64", 183: "aarch64"}
 """Processors by the ELF header's number for them."""
 
-_FATBIN_MAGIC = 0xBA55ED50
+LARGEST_FILE = 1 << 30
+"""How many bytes of a file are read at most; a library of ours has some millions."""
+
+LARGEST_DESCRIPTION = 1 << 16
+"""How many bytes a description has at most; ours have some hundreds."""
+
+_FATBIN = b".nv_fatbin\0"
+_FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
+_MOST_GPU_CODE = 1 << 16  # containers and pieces of code; ours have some dozens
 _PTX, _CUBIN = 1, 2
 _VARIANTS = {0x100000: "a", 0x200000: "f"}
 _NO_BYTES_IN_FILE = 8  # SHT_NOBITS, the section type of .bss
@@ -100,7 +110,7 @@ def read_info(path: str | Path) -> LibraryInfo:
     """
     path = Path(path)
     data = _read_elf_file(path)
-    machine, sections = _parse_elf(path, data)
+    machine, gpu_code = _parse_elf(path, data)
     facts = _parse_facts(path, data)
     try:
         return LibraryInfo(
@@ -117,8 +127,8 @@ def read_info(path: str | Path) -> LibraryInfo:
             cuda=_unless_none(_typed(facts, "cuda", str)),
             architectures=_split(_typed(facts, "architectures", str)),
             tensorrt_headers=_unless_none(_typed(facts, "tensorrt_headers", str)),
-            fields={str(name): str(value) for name, value in _typed(facts, "fields", dict).items()},
-            device_code=_parse_device_code(path, sections.get(".nv_fatbin", b"")),
+            fields=_typed(facts, "fields", dict),
+            device_code=_parse_device_code(path, gpu_code),
         )
     except KeyError as error:
         raise SimpruneError(
@@ -129,18 +139,31 @@ def read_info(path: str | Path) -> LibraryInfo:
 
 def _read_elf_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        # a pipe would block, and a device may do anything when it is opened
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise SimpruneError(
+                f"{path} is a folder: name the library in it, such as "
+                f"{path / 'libsimprune_plugin.so'}"
+            )
+        if not stat.S_ISREG(mode):
+            raise SimpruneError(f"{path} is not a shared library: it is no regular file")
+        # what has become a pipe since then does not block either
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             # the first bytes decide, so that a file of another kind is not read whole
             start = file.read(8)
             if start.startswith(b"\x7fELF"):
-                return start + file.read()
+                size = os.fstat(file.fileno()).st_size
+                if size > LARGEST_FILE:
+                    raise SimpruneError(
+                        f"{path} has {size} bytes, more than the {LARGEST_FILE} that are read: it "
+                        "is no library of ours; name libsimprune_plugin.so"
+                    )
+                file.seek(0)
+                return file.read(size)
     except FileNotFoundError:
         raise SimpruneError(
             f"{path} does not exist: `simprune-deploy plugin build` makes a library"
-        ) from None
-    except IsADirectoryError:
-        raise SimpruneError(
-            f"{path} is a folder: name the library in it, such as {path / 'libsimprune_plugin.so'}"
         ) from None
     except OSError as error:
         raise SimpruneError(f"cannot read {path}: {error.strerror or error}") from None
@@ -149,8 +172,8 @@ def _read_elf_file(path: Path) -> bytes:
     raise SimpruneError(f"{path} is not a shared library: it does not begin as an ELF file")
 
 
-def _parse_elf(path: Path, data: bytes) -> tuple[str, dict[str, bytes]]:
-    """Return the processor and the contents of the sections by name."""
+def _parse_elf(path: Path, data: bytes) -> tuple[str, bytes]:
+    """Return the processor and the GPU code (the section .nv_fatbin), empty if there is none."""
     # ELF header: e_ident with class (2: 64 bits) and byte order (1: little-endian), e_machine,
     # then where the section headers are, their size and number, and which of them holds the names
     if len(data) < 64:
@@ -173,13 +196,17 @@ def _parse_elf(path: Path, data: bytes) -> tuple[str, dict[str, bytes]]:
         elif offset + length > len(data):
             raise _cut_short(path, data)
         headers.append((name, offset, length))
-    _, start, length = headers[names_index]
-    names = data[start : start + length]
-    sections = {
-        names[name:].partition(b"\0")[0].decode("latin-1"): data[offset : offset + length]
+    # sections may overlap, so none is copied but the one that is wanted
+    _, names, names_length = headers[names_index]
+    found = [
+        (offset, length)
         for name, offset, length in headers
-    }
-    return MACHINES.get(machine, f"ELF machine {machine}"), sections
+        if name < names_length and data.startswith(_FATBIN, names + name, names + names_length)
+    ]
+    if len(found) > 1:
+        raise _damaged_gpu_code(path)
+    gpu_code = b"".join(data[offset : offset + length] for offset, length in found)
+    return MACHINES.get(machine, f"ELF machine {machine}"), gpu_code
 
 
 def _cut_short(path: Path, data: bytes) -> SimpruneError:
@@ -197,10 +224,11 @@ def _parse_facts(path: Path, data: bytes) -> dict[str, Any]:
             f"{path} is not a library of ours: it has no mark {MARK.decode()!r} inside; name "
             "libsimprune_plugin.so or libsimprune_kernels.so"
         )
-    text = data[start + len(MARK) :].partition(b"\0")[0]
+    start += len(MARK)
+    end = data.find(b"\0", start, start + LARGEST_DESCRIPTION)
     try:
-        facts = json.loads(text)
-    except ValueError:
+        facts = json.loads(data[start:end]) if end >= 0 else None
+    except (ValueError, RecursionError):  # the second: thousands of brackets in one another
         facts = None
     if not isinstance(facts, dict):
         raise SimpruneError(f"{path}: its description is damaged; copy or build it again")
@@ -210,6 +238,12 @@ def _parse_facts(path: Path, data: bytes) -> dict[str, Any]:
 def _typed(facts: dict[str, Any], name: str, kind: type) -> Any:
     value = facts.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
+        raise KeyError(name)
+    if isinstance(value, int) and not 0 <= value < 1 << 31:
+        raise KeyError(name)
+    texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [value]
+    # nothing from the file may steer a terminal or break a line
+    if kind is not int and not all(isinstance(each, str) and each.isprintable() for each in texts):
         raise KeyError(name)
     return value
 
@@ -229,14 +263,18 @@ def _parse_device_code(path: Path, section: bytes) -> DeviceCode:
         for kind, architecture, variant in _fatbin_entries(section):
             found.setdefault(kind, set()).add((architecture, variant))
     except (ValueError, struct.error):
-        raise SimpruneError(
-            f"{path}: its GPU code (section .nv_fatbin) is damaged; copy or build it again"
-        ) from None
+        raise _damaged_gpu_code(path) from None
     sms, ptx = (
         tuple(f"{architecture}{variant}" for architecture, variant in sorted(found[kind]))
         for kind in (_CUBIN, _PTX)
     )
     return DeviceCode(sms, ptx)
+
+
+def _damaged_gpu_code(path: Path) -> SimpruneError:
+    return SimpruneError(
+        f"{path}: its GPU code (section .nv_fatbin) is damaged; copy or build it again"
+    )
 
 
 def _fatbin_entries(section: bytes) -> Iterator[tuple[int, int, str]]:
@@ -247,22 +285,29 @@ def _fatbin_entries(section: bytes) -> Iterator[tuple[int, int, str]]:
     interest here, architecture, 8 more, flags. CUDA 13.0's nvcc wrote the files that this was
     worked out on.
     """
-    position = 0
-    while position < len(section):
-        if not any(section[position : position + 8]):
-            position += 8  # padding between containers
-            continue
-        magic, _, header, size = struct.unpack_from("<IHHQ", section, position)
-        end = position + header + size
-        if magic != _FATBIN_MAGIC or header < 16 or end > len(section):
+    position = count = 0
+    while True:
+        found = section.find(_FATBIN_MAGIC, position)
+        gap_end = found if found >= 0 else len(section)
+        # padding between containers is zeros
+        if section.count(0, position, gap_end) != gap_end - position:
             raise ValueError("not a container")
-        position += header
+        if found < 0:
+            return
+        _, _, header, size = struct.unpack_from("<IHHQ", section, found)
+        position, end = found + header, found + header + size
+        if header < 16 or end > len(section):
+            raise ValueError("not a container")
+        count += 1
         while position < end:
             kind, _, header, size = struct.unpack_from("<HHIQ", section, position)
             architecture = struct.unpack_from("<I", section, position + 28)[0]
             flags = struct.unpack_from("<Q", section, position + 40)[0]
             position += header + size
-            if header < 48 or position > end:
+            count += 1
+            if header < 48 or position > end or count > _MOST_GPU_CODE:
                 raise ValueError("not an entry")
             variant = "".join(letter for flag, letter in _VARIANTS.items() if flags & flag)
             yield kind, architecture, variant
+        if count > _MOST_GPU_CODE:
+            raise ValueError("too many containers")

@@ -23,6 +23,7 @@ KEPT_ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120", "
 """What "all" builds for, as far as the nvcc at hand knows it."""
 
 OLDEST_CMAKE = (3, 18)
+OLDEST_CUDA = (12, 0)
 OLDEST_TENSORRT = (10, 0)
 
 CUDA_FOLDER = Path("/usr/local/cuda")
@@ -129,13 +130,20 @@ def _nvcc_wheels() -> Iterator[Path]:
 
 def ask_nvcc(path: Path) -> Nvcc:
     """Return the version and the architectures of the nvcc at `path`."""
-    version = re.search(r"release \d+\.\d+, V(\d+\.\d+\.\d+)", _ask(path, "--version"))
-    if version is None:
+    match = re.search(r"release \d+\.\d+, V((\d+)\.(\d+)\.\d+)", _ask(path, "--version"))
+    if match is None:
         raise SimpruneError(f"{path} --version names no CUDA release: is it NVIDIA's nvcc?")
+    version = match[1]
+    if (int(match[2]), int(match[3])) < OLDEST_CUDA:
+        oldest = ".".join(map(str, OLDEST_CUDA))
+        raise SimpruneError(
+            f"CUDA {version} ({path}) is older than {oldest}: {remedy_for_nvcc()}, or name a newer "
+            "nvcc with --nvcc"
+        )
     known = re.findall(r"^compute_(\d+)$", _ask(path, "--list-gpu-arch"), re.M)
     if not known:
-        raise SimpruneError(f"{path} --list-gpu-arch names no architecture: use CUDA 11.8 or later")
-    return Nvcc(path, version.group(1), tuple(sorted(set(known), key=int)))
+        raise SimpruneError(f"{path} --list-gpu-arch names no architecture: is it NVIDIA's nvcc?")
+    return Nvcc(path, version, tuple(sorted(set(known), key=int)))
 
 
 def remedy_for_nvcc() -> str:
