@@ -11,8 +11,9 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from simprune_deploy.errors import SimpruneError
@@ -309,15 +310,12 @@ def _examine_nvcc() -> Finding:
         remedy=toolchain.remedy_for_nvcc(),
         needed=False,
     )
-    try:
+
+    def find() -> tuple[str, Path]:
         nvcc = toolchain.find_nvcc()
-    except toolchain.NotFoundError as error:
-        return dataclasses.replace(finding, detail=_one_line(error))
-    except SimpruneError as error:
-        return dataclasses.replace(finding, state="broken", detail=_one_line(error))
-    return dataclasses.replace(
-        finding, state="ok", version=nvcc.version, remedy="", detail=str(nvcc.path)
-    )
+        return nvcc.version, nvcc.path
+
+    return _looked_for(finding, find)
 
 
 def _examine_tensorrt_headers() -> Finding:
@@ -330,15 +328,23 @@ def _examine_tensorrt_headers() -> Finding:
         remedy=toolchain.remedy_for_headers(),
         needed=False,
     )
-    try:
+
+    def find() -> tuple[str, Path]:
         headers = toolchain.find_tensorrt_headers()
+        return headers.version, headers.folder
+
+    return _looked_for(finding, find)
+
+
+def _looked_for(finding: Finding, find: Callable[[], tuple[str, Path]]) -> Finding:
+    """Return the finding with the version and the place that `find` gives, or why it gives none."""
+    try:
+        version, place = find()
     except toolchain.NotFoundError as error:
         return dataclasses.replace(finding, detail=_one_line(error))
     except SimpruneError as error:
         return dataclasses.replace(finding, state="broken", detail=_one_line(error))
-    return dataclasses.replace(
-        finding, state="ok", version=headers.version, remedy="", detail=str(headers.folder)
-    )
+    return dataclasses.replace(finding, state="ok", version=version, remedy="", detail=str(place))
 
 
 def _examine_library() -> Iterator[Finding]:

@@ -43,7 +43,7 @@ def tensorrt_headers() -> Path:
                 if name.startswith("kernel_lens/include/tensorrt/") and name.endswith(".h"):
                     (folder / Path(name).name).write_bytes(archive.read(name))
 
-    return _cached("headers", [HEADERS.read_bytes()], download)
+    return cached("headers", [HEADERS.read_bytes()], download)
 
 
 def cuda_runtime_for_aarch64() -> Path:
@@ -55,7 +55,7 @@ def cuda_runtime_for_aarch64() -> Path:
                 if name.endswith(".a"):
                     (folder / Path(name).name).write_bytes(archive.read(name))
 
-    return _cached("aarch64-runtime", [CUDA_RUNTIME.read_bytes()], download)
+    return cached("aarch64-runtime", [CUDA_RUNTIME.read_bytes()], download)
 
 
 def host_library() -> Path:
@@ -89,7 +89,7 @@ def plugin_library() -> Path:
     tools = ROOT / "simprune_deploy" / "plugin"
     key = [(tools / name).read_bytes() for name in ("build.py", "toolchain.py", "info.py")]
     key += [*_sources(tests=False), _versions(), headers.name.encode()]
-    return _cached("plugin", key, build) / "libsimprune_plugin.so"
+    return cached("plugin", key, build) / "libsimprune_plugin.so"
 
 
 def cmake_build(name: str, targets: list[str], settings: dict[str, str]) -> Path:
@@ -115,7 +115,7 @@ def cmake_build(name: str, targets: list[str], settings: dict[str, str]) -> Path
             assert result.returncode == 0, result.stdout[-8000:]
 
     key = [json.dumps([targets, given]).encode(), _versions()]
-    return _cached(name, [*key, *_sources(tests=given.get("SIMPRUNE_TESTS") == "ON")], build)
+    return cached(name, [*key, *_sources(tests=given.get("SIMPRUNE_TESTS") == "ON")], build)
 
 
 def _download(folder: Path, pins: Path, platform: str = "") -> Path:
@@ -159,7 +159,7 @@ def _versions() -> bytes:
     return b"".join(said)
 
 
-def _cached(name: str, key: list[bytes], make: Callable[[Path], None]) -> Path:
+def cached(name: str, key: list[bytes], make: Callable[[Path], None]) -> Path:
     """Return a folder that `make` filled, now or earlier; other processes wait for the first."""
     digest = hashlib.sha256()
     for part in key:

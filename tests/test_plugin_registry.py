@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import made
-from plugin_build import PLUGINS, UnavailableError, _cached, cmake_build
+from plugin_build import PLUGINS, UnavailableError, cached, cmake_build
 
 PROBE = Path(__file__).parent / "registry_probe.py"
 LEAN_VERSIONS = ["10.16.1", "11.0.0", "11.4.0"]
@@ -239,4 +239,4 @@ def installed_lean(version: str) -> Path:
             )
 
     tag = f"{sys.version_info.major}.{sys.version_info.minor}".encode()
-    return _cached(f"tensorrt-{version}", [pins.read_bytes(), tag], install)
+    return cached(f"tensorrt-{version}", [pins.read_bytes(), tag], install)

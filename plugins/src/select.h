@@ -21,6 +21,16 @@ struct SelectShared {
     uint32_t earlier[kSmallPatches * kSmallPatches / kWarp];
 };
 
+SIMPRUNE_FN bool has_bit(const uint32_t* words, int patch) {
+    return (words[patch / kWarp] >> patch % kWarp & 1) != 0;
+}
+
+// How many patches before this one are kept, once list_heads has counted.
+SIMPRUNE_FN int rank_of(const SelectShared& shared, int patch) {
+    const uint32_t below = (1u << patch % kWarp) - 1;
+    return shared.rank[patch / kWarp] + popcount(shared.kept[patch / kWarp] & below);
+}
+
 // cover: bit j of word w of row i says that patch 32 w + j < i is alike.
 SIMPRUNE_FN void alike_row(
     const Warp& warp, const Job& job, const Similarity& similarity, int64_t image, int patch, uint32_t* row) {
@@ -207,11 +217,7 @@ SIMPRUNE_FN void list_heads(const Block& block, const Job& job, SelectShared& sh
     });
     block.threads([&](int thread) {
         for (int patch = thread; patch < job.num_patches; patch += block.num_threads) {
-            const uint32_t bits = shared.kept[patch / kWarp];
-            const int bit = patch % kWarp;
-            if ((bits >> bit & 1) == 0) continue;
-            shared.heads[shared.rank[patch / kWarp] + popcount(bits & ((1u << bit) - 1))] =
-                static_cast<uint16_t>(patch);
+            if (has_bit(shared.kept, patch)) shared.heads[rank_of(shared, patch)] = static_cast<uint16_t>(patch);
         }
     });
 }
@@ -307,12 +313,11 @@ SIMPRUNE_FN void select_kernel(const Block& block, const Job& job, SelectShared&
     });
     block.warps([&](const Warp& warp) {
         for (int patch = warp.index; patch < job.num_patches; patch += block.num_warps()) {
-            const uint32_t kept = shared.kept[patch / kWarp], below = (1u << patch % kWarp) - 1;
             int64_t slot;
-            if ((shared.valid[patch / kWarp] >> patch % kWarp & 1) == 0) {
+            if (!has_bit(shared.valid, patch)) {
                 slot = -1;
-            } else if ((kept >> patch % kWarp & 1) != 0) {
-                slot = job.prefix + shared.rank[patch / kWarp] + popcount(kept & below);
+            } else if (has_bit(shared.kept, patch)) {
+                slot = job.prefix + rank_of(shared, patch);
             } else if (small) {
                 slot = job.prefix + most_similar(warp, similarity, patch, shared.heads, count);
             } else {

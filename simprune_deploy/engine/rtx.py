@@ -145,7 +145,7 @@ def build_engines(
         "flavour": FLAVOUR,
         "version": version,
         "onnx": {"file": model.name, "sha256": sha256(model)},
-        "precision": str(facts.export.get("precision", "fp32")),
+        "precision": facts.precision,
         "profile": profile,
     }
     built = []
