@@ -1,0 +1,74 @@
+"""The command line: parse, call the library, print. Heavy imports happen inside the commands.
+
+A module for each group of commands; what they share is in ``common``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from simprune_deploy import __version__
+from simprune_deploy.cli import engine, export, inspect, plugin, verify
+from simprune_deploy.cli.common import State
+
+app = typer.Typer(
+    name="simprune-deploy",
+    help="Export pruned Vision Transformers to ONNX, proved equal to PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(plugin.plugin_app, name="plugin")
+
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("engine")(engine.engine)
+app.command("targets")(engine.list_targets)
+app.command("inspect")(inspect.inspect)
+app.command("models")(inspect.models)
+app.command("doctor")(inspect.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"simprune-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    State.debug = debug
+
+
+# typer brings its own click or uses the installed one, by version; this is the one it raises
+_ClickException: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
+def main() -> None:
+    """Run the command line; a call that cannot be parsed is one line too."""
+    try:
+        code = app(standalone_mode=False)
+    except _ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+            typer.secho(f"error: {message} (--help lists what there is)", fg="red", err=True)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,281 @@
+"""``export``: a checkpoint becomes an ONNX model that prunes, proved, with engines if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from simprune_deploy.cli.common import (
+    Arch,
+    Json,
+    PerTarget,
+    Pretrained,
+    TrustPickle,
+    engine_targets,
+    errors,
+    load_model,
+    parse_numbers,
+    print_json,
+)
+from simprune_deploy.errors import SimpruneError
+
+if TYPE_CHECKING:
+    from simprune_deploy.checkpoint import Checkpoint
+    from simprune_deploy.engine.rtx import BuiltEngine
+    from simprune_deploy.engine.targets import Target
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or timm name.")],
+    arch: Arch = None,
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Cosine similarity from which patches are the same, in [-1, 2].  [default: 0.85]",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="'auto', or the blocks before which to prune: 3,6,9.  [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
+    selection: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'cover' or 'redundancy'.  [default: cover]", show_default=False),
+    ] = None,
+    reduction: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'merge' or 'drop'.  [default: merge]", show_default=False),
+    ] = None,
+    proportional_attention: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--proportional-attention/--no-proportional-attention",
+            help="Attend to a token as to the patches it stands for.  [default: yes]",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="'dynamic'; or K: patches left after the last prune layer, with static shapes; "
+            "or one count per layer: 150,110,80.  [default: dynamic]",
+            show_default=False,
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Round the token count up to a multiple.  [default: 1]", show_default=False
+        ),
+    ] = None,
+    runtime_threshold: Annotated[
+        bool, typer.Option("--runtime-threshold", help="Make the threshold a graph input.")
+    ] = False,
+    batch: Annotated[str, typer.Option(help="Batch sizes: 1..8, or one fixed size.")] = "1..8",
+    img_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Image size in pixels.  [default: the model's]", show_default=False),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalise in the graph.")
+    ] = False,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities.")] = False,
+    precision: Annotated[
+        str, typer.Option(help="Types in the graph: fp32, fp16 or bf16; inputs stay float32.")
+    ] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    emit_assignments: Annotated[
+        bool, typer.Option("--emit-assignments", help="Output where every token went, per layer.")
+    ] = False,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Pictures for the proof.  [default: some that come along]"),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="GPUs to build TensorRT-RTX engines for, after the proof: rtx-ada."),
+    ] = None,
+    per_target: PerTarget = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--output", help="Folder to write.  [default: NAME-pruned]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+    pretrained: Pretrained = False,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into an ONNX model that prunes, and prove it equal to PyTorch."""
+    with errors():
+        # every check that needs no model comes before the model is loaded
+        from simprune_deploy.bundle import MANIFEST
+        from simprune_deploy.files import check_destination
+        from simprune_deploy.onnx.precision import check_precision
+        from simprune_deploy.pruning.config import PruneConfig, check_threshold
+
+        changes: dict[str, Any] = {
+            "threshold": threshold,
+            "selection": selection,
+            "reduction": reduction,
+            "multiple_of": multiple_of,
+        }
+        if threshold is not None:
+            check_threshold(threshold)
+        PruneConfig(**{name: value for name, value in changes.items() if value is not None})
+        check_precision(precision)
+        layer_list = _parse_layers(layers)
+        counts = _parse_tokens(tokens)
+        batch_range = _parse_batch(batch)
+        folder = output or Path(f"{_stem(model)}-pruned")
+        check_destination(folder, force, MANIFEST)
+        if images is not None and no_verify:
+            raise SimpruneError("--images is for the proof, and --no-verify skips it: drop one")
+        if per_target and target is None:
+            raise SimpruneError("--per-target says how to build for --target: name the targets")
+        targets = engine_targets(target) if target is not None else []
+
+        from simprune_deploy import bundle
+        from simprune_deploy.report.terminal import progress
+
+        with progress(enabled=not as_json) as step:
+            step("loading PyTorch and the checkpoint")
+            from simprune_deploy.onnx.exporter import ExportOptions
+            from simprune_deploy.pruning.model import prune
+
+            options = ExportOptions(
+                opset=opset,
+                batch=batch_range,
+                runtime_threshold=runtime_threshold,
+                normalize=normalize,
+                softmax=softmax,
+                emit_assignments=emit_assignments,
+                precision=precision,
+            )
+            checkpoint = load_model(model, arch, img_size, pretrained, trust_pickle)
+            pruned = prune(
+                checkpoint.model,
+                layers=layer_list,
+                tokens=counts,
+                proportional_attention=proportional_attention,
+                **changes,
+            )
+            result = bundle.export(
+                pruned,
+                folder,
+                options,
+                images=images,
+                verify=not no_verify,
+                force=force,
+                source={"kind": checkpoint.kind, "notes": list(checkpoint.notes)},
+                progress=step,
+            )
+            verdict = result.verdict
+            engines = None
+            if targets and (verdict is None or verdict.accepted):
+                engines = _build_engines_after_export(result.folder, targets, per_target, step)
+        if as_json:
+            answer: dict[str, Any] = {
+                "output": str(result.folder),
+                "verdict": verdict.to_dict() if verdict else None,
+                "manifest": result.manifest,
+            }
+            if targets:
+                answer["engines"] = [each.to_dict() for each in engines or []]
+            print_json(answer)
+        else:
+            _print_export(result, checkpoint)
+            if engines is not None:
+                _print_engines(engines)
+            elif targets:
+                typer.echo("no engine was built: the export is not proven")
+        if verdict is not None and not verdict.accepted:
+            raise typer.Exit(1)
+
+
+def _build_engines_after_export(
+    folder: Path, targets: list[Target], per_target: bool, progress: Callable[[str], None]
+) -> list[BuiltEngine]:
+    from simprune_deploy.bundle import build_engines
+
+    try:
+        return build_engines(folder, targets, per_target=per_target, progress=progress)
+    except SimpruneError as error:
+        # the export is whole and may have taken long: it stays
+        raise SimpruneError(
+            f"{error} (the export in {folder} is complete; `simprune-deploy engine {folder}` "
+            "builds its engines)"
+        ) from error
+
+
+def _print_engines(engines: list[BuiltEngine]) -> None:
+    from simprune_deploy.report.terminal import print_engines
+
+    typer.echo()
+    print_engines(engines)
+
+
+def _print_export(result: Any, checkpoint: Checkpoint) -> None:
+    from rich.console import Console
+
+    from simprune_deploy.report.terminal import print_facts, print_verdict
+
+    console = Console()
+    facts = result.manifest["model"]
+    pruning = facts["pruning"]
+    print_facts(
+        console,
+        {
+            "model": facts["architecture"] or "(unnamed)",
+            "checkpoint": "; ".join([checkpoint.kind, *checkpoint.notes]),
+            "prunes before blocks": pruning["layers"],
+            "threshold": pruning["threshold"],
+            "precision": facts["export"]["precision"],
+            "patches kept": pruning["capacities"] or "as many as the image needs",
+            "written": ", ".join(
+                f"{result.folder / name} ({entry['bytes'] / 1e6:.1f} MB)"
+                for name, entry in result.manifest["files"].items()
+                if name.endswith(".onnx")
+            ),
+        },
+    )
+    console.print()
+    if result.verdict is None:
+        console.print("verdict: [yellow]not verified[/yellow] (--no-verify)", highlight=False)
+    else:
+        print_verdict(console, result.verdict)
+
+
+def _stem(model: str) -> str:
+    name = Path(model.rstrip("/")).name
+    return name.split(":")[-1].split(".")[0] or "model"
+
+
+def _parse_layers(text: str | None) -> str | list[int] | None:
+    if text is None or text == "auto":
+        return text
+    return parse_numbers(text, "--layers", "'auto' or block numbers such as 3,6,9")
+
+
+def _parse_tokens(text: str | None) -> str | int | list[int] | None:
+    if text is None or text == "dynamic":
+        return text
+    counts = parse_numbers(text, "--tokens", "'dynamic', a number, or one per layer: 150,110,80")
+    return counts[0] if len(counts) == 1 else counts
+
+
+def _parse_batch(text: str) -> tuple[int, int]:
+    low, separator, high = text.partition("..")
+    try:
+        return int(low), int(high if separator else low)
+    except ValueError:
+        raise SimpruneError(
+            f"--batch {text!r} is not understood: write 1..8, or one number for a fixed batch"
+        ) from None

@@ -1,0 +1,1 @@
+"""Choosing the threshold: data sets, sweeps, the search. Nothing heavy is imported here."""
