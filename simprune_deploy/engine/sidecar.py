@@ -1,0 +1,268 @@
+"""The file of metadata beside an engine, and whether the engine fits a machine. Light: no TensorRT.
+
+An engine is machine code for one kind of GPU and one version of one flavour of TensorRT, made from
+one ONNX file, and for one plugin if it has one in it. TensorRT itself notices some mismatches with
+an error, and some with a crash; the sidecar turns all of them into a sentence beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import sha256
+
+FORMAT = 2
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+NAMES = {TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}
+KINDS = ("pruned", "dense", "diagnosis")
+LARGEST_SIDECAR = 1 << 20
+
+Capability = tuple[int, int]
+Profile = dict[str, dict[str, list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStamp:
+    """A file as it was when the engine was built.
+
+    Attributes:
+        file: Its name, without a folder.
+        bytes: Its size.
+        sha256: Its hash, lower-case hexadecimal.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> FileStamp:
+        """Stamp a file; `name` if it is to be called otherwise."""
+        return cls(name or path.name, path.stat().st_size, sha256(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFacts:
+    """What is known of an engine.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: Of the TensorRT that built it, and that alone runs it.
+        compute_capabilities: The GPUs it is for, such as ("8.9", "12.1").
+        targets: Their names in targets.json; empty if it was built for the GPU of the machine.
+        gpu: The GPU on which it was built and tuned; None if it was built without one.
+        cuda: The CUDA version of the driver there, such as "12.6"; None without a GPU.
+        plugin: The library with the plugin that is in it; None if it runs the ONNX function.
+        onnx: The ONNX file it was built from.
+        of: "pruned" (the model as shipped), "dense" (without pruning) or "diagnosis" (with the
+            decisions as outputs, for a proof).
+        precision: "fp32", "fp16" or "bf16".
+        profile: By input, the shapes "min", "opt" and "max".
+        workspace_mib: The limit on the builder's and the engine's workspace; None: no limit.
+        engine: The engine file.
+        status: How far it was checked, in words.
+        checked, not_checked: What was looked at, and what was not.
+        versions: Of simprune-deploy and Polygraphy.
+        seconds: How long the build took.
+        created: When, in UTC.
+    """
+
+    flavour: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    targets: tuple[str, ...]
+    gpu: str | None
+    cuda: str | None
+    plugin: FileStamp | None
+    onnx: FileStamp
+    of: str
+    precision: str
+    profile: Profile
+    workspace_mib: int | None
+    engine: FileStamp
+    status: str
+    checked: str
+    not_checked: str
+    versions: dict[str, str]
+    seconds: float
+    created: str
+
+    @property
+    def title(self) -> str:
+        """What built it: "TensorRT 10.3.0"."""
+        return f"{NAMES[self.flavour]} {self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON types."""
+        values = dataclasses.asdict(self)
+        for name in ("compute_capabilities", "targets"):
+            values[name] = list(values[name])
+        return {"format": FORMAT, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineFacts:
+        """Build facts from :meth:`to_dict`'s result.
+
+        Raises:
+            KeyError, TypeError, ValueError: a value is missing or is not what it should be.
+        """
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        for name in ("compute_capabilities", "targets"):
+            known[name] = tuple(known[name])
+        for name in ("plugin", "onnx", "engine"):
+            known[name] = None if known[name] is None else FileStamp(**known[name])
+        facts = cls(**known)
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        hints = get_type_hints(EngineFacts)
+        texts = [name for name, hint in hints.items() if hint is str]
+        texts += [name for name in ("gpu", "cuda") if getattr(self, name) is not None]
+        lists = {name: getattr(self, name) for name in ("compute_capabilities", "targets")}
+        checked = [(name, getattr(self, name)) for name in texts]
+        checked += [(name, each) for name, found in lists.items() for each in found]
+        for stamp in filter(None, (self.plugin, self.onnx, self.engine)):
+            checked += [("file", stamp.file), ("sha256", stamp.sha256)]
+            if Path(stamp.file).name != stamp.file or not isinstance(stamp.bytes, int):
+                raise ValueError(f"the file {stamp.file!r}")
+        for name, text in checked:
+            # nothing from the file may steer a terminal or break a line
+            if not isinstance(text, str) or not text.isprintable():
+                raise ValueError(f"{name} {text!r}")
+        if self.onnx is None or self.engine is None:
+            raise ValueError("no onnx or no engine")
+        if self.flavour not in NAMES or self.of not in KINDS:
+            raise ValueError(f"flavour {self.flavour!r}, of {self.of!r}")
+        if not lists["compute_capabilities"]:
+            raise ValueError("no compute capability")
+        for each in lists["compute_capabilities"]:
+            parse_capability(each)
+        for shapes in self.profile.values():
+            for which in ("min", "opt", "max"):
+                if not all(isinstance(size, int) and size > 0 for size in shapes[which]):
+                    raise ValueError(f"profile {shapes!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """What an engine would be loaded by.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: Its version; None if it is not installed.
+        compute_capability: The GPU's; None if there is none.
+        cuda: The CUDA version that the GPU's driver knows; None if there is none.
+        plugin: SHA-256 of the plugin's library that would be loaded; None: none would be.
+    """
+
+    flavour: str
+    version: str | None
+    compute_capability: Capability | None
+    cuda: str | None = None
+    plugin: str | None = None
+
+
+def sidecar_of(engine: Path) -> Path:
+    """Return where an engine's metadata is: ``x.engine.json`` beside ``x.engine``."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_sidecar(engine: Path, *, check_hash: bool = True) -> EngineFacts:
+    """Read what is known of an engine, and see that it is the engine that was built.
+
+    Args:
+        engine: The engine file, not the sidecar.
+        check_hash: Read the engine and compare its SHA-256. Default True.
+
+    Raises:
+        SimpruneError: there is no engine or no sidecar, the sidecar is damaged or of a newer
+            format, or the engine was changed.
+    """
+    path = sidecar_of(engine)
+    if not engine.is_file():
+        raise SimpruneError(f"{engine} does not exist: `simprune-deploy build` makes engines")
+    try:
+        if path.stat().st_size > LARGEST_SIDECAR:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = int(values["format"])
+        facts = EngineFacts.from_dict(values) if found == FORMAT else None
+    except FileNotFoundError:
+        raise SimpruneError(
+            f"{path} is missing: without it nobody knows what {engine.name} is for; build it again"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(f"{error!r}".split())[:200]
+        raise SimpruneError(f"{path} is damaged ({why}): build the engine again") from error
+    if facts is None:
+        remedy = "update simprune-deploy" if found > FORMAT else "build the engine again"
+        raise SimpruneError(f"{path} has format {found}, and this version reads {FORMAT}: {remedy}")
+    if check_hash and FileStamp.of(engine) != dataclasses.replace(facts.engine, file=engine.name):
+        raise SimpruneError(
+            f"{engine} is not the engine that was built: its SHA-256 differs; build it again"
+        )
+    return facts
+
+
+def check_fits(facts: EngineFacts, here: Here) -> None:
+    """Refuse an engine that this machine cannot load or would load wrongly.
+
+    Raises:
+        SimpruneError: with what it was built for, what is here, and the way out.
+    """
+    problem = misfit(facts, here)
+    if problem is not None:
+        raise SimpruneError(f"{facts.engine.file} {problem}")
+
+
+def misfit(facts: EngineFacts, here: Here) -> str | None:
+    """Return why an engine does not fit a machine, as the end of a sentence; None if it does."""
+    built = f"was built for SM {', '.join(facts.compute_capabilities)} with {facts.title}"
+    again = f"run `{_build_command(facts)}`"
+    if here.flavour != facts.flavour:
+        return f"{built}, and {NAMES[here.flavour]} cannot load it"
+    if here.version is None:
+        return f"{built}, and {NAMES[here.flavour]} is not installed here"
+    if here.compute_capability is None:
+        return f"{built}, and no GPU was found here"
+    mine = f"{here.compute_capability[0]}.{here.compute_capability[1]}"
+    if mine not in facts.compute_capabilities or not same_version(facts.version, here.version):
+        return f"{built}; this is SM {mine} with {here.version}: {again}"
+    if facts.cuda and here.cuda and _major(here.cuda) < _major(facts.cuda):
+        return f"{built} and CUDA {facts.cuda}; this driver knows CUDA {here.cuda}: {again}"
+    if facts.plugin is not None and here.plugin != facts.plugin.sha256:
+        name = facts.plugin.file
+        if here.plugin is None:
+            return f"has the plugin of {name} in it, and no library was found: name it (--plugin)"
+        return (
+            f"was built with another {name} (SHA-256 {facts.plugin.sha256[:12]}...) than the "
+            f"library here ({here.plugin[:12]}...): name that one (--plugin), or {again}"
+        )
+    return None
+
+
+def same_version(one: str, other: str) -> bool:
+    """Compare versions as far as both tell them: 10.3.0 and 10.3.0.30 are the same."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return all(mine == theirs for mine, theirs in pairs)
+
+
+def parse_capability(text: str) -> Capability:
+    """Return (8, 9) for "8.9"."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _build_command(facts: EngineFacts) -> str:
+    if facts.flavour == TENSORRT:
+        return "simprune-deploy build FOLDER"
+    return f"simprune-deploy build FOLDER --target {','.join(facts.targets) or 'NAME'}"
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
