@@ -164,8 +164,11 @@ class SweepResult:
 
     Attributes:
         model: Architecture, source, SHA-256 of the weights, input size, number of classes.
-        data: Source, number of images, whether they have labels, skipped files with reasons.
-        environment: What ran on what: backend, versions, cores, batch and repetitions of timings.
+        data: Source, number of images, whether they have labels; "skipped": [file, reason] of each
+            file that was not used.
+        environment: What ran on what: backend, versions, cores, batch and repetitions of timings;
+            "command": what makes the sweep again; "not_measured": sentences, what was left out
+            and why. Reports show the other keys as they are.
         cells: In the order in which the settings were asked for.
     """
 
