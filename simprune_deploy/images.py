@@ -6,6 +6,7 @@ Importing this module needs numpy only; torch, timm and Pillow are imported wher
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL import Image
+
+    from simprune_deploy.onnx.metadata import Facts
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
@@ -110,6 +113,23 @@ class Preprocessing:
             crop_mode=config["crop_mode"],
         )
 
+    @classmethod
+    def of_facts(cls, facts: Facts) -> Preprocessing:
+        """Return what an exported model wants, from what it says of itself."""
+        known = facts.preprocessing
+        height, width = facts.image_size
+        interpolation = known.get("interpolation")
+        return cls(
+            channels=facts.channels,
+            height=height,
+            width=width,
+            mean=fit_to_channels(known["mean"], facts.channels),
+            std=fit_to_channels(known["std"], facts.channels),
+            interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
+            crop_pct=float(known.get("crop_pct") or 0.875),
+            crop_mode=known.get("crop_mode") or "center",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values as JSON types."""
         values = dataclasses.asdict(self)
@@ -182,7 +202,7 @@ def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool 
             f"{count} images: {len(paths)} photographs come with simprune-deploy, "
             f"take 1 to {len(paths)} of them or {GIVE_A_FOLDER}"
         )
-    to_pixels = _Loader(preprocessing)
+    to_pixels = PictureLoader(preprocessing)
     pixels = np.stack([to_pixels(path) for path in paths[:count]])
     return ImageSet(
         pixels=preprocessing.normalise(pixels) if normalize else pixels,
@@ -218,20 +238,20 @@ def load_folder(
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise SimpruneError(f"{root} {what}: {GIVE_A_FOLDER}")
-    found, skipped = _find_pictures(root)
+    found, skipped = find_pictures(root)
     if not found:
         why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise SimpruneError(f"{root} holds no pictures{why}: {GIVE_A_FOLDER}")
 
-    to_pixels = _Loader(preprocessing)
+    to_pixels = PictureLoader(preprocessing)
     loaded: dict[int, np.ndarray] = {}
     for position in _spread(len(found), limit):
         if len(loaded) == limit:
             break
         try:
             loaded[position] = to_pixels(found[position])
-        except _UnusableImageError as error:
-            skipped.append((_printable(found[position], root), str(error)))
+        except UnusableImageError as error:
+            skipped.append((printable(found[position], root), str(error)))
     if not loaded:
         raise SimpruneError(
             f"none of the {len(found)} pictures in {root} can be read "
@@ -242,17 +262,17 @@ def load_folder(
     part = f"{len(taken)} of {len(found):,} pictures in " if len(taken) < len(found) else ""
     return ImageSet(
         pixels=preprocessing.normalise(pixels) if normalize else pixels,
-        names=tuple(_printable(found[position], root) for position in taken),
+        names=tuple(printable(found[position], root) for position in taken),
         skipped=tuple(sorted(skipped)),
-        source=f"{part}folder {_printable(root)}",
+        source=f"{part}folder {printable(root)}",
     )
 
 
-class _UnusableImageError(Exception):
+class UnusableImageError(Exception):
     """A file that cannot become an input; the message is the reason, in a few words."""
 
 
-def _find_pictures(root: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+def find_pictures(root: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Return the picture files below `root` by name, and the folders that could not be listed."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -261,7 +281,7 @@ def _find_pictures(root: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
-        refused.append((_printable(Path(error.filename), root), error.strerror or str(error)))
+        refused.append((printable(Path(error.filename), root), error.strerror or str(error)))
 
     # data sets link to their class folders, and a link may lead in a circle
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
@@ -286,15 +306,15 @@ def _spread(total: int, wanted: int) -> Iterator[int]:
     yield from (position for position in range(total) if position not in first)
 
 
-def _printable(path: Path, root: Path | None = None) -> str:
+def printable(path: Path, root: Path | None = None) -> str:
     """Return a path as text that any report can hold (a file name need not be valid UTF-8)."""
     if root is not None and path.is_relative_to(root):
         path = path.relative_to(root)
     return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-class _Loader:
-    """Turns a file into float32[C, H, W] in [0, 1]."""
+class PictureLoader:
+    """Turns a picture into float32[C, H, W] in [0, 1], through timm's evaluation transforms."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         from timm.data import create_transform
@@ -314,55 +334,71 @@ class _Loader:
             normalize=False,
         )
 
-    def __call__(self, path: Path) -> np.ndarray:
-        """Load a file.
+    def __call__(self, source: Path | bytes) -> np.ndarray:
+        """Load a file, or the contents of one.
 
         Raises:
-            _UnusableImageError: it cannot be read, or is too large or too thin to be scaled.
+            UnusableImageError: it cannot be read, or is too large or too thin to be scaled.
         """
-        picture = self._open(path)
+        return self.to_pixels(self._open(source))
+
+    def of_levels(self, levels: np.ndarray) -> np.ndarray:
+        """Take uint8[H, W] (grey) or uint8[H, W, 3] (RGB) in place of a file."""
+        from PIL import Image
+
+        height, width = levels.shape[:2]
+        self._check_size(width, height)
+        return self.to_pixels(Image.fromarray(levels).convert(self.mode))
+
+    def to_pixels(self, picture: Image.Image) -> np.ndarray:
+        """Transform a picture of mode "L" or "RGB", whichever the channels ask for."""
         levels: np.ndarray = self.transform(picture).numpy()
         channels = np.arange(self.preprocessing.channels) % len(levels)
         return levels[channels].astype(np.float32) / np.float32(255)
 
-    def _open(self, path: Path) -> Image.Image:
+    def _open(self, source: Path | bytes) -> Image.Image:
         """Decode a picture to "L" or "RGB"; like timm, without turning it by its EXIF tag."""
         from PIL import Image, UnidentifiedImageError
 
         try:
-            if not path.is_file():
-                raise _UnusableImageError("not a file")
-            if not path.stat().st_size:
-                raise _UnusableImageError("empty file")
+            if isinstance(source, Path):
+                if not source.is_file():
+                    raise UnusableImageError("not a file")
+                empty = not source.stat().st_size
+            else:
+                empty = not source
+            if empty:
+                raise UnusableImageError("empty file")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=PILLOW_FORMATS) as picture:
+                file = io.BytesIO(source) if isinstance(source, bytes) else source
+                with Image.open(file, formats=PILLOW_FORMATS) as picture:
                     self._check_size(*picture.size)
                     return _eight_bit(picture).convert(self.mode)
-        except _UnusableImageError:
+        except UnusableImageError:
             raise
         except UnidentifiedImageError:
-            raise _UnusableImageError("not a picture") from None
+            raise UnusableImageError("not a picture") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise _UnusableImageError("more pixels than Pillow decodes safely") from None
+            raise UnusableImageError("more pixels than Pillow decodes safely") from None
         # Pillow's decoders raise whatever a damaged file makes them stumble over
         except Exception as error:
             text = str(error) or type(error).__name__
-            raise _UnusableImageError(" ".join(text.split())) from error
+            raise UnusableImageError(" ".join(text.split())) from error
 
     def _check_size(self, width: int, height: int) -> None:
         """Refuse what timm would scale to a huge picture: its short side becomes the input's."""
         from PIL import Image
 
         if not width or not height:
-            raise _UnusableImageError("no pixels")
+            raise UnusableImageError("no pixels")
         wanted = self.preprocessing
         sides = wanted.height / wanted.crop_pct, wanted.width / wanted.crop_pct
         factor = max(sides[0] / height, sides[1] / width)
         most = Image.MAX_IMAGE_PIXELS or math.inf
         if wanted.crop_mode == "center" and width * height * factor**2 > most:
-            raise _UnusableImageError(f"{width} x {height} is too thin to be scaled")
+            raise UnusableImageError(f"{width} x {height} is too thin to be scaled")
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
