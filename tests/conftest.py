@@ -9,7 +9,12 @@ from pathlib import Path
 import plugin_build
 import pytest
 
-COMPILED = {"tensorrt_headers": 600, "host_library": 1200, "plugin_library": 3600}
+COMPILED = {
+    "tensorrt_headers": 600,
+    "host_library": 1200,
+    "jetson_library": 1200,
+    "plugin_library": 3600,
+}
 """Fixtures that download or compile, once, and how many seconds the first test may wait for it."""
 
 
@@ -46,3 +51,9 @@ def host_library() -> Path:
 def plugin_library() -> Path:
     """Return libsimprune_plugin.so for every kept architecture, as `plugin build` made it."""
     return made(plugin_build.plugin_library)
+
+
+@pytest.fixture(scope="session")
+def jetson_library() -> Path:
+    """Return libsimprune_plugin.so for Jetson, as `plugin build --cross aarch64` made it."""
+    return made(plugin_build.jetson_library)

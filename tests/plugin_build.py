@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simprune_deploy.errors import SimpruneError
-from simprune_deploy.plugin import toolchain
+from simprune_deploy.plugin import cross, toolchain
 
 ROOT = Path(__file__).parent.parent
 PLUGINS = ROOT / "plugins"
@@ -71,11 +71,27 @@ def plugin_library() -> Path:
     What the command printed (JSON) stands beside it in build.json.
     """
     _need(toolchain.find_nvcc, toolchain.find_cmake, toolchain.check_host_compiler)
+    return _built_by_the_command("plugin", "--arch", "all")
+
+
+def jetson_library() -> Path:
+    """Return libsimprune_plugin.so for Jetson, cross-compiled by the command line.
+
+    What the command printed (JSON) stands beside it in build.json.
+    """
+    _need(toolchain.find_nvcc, toolchain.find_cmake)
+    if shutil.which(cross.COMPILER) is None:
+        raise UnavailableError(f"no {cross.COMPILER}: plugins/tests/install_cross_tools.sh")
+    runtime = str(cuda_runtime_for_aarch64())
+    return _built_by_the_command("aarch64", "--cross", "aarch64", "--cuda-lib", runtime)
+
+
+def _built_by_the_command(name: str, *options: str) -> Path:
     headers = tensorrt_headers()
 
     def build(folder: Path) -> None:
         command = [
-            *(sys.executable, "-m", "simprune_deploy", "plugin", "build", "--arch", "all"),
+            *(sys.executable, "-m", "simprune_deploy", "plugin", "build", *options),
             *("--tensorrt-include", str(headers), "--output", str(folder / "new"), "--json"),
         ]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -87,9 +103,10 @@ def plugin_library() -> Path:
         (folder / "build.json").write_text(result.stdout)
 
     tools = ROOT / "simprune_deploy" / "plugin"
-    key = [(tools / name).read_bytes() for name in ("build.py", "toolchain.py", "info.py")]
+    names = ("build.py", "cross.py", "toolchain.py", "info.py")
+    key = [json.dumps(options).encode(), *((tools / each).read_bytes() for each in names)]
     key += [*_sources(tests=False), _versions(), headers.name.encode()]
-    return cached("plugin", key, build) / "libsimprune_plugin.so"
+    return cached(name, key, build) / "libsimprune_plugin.so"
 
 
 def cmake_build(name: str, targets: list[str], settings: dict[str, str]) -> Path:
@@ -152,7 +169,7 @@ def _sources(tests: bool) -> Iterator[bytes]:
 def _versions() -> bytes:
     """Return what the compilers say they are."""
     said = []
-    for program in ("c++", "nvcc", "cmake"):
+    for program in ("c++", cross.COMPILER, "nvcc", "cmake"):
         found = shutil.which(program)
         if found:
             said.append(subprocess.run([found, "--version"], capture_output=True).stdout)

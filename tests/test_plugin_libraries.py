@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from plugin_build import PLUGINS, cmake_build, cuda_runtime_for_aarch64
+from plugin_build import PLUGINS, cmake_build
 
 from simprune_deploy.onnx.function_body import ATTRIBUTES, OP_TYPE
 from simprune_deploy.plugin.info import read_info
@@ -70,34 +70,29 @@ def test_the_library_needs_neither_tensorrt_nor_cuda_to_load(plugin_library: Pat
     assert shown == ENTRIES
 
 
-@pytest.mark.timeout(1200)
-def test_the_library_for_jetson(tensorrt_headers: Path) -> None:
-    """Cross-compiled, loaded by an emulated Arm processor, its creators listed, plugins created."""
-    tools = ["aarch64-linux-gnu-g++", "qemu-aarch64"]
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    if missing:
-        reason = f"no {', '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    folder = cmake_build(
-        "aarch64",
-        ["simprune_plugin"],
-        {
-            "CMAKE_TOOLCHAIN_FILE": "cmake/aarch64-linux-gnu.cmake",
-            "CMAKE_CUDA_ARCHITECTURES": ";".join(f"{arch}-real" for arch in JETSON),
-            "SIMPRUNE_CUDA_TARGET_LIB": str(cuda_runtime_for_aarch64()),
-        },
-    )
-    library = folder / "libsimprune_plugin.so"
-    info = read_info(library)
+def test_the_library_for_jetson(jetson_library: Path) -> None:
+    """Cross-compiled by `plugin build --cross aarch64`, for Orin and Thor by default."""
+    info = read_info(jetson_library)
     assert info.machine == "aarch64"
     assert list(info.device_code.sms) == JETSON
-    shown = run("aarch64-linux-gnu-nm", "-D", "--defined-only", library).splitlines()
+    shown = run("aarch64-linux-gnu-nm", "-D", "--defined-only", jetson_library).splitlines()
     assert {line.split()[-1] for line in shown} == ENTRIES
     # Ubuntu 22.04 of JetPack 6 has glibc 2.35
-    versions = re.findall(r"GLIBC_2\.(\d+)", run("aarch64-linux-gnu-objdump", "-p", library))
+    versions = re.findall(r"GLIBC_2\.(\d+)", run("aarch64-linux-gnu-objdump", "-p", jetson_library))
     assert max(map(int, versions)) <= 35
+    built = json.loads(jetson_library.with_name("build.json").read_text(encoding="utf-8"))
+    assert built["library"]["sha256"] == info.sha256
 
-    program = folder / "list_creators"
+
+def test_an_arm_processor_loads_the_library_for_jetson(
+    jetson_library: Path, tensorrt_headers: Path, tmp_path: Path
+) -> None:
+    """Loaded by an emulated processor, its creators listed, plugins created."""
+    if shutil.which("qemu-aarch64") is None:
+        reason = "no qemu-aarch64: apt-get install qemu-user"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    info = read_info(jetson_library)
+    program = tmp_path / "list_creators"
     run(
         "aarch64-linux-gnu-g++",
         *("-std=c++17", "-Wall", "-Wextra", "-Werror"),
@@ -105,7 +100,9 @@ def test_the_library_for_jetson(tensorrt_headers: Path) -> None:
         *(f"-I{PLUGINS / 'include'}", PLUGINS / "tests" / "list_creators.cpp"),
         *("-o", program, "-ldl"),
     )
-    (creator,) = json.loads(run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program, library))
+    (creator,) = json.loads(
+        run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program, jetson_library)
+    )
     assert (creator["name"], creator["version"], creator["namespace"]) == (
         "SimilarityPrune",
         "1",

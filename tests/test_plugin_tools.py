@@ -34,6 +34,7 @@ import plugin_build
 import pytest
 import torch
 from definition import PAD, Case, exact_case, random_case
+from made_up_library import FACTS, elf, fatbin
 from typer.testing import CliRunner
 
 import simprune_deploy
@@ -41,7 +42,7 @@ from simprune_deploy.cli import app
 from simprune_deploy.doctor import is_older
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
-from simprune_deploy.plugin import LIBRARY_VARIABLE, build, kernels, toolchain
+from simprune_deploy.plugin import LIBRARY_VARIABLE, build, cross, kernels, toolchain
 from simprune_deploy.plugin.build import BuildOptions
 from simprune_deploy.plugin.info import LARGEST_FILE, MARK, read_info
 from simprune_deploy.plugin.kernels import Kernels
@@ -49,18 +50,6 @@ from simprune_deploy.pruning.config import REDUCTIONS, SELECTIONS
 from simprune_deploy.pruning.operator import similarity_prune, similarity_prune_on_gpu
 
 ROOT = plugin_build.ROOT
-FACTS: dict[str, Any] = {
-    "kind": "plugin",
-    "version": "0.1.0",
-    "abi": 1,
-    "operator": "SimilarityPrune",
-    "operator_version": "1",
-    "namespace": "",
-    "cuda": "13.0.88",
-    "architectures": "87,110",
-    "tensorrt_headers": "10.14",
-    "fields": {"capacity": "int32"},
-}
 FIELDS = {
     "num_prefix_tokens": "int32",
     "selection": "string",
@@ -97,38 +86,6 @@ def program(path: Path, script: str) -> Path:
 
 
 # --- reading a library ----------------------------------------------------------------------------
-
-
-def fatbin(*entries: tuple[int, int, int], header: int = 64) -> bytes:
-    """One container with (kind, architecture, flags) entries and some code in each."""
-    body = b""
-    for kind, architecture, flags in entries:
-        head = struct.pack("<HHIQ12xI8xQ", kind, 0x101, header, 24, architecture, flags)
-        body += head.ljust(header, b"\0") + bytes(range(24))
-    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
-
-
-def elf(machine: int = 183, facts: Any = FACTS, gpu_code: bytes | None = None) -> bytes:
-    """A minimal ELF library with a description and, if given, a section of GPU code."""
-    text = facts if isinstance(facts, bytes) else MARK + json.dumps(facts).encode() + b"\0more"
-    contents = {"": b"", ".rodata": text}
-    if gpu_code is not None:
-        contents[".nv_fatbin"] = gpu_code
-    names = b"".join(name.encode() + b"\0" for name in [*contents, ".bss", ".shstrtab"])
-    contents[".shstrtab"] = names
-    data, headers = b"", b""
-    for name, content in contents.items():
-        place = names.find(name.encode() + b"\0")
-        headers += struct.pack("<IIQQQQ24x", place, 1, 0, 0, 64 + len(data), len(content))
-        data += content
-    # a section that takes no bytes of the file, however large it says it is
-    headers += struct.pack("<IIQQQQ24x", names.find(b".bss"), 8, 0, 0, 64, 1 << 40)
-    table = 64 + len(data)
-    head = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack("<HHI", 3, machine, 1)
-    head += struct.pack("<QQQIHHHHHH", 0, 0, table, 0, 64, 0, 0, 64, len(contents) + 1, 3)
-    if gpu_code is None:
-        head = head[:-2] + struct.pack("<H", 2)
-    return head + data + headers
 
 
 def written(path: Path, data: bytes) -> Path:
@@ -925,6 +882,121 @@ def test_settings_of_a_make_around_it_do_not_reach_cmake(
     assert "nonsense" not in environment
     assert "CXXFLAGS=-passed-on\n" in environment
     assert "CMAKE_CUDA_COMPILER_LAUNCHER=a-cache\n" in environment
+
+
+# --- for another processor ------------------------------------------------------------------------
+
+
+def cuda_runtime(folder: Path, machine: int = 183, version: int | None = None) -> Path:
+    """A static CUDA runtime: an archive whose first member is an object file."""
+    folder.mkdir(parents=True)
+    written(folder / "libcudart_static.a", b"!<arch>\n" + b"/".ljust(60) + elf(machine))
+    if version is not None:
+        (folder.parent / "include").mkdir()
+        text = f"#define CUDART_VERSION  {version}\n"
+        (folder.parent / "include" / "cuda_runtime_api.h").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def cross_tools(made_up_tools: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workstation with what a build for Jetson takes; CMake makes such a library."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cross, "CUDA_FOLDER", made_up_tools / "no-cuda")
+    dryrun = f"""echo '#$ INCLUDES="-I{made_up_tools}/toolkit/include"' >&2"""
+    # as here: a script that calls the nvcc of a toolkit elsewhere
+    answer = ANSWER.format("13.0") + "; echo compute_110"
+    script = f'[ "$1" = --dryrun ] && {dryrun} && exit\n{answer}'
+    program(made_up_tools / "bin" / "nvcc", script)
+    headers(made_up_tools / "toolkit" / "include", "")
+    written(made_up_tools / "toolkit" / "include" / "cuda_runtime.h", b"")
+    program(made_up_tools / "bin" / "aarch64-linux-gnu-g++", "")
+    facts = {**FACTS, "version": simprune_deploy.__version__, "tensorrt_headers": "10.3"}
+    code = fatbin((2, 87, 0), (2, 110, 0))
+    library = elf(183, {**facts, "architectures": "87,110"}, code)
+    cmake_makes(made_up_tools, library)
+    return made_up_tools
+
+
+def test_a_build_for_jetson_with_made_up_tools(
+    cross_tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-march=native")
+    lib = cuda_runtime(cross_tools / "runtime" / "lib", version=13000)
+    (cross_tools / "bin" / "g++").unlink()  # this machine's compiler has no part in it
+    cmake_does = cross_tools / "bin" / "cmake-does"
+    cmake_does.write_text(f"/usr/bin/env > {cross_tools}/environment\n{cmake_does.read_text()}")
+    output = cross_tools / "out"
+    built = build.build(BuildOptions(cross="aarch64", cuda_lib=lib, output=output))
+    assert built.info.machine == "aarch64"
+    assert built.info.device_code.sms == ("87", "110")
+    arguments = (cross_tools / "arguments").read_text().splitlines()
+    assert "-DCMAKE_CUDA_ARCHITECTURES=87-real;110-real" in arguments
+    assert f"-DSIMPRUNE_CUDA_TARGET_LIB={lib}" in arguments
+    settings = ROOT / "plugins" / "cmake" / "aarch64-linux-gnu.cmake"
+    assert f"-DCMAKE_TOOLCHAIN_FILE={settings}" in arguments
+    environment = (cross_tools / "environment").read_text()
+    assert f"CUDA_HOME={cross_tools}/toolkit\n" in environment
+    assert "march=native" not in environment
+
+
+@pytest.mark.parametrize("place", ["targets/aarch64-linux/lib", "targets/sbsa-linux/lib"])
+def test_the_runtime_of_nvidias_cross_packages_is_found(cross_tools: Path, place: str) -> None:
+    cuda_runtime(cross_tools / "toolkit" / place)
+    output = cross_tools / "out"
+    assert run("plugin", "build", "--cross", "aarch64", "-o", output)[0] == 0
+    wanted = f"-DSIMPRUNE_CUDA_TARGET_LIB={cross_tools}/toolkit/{place}"
+    assert wanted in (cross_tools / "arguments").read_text()
+
+
+def test_a_library_for_another_processor_is_noticed(cross_tools: Path) -> None:
+    lib = cuda_runtime(cross_tools / "lib")
+    cmake_makes(cross_tools, our_library(architectures="87,110"))
+    line = refusal("plugin", "build", "--cross", "aarch64", "--cuda-lib", lib, "-o", lib / "out")
+    assert "machine x86_64, not aarch64" in line
+
+
+def test_what_a_build_for_jetson_lacks(cross_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lib = cuda_runtime(cross_tools / "lib")
+    build_it = ("plugin", "build", "-o", cross_tools / "out", "--cross")
+    fetch = "pip download -d cudart --no-deps --only-binary :all: --platform manylinux2014_aarch64"
+    for arguments, says in (
+        (("arm",), "--cross 'arm' is not known: write --cross aarch64"),
+        (("aarch64", "--arch", "native"), "with --cross write 87,110"),
+        (("aarch64", "--cuda-lib", cross_tools), f"holds no libcudart_static.a: {fetch}"),
+        (("aarch64",), "targets/sbsa-linux/lib): pip download"),
+        (("aarch64",), "nvidia-cuda-runtime==13.0.*"),
+        (("aarch64",), "--cuda-lib cudart/nvidia/cu13/lib"),
+    ):
+        assert says in refusal(*build_it, *arguments)
+    line = refusal("plugin", "build", "--cuda-lib", lib, "-o", cross_tools / "out")
+    assert "--cuda-lib is for --cross" in line
+    of_x86 = cuda_runtime(cross_tools / "x86" / "lib", machine=62)
+    assert "is for x86_64, not for aarch64" in refusal(*build_it, "aarch64", "--cuda-lib", of_x86)
+    no_archive = cuda_runtime(cross_tools / "text" / "lib")
+    written(no_archive / "libcudart_static.a", b"text")
+    line = refusal(*build_it, "aarch64", "--cuda-lib", no_archive)
+    assert "is for no known processor" in line
+    of_12 = cuda_runtime(cross_tools / "old" / "lib", version=12060)
+    line = refusal(*build_it, "aarch64", "--cuda-lib", of_12)
+    assert "is of CUDA 12, and nvcc of CUDA 13.0.88" in line
+    (cross_tools / "toolkit" / "include" / "cuda_runtime.h").unlink()
+    assert "has no cuda_runtime.h" in refusal(*build_it, "aarch64", "--cuda-lib", lib)
+    (cross_tools / "bin" / "aarch64-linux-gnu-g++").unlink()
+    line = refusal(*build_it, "aarch64", "--cuda-lib", lib)
+    assert "sudo apt-get install g++-aarch64-linux-gnu" in line
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert "this machine is aarch64 itself" in refusal(*build_it, "aarch64", "--cuda-lib", lib)
+    assert not (cross_tools / "out").exists()
+    assert not (cross_tools / "arguments").exists()
+
+
+def test_cuda_12_calls_thor_101_and_has_other_packages() -> None:
+    assert cross.jetson_architectures(CUDA_12) == "87,101"
+    assert cross.jetson_architectures(CUDA_13) == "87,110"
+    remedy = cross.remedy_for_cuda_runtime(CUDA_12)
+    assert "nvidia-cuda-runtime-cu12==12.8.*" in remedy
+    assert "cudart/nvidia/cuda_runtime/lib" in remedy
 
 
 def test_no_kept_architecture(made_up_tools: Path) -> None:

@@ -12,7 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
-from simprune_deploy.engine.targets import FACTS, HERE, ON_DEVICE, find_targets, load_targets
+from simprune_deploy.engine.targets import (
+    FACTS,
+    HERE,
+    ON_DEVICE,
+    find_targets,
+    load_targets,
+    short_names,
+    version_numbers,
+)
 from simprune_deploy.errors import SimpruneError
 
 RAW = json.loads(
@@ -45,6 +53,7 @@ def test_values_are_of_their_kind(target) -> None:
     assert facts["flavour"].value in ("tensorrt", "tensorrt-rtx")
     capability = facts["compute_capability"].value
     assert capability is None or re.fullmatch(r"\d+\.\d", capability)
+    assert facts["cpu"].value in ("x86_64", "aarch64")
     assert set(facts["precisions"].value or []) <= {"fp32", "fp16", "bf16"}
     assert target.title
     assert all(note.endswith(".") for note in target.notes)
@@ -58,17 +67,55 @@ def test_what_is_built_here_is_of_tensorrt_rtx_and_has_a_capability(target) -> N
 
 
 def test_sources_are_documents_and_all_are_used() -> None:
-    used = {
-        source
-        for entry in RAW["targets"]
-        for fact in entry["facts"].values()
-        for source in fact["source"]
-    }
+    stated = [RAW["plugin_replaces_function_from"]]
+    for entry in RAW["targets"]:
+        stated += [*entry["facts"].values(), *entry.get("releases", ())]
+    used = {source for each in stated for source in each["source"]}
     assert used == set(RAW["sources"])
     for text in RAW["sources"].values():
         assert ", " in text or text.startswith("tried here: ")
         assert "://" not in text
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", RAW["checked"])
+
+
+@every_target
+def test_releases_are_what_the_facts_say(target) -> None:
+    assert target.built_here <= (not target.releases)
+    for release in target.releases:
+        assert release.system in str(target.facts["system"])
+        assert release.cuda is None or f"(CUDA {release.cuda})" in str(target.facts["system"])
+        assert release.sources
+        if release.tensorrt:
+            said = f"{release.tensorrt} ({release.system})"
+            assert said in str(target.facts["tensorrt"])
+            assert release.oldest_tensorrt is not None
+    versions = [release.oldest_tensorrt for release in target.releases if release.tensorrt]
+    assert versions == sorted(versions)
+
+
+def test_the_oldest_tensorrt_decides_which_model_a_device_needs() -> None:
+    known = {target.name: target.oldest_tensorrt for target in TARGETS}
+    assert known["jetson-orin-nano"] == known["jetson-agx-orin"] == (10, 3)
+    assert known["igx-thor"] == (10, 13, 3)
+    assert known["jetson-agx-thor"] is None  # one of its releases is unknown
+    assert known["rtx-turing"] is None
+    assert load_targets().plugin_replaces_function_from.value == "10.7"
+    assert version_numbers("10.16 or later") == (10, 16)
+    with pytest.raises(ValueError, match="is no version"):
+        version_numbers("latest")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("orin-nano,orin-nx,agx-orin", ["jetson-orin"]),
+        ("jetson-thor,jetson-orin", ["jetson-orin", "jetson-agx-thor"]),
+        ("orin-nano", ["jetson-orin-nano"]),
+        ("rtx,igx-thor", ["rtx", "igx-thor"]),
+    ],
+)
+def test_short_names(text: str, names: list[str]) -> None:
+    assert short_names(find_targets(text)) == names
 
 
 def test_names_aliases_and_groups_are_distinct() -> None:

@@ -37,6 +37,17 @@ def build_plugin(
         bool,
         typer.Option("--kernels-only", help="Leave the TensorRT plugin out; needs no headers."),
     ] = False,
+    cross: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Compile for another processor: aarch64, for Jetson.  [default: this machine's]",
+            show_default=False,
+        ),
+    ] = None,
+    cuda_lib: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --cross: folder of libcudart_static.a.  [default: looked for]"),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the library.")] = Path(
         "simprune-plugin"
     ),
@@ -57,6 +68,8 @@ def build_plugin(
             nvcc=nvcc,
             tensorrt_include=tensorrt_include,
             force=force,
+            cross=cross,
+            cuda_lib=cuda_lib,
         )
         with progress(enabled=not as_json) as step:
             built = build(options, step)

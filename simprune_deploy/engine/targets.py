@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -13,6 +15,7 @@ from simprune_deploy.errors import SimpruneError
 
 FACTS = (
     "compute_capability",
+    "cpu",
     "memory",
     "system",
     "flavour",
@@ -42,6 +45,44 @@ class Fact:
 
 
 @dataclasses.dataclass(frozen=True)
+class Release:
+    """One release of a target's system, with what it brings.
+
+    Attributes:
+        system: Its name: "JetPack 6.1 or 6.2".
+        cuda: Its CUDA version, or None: unknown.
+        tensorrt: Its TensorRT version, such as "10.3" or "10.16 or later", or None: unknown.
+        sources: The documents that say so.
+    """
+
+    system: str
+    cuda: str | None
+    tensorrt: str | None
+    sources: tuple[str, ...]
+
+    @property
+    def oldest_tensorrt(self) -> tuple[int, ...] | None:
+        """The numbers of the TensorRT version, or None where unknown."""
+        return version_numbers(self.tensorrt) if self.tensorrt else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the release as JSON types."""
+        return {**dataclasses.asdict(self), "sources": list(self.sources)}
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with: (10, 16) of "10.16 or later".
+
+    Raises:
+        ValueError: it begins with none.
+    """
+    match = re.match(r"\d+(\.\d+)*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no version")
+    return tuple(int(part) for part in match[0].split("."))
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """A GPU to build engines for.
 
@@ -50,6 +91,7 @@ class Target:
         title: What it is called elsewhere.
         aliases: Other names ``--target`` takes.
         facts: By the names in FACTS.
+        releases: The systems it runs, oldest first; empty where the user installs them.
         notes: Sentences a user should have read.
     """
 
@@ -57,6 +99,7 @@ class Target:
     title: str
     aliases: tuple[str, ...]
     facts: dict[str, Fact]
+    releases: tuple[Release, ...]
     notes: tuple[str, ...]
 
     @property
@@ -73,6 +116,13 @@ class Target:
         """Whether its engines can be built on another machine, without its GPU."""
         return bool(self.facts["build"].value == HERE)
 
+    @property
+    def oldest_tensorrt(self) -> tuple[int, ...] | None:
+        """The oldest TensorRT that it may have, or None where unknown."""
+        versions = [release.oldest_tensorrt for release in self.releases]
+        known = [version for version in versions if version is not None]
+        return min(known) if known and len(known) == len(versions) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the target as JSON types, every fact with its sources."""
         return {
@@ -83,6 +133,7 @@ class Target:
                 name: {"value": fact.value, "sources": list(fact.sources)}
                 for name, fact in self.facts.items()
             },
+            "releases": [release.to_dict() for release in self.releases],
             "notes": list(self.notes),
         }
 
@@ -95,17 +146,24 @@ class Targets:
         checked: The day on which the facts were last compared with their sources.
         targets: In the order of the file.
         groups: Names that stand for several targets.
+        plugin_replaces_function_from: The TensorRT version from which on a plugin goes before the
+            function of the same name in the file; before it, the function must not be there.
     """
 
     checked: str
     targets: tuple[Target, ...]
     groups: dict[str, tuple[str, ...]]
+    plugin_replaces_function_from: Fact
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
         return {
             "checked": self.checked,
             "groups": {name: list(members) for name, members in self.groups.items()},
+            "plugin_replaces_function_from": {
+                "value": self.plugin_replaces_function_from.value,
+                "sources": list(self.plugin_replaces_function_from.sources),
+            },
             "targets": [target.to_dict() for target in self.targets],
         }
 
@@ -115,24 +173,63 @@ def load_targets() -> Targets:
     """Read targets.json."""
     text = resources.files(__package__).joinpath("targets.json").read_text(encoding="utf-8")
     data = json.loads(text)
-    sources = data["sources"]
+    sources: dict[str, str] = data["sources"]
     return Targets(
         checked=data["checked"],
-        targets=tuple(
-            Target(
-                name=entry["name"],
-                title=entry["title"],
-                aliases=tuple(entry["aliases"]),
-                facts={
-                    name: Fact(fact["value"], tuple(sources[each] for each in fact["source"]))
-                    for name, fact in entry["facts"].items()
-                },
-                notes=tuple(entry["notes"]),
-            )
-            for entry in data["targets"]
-        ),
+        targets=tuple(_read_target(entry, sources) for entry in data["targets"]),
         groups={name: tuple(members) for name, members in data["groups"].items()},
+        plugin_replaces_function_from=_read_fact(data["plugin_replaces_function_from"], sources),
     )
+
+
+def _read_target(entry: dict[str, Any], sources: dict[str, str]) -> Target:
+    releases = tuple(
+        Release(
+            system=each["system"],
+            cuda=each["cuda"],
+            tensorrt=each["tensorrt"],
+            sources=tuple(sources[name] for name in each["source"]),
+        )
+        for each in entry.get("releases", ())
+    )
+    facts = {name: _read_fact(fact, sources) for name, fact in entry["facts"].items()}
+    if releases:
+        facts["system"] = _join(
+            releases, lambda each: each.system + (f" (CUDA {each.cuda})" if each.cuda else "")
+        )
+        facts["tensorrt"] = _join(
+            [each for each in releases if each.tensorrt],
+            lambda each: f"{each.tensorrt} ({each.system})",
+        )
+    return Target(
+        name=entry["name"],
+        title=entry["title"],
+        aliases=tuple(entry["aliases"]),
+        facts={name: facts[name] for name in FACTS},
+        releases=releases,
+        notes=tuple(entry["notes"]),
+    )
+
+
+def _read_fact(fact: dict[str, Any], sources: dict[str, str]) -> Fact:
+    return Fact(fact["value"], tuple(sources[each] for each in fact["source"]))
+
+
+def _join(releases: Sequence[Release], text: Callable[[Release], str]) -> Fact:
+    """Return one fact out of what every release says."""
+    documents = dict.fromkeys(source for each in releases for source in each.sources)
+    return Fact(", ".join(map(text, releases)) or None, tuple(documents))
+
+
+def short_names(targets: Sequence[Target]) -> list[str]:
+    """Return the names of targets, with a group's where all of its members are there."""
+    left = {target.name: None for target in targets}
+    found = []
+    for name, members in load_targets().groups.items():
+        if set(members) <= left.keys():
+            found.append(name)
+            left = {each: None for each in left if each not in members}
+    return [*found, *left]
 
 
 def find_targets(text: str) -> list[Target]:

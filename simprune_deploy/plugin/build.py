@@ -26,6 +26,12 @@ from typing import IO, Any
 from simprune_deploy import __version__
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import as_user_error, staged_file
+from simprune_deploy.plugin.cross import (
+    CrossTools,
+    check_cross,
+    find_cross_tools,
+    jetson_architectures,
+)
 from simprune_deploy.plugin.info import LibraryInfo, read_info
 from simprune_deploy.plugin.toolchain import (
     CMake,
@@ -50,6 +56,9 @@ _NOT_FOR_CMAKE = re.compile(
 )
 """Variables that a build does not pass on; the host's CXX, CXXFLAGS and LDFLAGS it does."""
 
+_FOR_THIS_MACHINE = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX")
+"""Variables that a build for another processor does not pass on either."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
@@ -57,12 +66,15 @@ class BuildOptions:
 
     Attributes:
         arch: "native", "all" or a list such as "87,110". Default: native where there is a GPU,
-            else all.
+            else all; Jetson Orin and Thor for another processor.
         output: The folder for the library. Default "simprune-plugin".
         kernels_only: Leave the TensorRT plugin out, which needs no TensorRT headers. Default False.
         nvcc: The CUDA compiler. Default: looked for.
         tensorrt_include: The folder of TensorRT's headers. Default: looked for.
         force: Replace a library that is there. Default False.
+        cross: The processor to build for, "aarch64". Default: this machine's.
+        cuda_lib: With `cross`, the folder of that processor's static CUDA runtime. Default: looked
+            for.
     """
 
     arch: str | None = None
@@ -71,6 +83,8 @@ class BuildOptions:
     nvcc: Path | None = None
     tensorrt_include: Path | None = None
     force: bool = False
+    cross: str | None = None
+    cuda_lib: Path | None = None
 
     @property
     def library(self) -> Path:
@@ -131,11 +145,20 @@ def _build(options: BuildOptions, progress: Callable[[str], None] | None) -> Bui
     step = progress or (lambda _: None)
     if sys.platform != "linux":
         raise SimpruneError(f"the plugin is built on Linux, and this is {sys.platform}")
+    if options.cross is not None:
+        check_cross(options.cross)
+        if options.arch == "native":
+            raise SimpruneError("--arch native is this machine's GPU: with --cross write 87,110")
+    elif options.cuda_lib is not None:
+        raise SimpruneError("--cuda-lib is for --cross: drop it, or write --cross aarch64")
     _check_target(options.library, options.force)
     source = source_folder()
     step("looking for nvcc, TensorRT's headers and CMake")
     nvcc = find_nvcc(options.nvcc)
-    architectures = choose_architectures(options.arch, nvcc)
+    wish = options.arch
+    if wish is None and options.cross is not None:
+        wish = jetson_architectures(nvcc)
+    architectures = choose_architectures(wish, nvcc)
     if not architectures:
         raise SimpruneError(
             f"CUDA {nvcc.version} ({nvcc.path}) knows none of the kept architectures: name some "
@@ -145,18 +168,22 @@ def _build(options: BuildOptions, progress: Callable[[str], None] | None) -> Bui
     if not options.kernels_only:
         tensorrt = find_tensorrt_headers(options.tensorrt_include)
     cmake = find_cmake()
-    check_host_compiler()
+    cross = None
+    if options.cross is not None:
+        cross = find_cross_tools(options.cross, nvcc, options.cuda_lib)
+    else:
+        check_host_compiler()
 
     began = time.monotonic()
     with _build_folder() as folder:
-        configure = _configuration(source, folder, cmake, nvcc, architectures, tensorrt)
+        configure = _configuration(source, folder, cmake, nvcc, architectures, tensorrt, cross)
         compile_it = [
             *(str(cmake.path), "--build", str(folder), "--target", options.target),
             *("--parallel", str(os.cpu_count() or 1)),
         ]
         _run_logged(
             [configure, compile_it],
-            _environment(folder, nvcc),
+            _environment(folder, nvcc, cross),
             lambda line: step(_progress_text(architectures, line)),
         )
         info = _check_result(folder / options.library.name, options, nvcc, architectures, tensorrt)
@@ -239,6 +266,7 @@ def _configuration(
     nvcc: Nvcc,
     architectures: tuple[str, ...],
     tensorrt: TensorRTHeaders | None,
+    cross: CrossTools | None,
 ) -> list[str]:
     settings: dict[str, object] = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -252,6 +280,9 @@ def _configuration(
     }
     if tensorrt:
         settings["SIMPRUNE_TENSORRT_INCLUDE"] = tensorrt.folder
+    if cross:
+        settings["CMAKE_TOOLCHAIN_FILE"] = source / "cmake" / f"{cross.machine}-linux-gnu.cmake"
+        settings["SIMPRUNE_CUDA_TARGET_LIB"] = cross.cuda_lib
     return [
         *(str(cmake.path), "-S", str(source), "-B", str(folder), "-G", cmake.generator),
         *(f"-D{name}={value}" for name, value in settings.items()),
@@ -264,14 +295,19 @@ def _progress_text(architectures: tuple[str, ...], line: str) -> str:
     return f"compiling for SM {', '.join(architectures)}{done}"
 
 
-def _environment(folder: Path, nvcc: Nvcc) -> dict[str, str]:
+def _environment(folder: Path, nvcc: Nvcc, cross: CrossTools | None) -> dict[str, str]:
     """Return the environment for CMake and what it runs."""
     environment = {
         name: value for name, value in os.environ.items() if not _NOT_FOR_CMAKE.fullmatch(name)
     }
     # the compilers' temporary files go with the folder; messages stay in one language
     environment.update(TMPDIR=str(folder), LC_ALL="C")
-    if nvcc.unknown_library_folder:
+    if cross:
+        for name in _FOR_THIS_MACHINE:
+            environment.pop(name, None)
+        # where the toolchain file looks for the headers
+        environment["CUDA_HOME"] = str(cross.cuda_home)
+    elif nvcc.unknown_library_folder:
         known = environment.get("LIBRARY_PATH")
         folders = [str(nvcc.unknown_library_folder), *([known] if known else [])]
         environment["LIBRARY_PATH"] = os.pathsep.join(folders)
@@ -352,7 +388,7 @@ def _check_result(
     for name, got, asked in (
         ("kind", info.kind, "kernels" if options.kernels_only else "plugin"),
         ("version", info.version, __version__),
-        ("machine", info.machine, platform.machine()),
+        ("machine", info.machine, options.cross or platform.machine()),
         ("CUDA", info.cuda, nvcc.version),
         ("TensorRT headers", info.tensorrt_headers, tensorrt.version if tensorrt else None),
         ("architectures", info.architectures, architectures),
