@@ -94,7 +94,7 @@ def remedy_for_cuda_runtime(nvcc: Nvcc) -> str:
 
 def _cuda_home(nvcc: Nvcc) -> Path:
     """Ask nvcc for its headers: it may be a script that calls another one."""
-    command = [nvcc.path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    command = [str(nvcc.path), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     said = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     ).stderr
