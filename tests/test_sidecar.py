@@ -216,7 +216,8 @@ DRIVER = """
 #include <stdio.h>
 int cuInit(unsigned flags) { (void)flags; return CODE; }
 int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
-int cuDeviceGetName(char* name, int size, int d) { (void)d; snprintf(name, size, "Orin"); return 0; }
+int cuDeviceGetName(char* name, int size, int d)
+{ (void)d; snprintf(name, size, "Orin"); return 0; }
 int cuDeviceTotalMem_v2(unsigned long* bytes, int d) { (void)d; *bytes = 7ul << 30; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int d)
 { (void)d; *value = attribute == 75 ? 8 : attribute == 76 ? 7 : -1; return 0; }

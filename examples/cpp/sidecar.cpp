@@ -1,0 +1,76 @@
+#include "sidecar.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+namespace {
+
+constexpr int kFormat = 2;
+constexpr std::uintmax_t kLargest = 1 << 20;
+constexpr char const* kRemedy = ": run `simprune-deploy build FOLDER`";
+
+// Compares versions as far as both tell them: 10.3.0 and 10.3.0.30 are the same.
+bool sameVersion(std::string const& one, std::string const& other) {
+    std::string const shorter = std::min(one, other, [](auto const& a, auto const& b) { return a.size() < b.size(); });
+    std::string const longer = shorter == one ? other : one;
+    return longer == shorter || longer.compare(0, shorter.size() + 1, shorter + ".") == 0;
+}
+
+std::string built(Sidecar const& sidecar) {
+    std::string text = "the engine was built for SM";
+    for (std::string const& each : sidecar.computeCapabilities) {
+        text += " " + each;
+    }
+    return text + " with " + sidecar.flavour + " " + sidecar.version;
+}
+
+}  // namespace
+
+Sidecar readSidecar(std::string const& engine) {
+    std::string const path = engine + ".json";
+    std::error_code error;
+    std::uintmax_t const size = std::filesystem::file_size(path, error);
+    if (error) {
+        throw Failure(path + " cannot be read: `simprune-deploy build` writes it beside the engine");
+    }
+    if (size > kLargest) {
+        throw Failure(path + " is damaged: build the engine again");
+    }
+    try {
+        nlohmann::json const values = nlohmann::json::parse(std::ifstream(path));
+        int const format = values.at("format").get<int>();
+        if (format != kFormat) {
+            throw Failure(
+                path + " has format " + std::to_string(format) + ", and this program reads " + std::to_string(kFormat));
+        }
+        Sidecar sidecar;
+        values.at("flavour").get_to(sidecar.flavour);
+        values.at("version").get_to(sidecar.version);
+        values.at("compute_capabilities").get_to(sidecar.computeCapabilities);
+        values.at("engine").at("bytes").get_to(sidecar.bytes);
+        if (!values.at("plugin").is_null()) {
+            values.at("plugin").at("file").get_to(sidecar.plugin);
+        }
+        return sidecar;
+    } catch (nlohmann::json::exception const& problem) {
+        throw Failure(path + " is damaged (" + problem.what() + "): build the engine again");
+    }
+}
+
+void checkTensorRT(Sidecar const& sidecar, std::string const& version) {
+    if (sidecar.flavour != "tensorrt") {
+        throw Failure(built(sidecar) + ", and this program is linked with TensorRT");
+    }
+    if (!sameVersion(sidecar.version, version)) {
+        throw Failure(built(sidecar) + "; this is TensorRT " + version + kRemedy);
+    }
+}
+
+void checkGpu(Sidecar const& sidecar, std::string const& computeCapability) {
+    auto const& known = sidecar.computeCapabilities;
+    if (std::find(known.begin(), known.end(), computeCapability) == known.end()) {
+        throw Failure(built(sidecar) + "; this is SM " + computeCapability + kRemedy);
+    }
+}
