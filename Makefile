@@ -5,25 +5,29 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: setup demo test lint cross-tools test-real test-gpu benchmark clean
+.PHONY: setup demo test lint cross-tools browser test-real test-gpu benchmark clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e ".[export,cpu,engine,test]"
+		-c constraints.txt -e ".[export,cpu,engine,report,test]"
 	touch $@
 
 demo: setup
 	$(RUN)/python examples/demo.py
 
-test: setup lint cross-tools
+test: setup lint cross-tools browser
 	$(RUN)/python -m pytest
 
 # The Arm cross-compiler and emulator of one test, where they can be installed
 cross-tools:
 	plugins/tests/install_cross_tools.sh
+
+# Chromium for screenshots of the HTML report, where it can be installed
+browser:
+	tests/install_browser.sh
 
 lint: setup
 	$(RUN)/ruff check .

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from simprune_deploy import __version__
-from simprune_deploy.cli import engine, export, inspect, plugin, verify
+from simprune_deploy.cli import engine, export, inspect, plugin, report, verify
 from simprune_deploy.cli.common import State
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("engine")(engine.engine)
 app.command("targets")(engine.list_targets)
+app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.command("models")(inspect.models)
 app.command("doctor")(inspect.doctor)

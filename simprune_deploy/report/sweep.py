@@ -1,0 +1,84 @@
+"""The files that show a sweep, made from its stored result alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import staged_file
+from simprune_deploy.tune.results import SweepResult
+
+FILES = ("report.html", "pareto.png", "pareto.svg", "sweep.csv", "sweep.md")
+"""What :func:`write_reports` writes."""
+
+
+def write_reports(result: SweepResult, folder: Path) -> list[Path]:
+    """Write the page, the plots and the tables into a folder that is there; return their paths.
+
+    Each file appears whole or not at all, in place of an earlier one.
+    """
+    paths = [folder / name for name in FILES]
+    for path in paths:
+        write_report(result, path)
+    return paths
+
+
+def write_report(result: SweepResult, path: Path) -> None:
+    """Write one of the files; the path's ending says which: .html, .png, .svg, .csv or .md.
+
+    Raises:
+        SimpruneError: another ending, or the file cannot be written.
+    """
+    write = _writer(path)
+    with staged_file(path) as staging:
+        staging.write_bytes(write(result))
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a path of another ending, before any work.
+
+    Raises:
+        SimpruneError: the ending is none of those that :func:`write_report` knows.
+    """
+    _writer(path)
+
+
+def _writer(path: Path) -> Callable[[SweepResult], bytes]:
+    writers: dict[str, Callable[[SweepResult], bytes]] = {
+        ".html": _html,
+        ".png": lambda result: _plot(result, "png"),
+        ".svg": lambda result: _plot(result, "svg"),
+        ".csv": _csv,
+        ".md": _markdown,
+    }
+    try:
+        return writers[path.suffix.lower()]
+    except KeyError:
+        raise SimpruneError(
+            f"{path} ends with none of {', '.join(writers)}: the ending says what to write"
+        ) from None
+
+
+def _html(result: SweepResult) -> bytes:
+    from simprune_deploy.report.html import render_html
+
+    return render_html(result).encode("utf-8")
+
+
+def _plot(result: SweepResult, kind: str) -> bytes:
+    from simprune_deploy.report.plots import render_pareto
+
+    return render_pareto(result, kind)
+
+
+def _csv(result: SweepResult) -> bytes:
+    from simprune_deploy.report.tables import to_csv
+
+    return to_csv(result).encode("utf-8")
+
+
+def _markdown(result: SweepResult) -> bytes:
+    from simprune_deploy.report.tables import to_markdown
+
+    return to_markdown(result).encode("utf-8")
