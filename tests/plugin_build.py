@@ -40,7 +40,7 @@ def tensorrt_headers() -> Path:
     """Return a folder of TensorRT's headers, downloaded once."""
 
     def download(folder: Path) -> None:
-        with zipfile.ZipFile(_download(folder, HEADERS)) as archive:
+        with zipfile.ZipFile(download_pinned(folder, HEADERS)) as archive:
             for name in archive.namelist():
                 if name.startswith("kernel_lens/include/tensorrt/") and name.endswith(".h"):
                     (folder / Path(name).name).write_bytes(archive.read(name))
@@ -52,7 +52,8 @@ def cuda_runtime_for_aarch64() -> Path:
     """Return the folder of the static CUDA runtime for 64-bit Arm, downloaded once."""
 
     def download(folder: Path) -> None:
-        with zipfile.ZipFile(_download(folder, CUDA_RUNTIME, "manylinux2014_aarch64")) as archive:
+        wheel = download_pinned(folder, CUDA_RUNTIME, "manylinux2014_aarch64")
+        with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.endswith(".a"):
                     (folder / Path(name).name).write_bytes(archive.read(name))
@@ -134,7 +135,7 @@ def json_headers() -> Path:
     """Return the folder of nlohmann/json.hpp, downloaded once."""
 
     def download(folder: Path) -> None:
-        with zipfile.ZipFile(_download(folder, JSON)) as archive:
+        with zipfile.ZipFile(download_pinned(folder, JSON)) as archive:
             archive.extractall(folder)
 
     return cached("json", [JSON.read_bytes()], download) / "nlohmann_json" / "include"
@@ -165,7 +166,7 @@ def _run_cmake(source: Path, folder: Path, settings: dict[str, str], *targets: s
         assert result.returncode == 0, result.stdout[-8000:]
 
 
-def _download(folder: Path, pins: Path, platform: str = "") -> Path:
+def download_pinned(folder: Path, pins: Path, platform: str = "") -> Path:
     """Return the wheel that a requirements file pins by hash, downloaded into the folder."""
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from simprune_deploy.checkpoint import Checkpoint
     from simprune_deploy.engine.rtx import BuiltEngine
     from simprune_deploy.engine.targets import Target
+    from simprune_deploy.triton import TritonModel
 
 
 def export(
@@ -104,6 +105,10 @@ def export(
         typer.Option(help="GPUs to build TensorRT-RTX engines for, after the proof: rtx-ada."),
     ] = None,
     per_target: PerTarget = False,
+    triton: Annotated[
+        bool,
+        typer.Option("--triton", help="After the proof, write a Triton model repository too."),
+    ] = False,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--output", help="Folder to write.  [default: NAME-pruned]"),
@@ -141,6 +146,10 @@ def export(
         if per_target and target is None:
             raise SimpruneError("--per-target says how to build for --target: name the targets")
         targets = engine_targets(target) if target is not None else []
+        if triton:
+            from simprune_deploy.triton import check_batch
+
+            check_batch(batch_range)
 
         from simprune_deploy import bundle
         from simprune_deploy.report.terminal import progress
@@ -178,8 +187,14 @@ def export(
                 progress=step,
             )
             verdict = result.verdict
-            engines = None
-            if targets and (verdict is None or verdict.accepted):
+            engines, served = None, None
+            accepted = verdict is None or verdict.accepted
+            if triton and accepted:
+                from simprune_deploy.triton import write_repository
+
+                step("writing the Triton repository")
+                served = write_repository(result.folder)
+            if targets and accepted:
                 engines = _build_engines_after_export(result.folder, targets, per_target, step)
         if as_json:
             answer: dict[str, Any] = {
@@ -189,6 +204,8 @@ def export(
             }
             if targets:
                 answer["engines"] = [each.to_dict() for each in engines or []]
+            if triton:
+                answer["triton"] = served.to_dict() if served else None
             print_json(answer)
         else:
             _print_export(result, checkpoint)
@@ -196,6 +213,10 @@ def export(
                 _print_engines(engines)
             elif targets:
                 typer.echo("no engine was built: the export is not proven")
+            if served is not None:
+                _print_served(served)
+            elif triton:
+                typer.echo("no Triton repository was written: the export is not proven")
         if verdict is not None and not verdict.accepted:
             raise typer.Exit(1)
 
@@ -220,6 +241,13 @@ def _print_engines(engines: list[BuiltEngine]) -> None:
 
     typer.echo()
     print_engines(engines)
+
+
+def _print_served(served: TritonModel) -> None:
+    from simprune_deploy.report.triton import print_model
+
+    typer.echo()
+    print_model(served)
 
 
 def _print_export(result: Any, checkpoint: Checkpoint) -> None:
