@@ -141,7 +141,7 @@ def write_repository(
     name = f"{_model_name(folder)}_{form}"
     place = (folder / REPOSITORY if output is None else Path(output)) / name
     golden = _read_golden(folder, graph)
-    labels = _labels(facts)
+    labels = _labels(facts, graph)
     config = _config(name, form, graph, facts, golden)
     with staged_folder(place, force, CONFIG) as staging:
         version = staging / "1"
@@ -211,10 +211,16 @@ def _read_golden(folder: Path, graph: onnx.ModelProto) -> Golden | None:
     return load_golden(folder / GOLDEN, pruned_layers(graph))
 
 
-def _labels(facts: Facts) -> list[str]:
-    """Return the class names, one for each, none if they are not known."""
+def _labels(facts: Facts, graph: onnx.ModelProto) -> list[str]:
+    """Return the class names for Triton's classification; none if they are not known or not usable.
+
+    Without batches of its own Triton takes the whole output for one picture's scores, which it is
+    not if the graph takes several.
+    """
     names = facts.preprocessing.get("label_names")
     if not isinstance(names, list) or len(names) != facts.num_classes:
+        return []
+    if graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 1:
         return []
     return [" ".join(str(name).split()) for name in names]
 
@@ -237,7 +243,7 @@ def _config(
         "input": [_tensor(each, batched) for each in inputs],
         "output": [_tensor(each, batched) for each in outputs],
     }
-    if _labels(facts):
+    if _labels(facts, graph):
         for each in config["output"]:
             if each["name"] == facts.output:
                 each["label_filename"] = LABELS

@@ -145,6 +145,9 @@ class TestConfiguration:
         assert parsed(model).output[0].label_filename == "labels.txt"
         assert (model / "labels.txt").read_text(encoding="utf-8").splitlines() == names
         assert not any(each.label_filename for each in parsed(served(exports["turned"])).output[1:])
+        # Triton would rank the scores of all three images as if they were one image's
+        assert not parsed(served(exports["fixed"])).output[0].label_filename
+        assert not (served(exports["fixed"]) / "labels.txt").exists()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_warm_up_files_are_the_golden_images(self, exports: dict[str, Path], kind: str) -> None:
@@ -248,6 +251,16 @@ class TestServed:
         np.testing.assert_allclose(answer.as_numpy("logits"), golden.reference.outputs, atol=1e-3)
         assert answer.as_numpy("assignment_1").shape == (4, 197)
 
+    def test_class_names_come_with_the_scores(self, client: Any, exports: dict[str, Path]) -> None:
+        import tritonclient.http as triton
+
+        golden = load_golden(exports["half"] / "golden.npz", LAYERS)
+        wanted = [triton.InferRequestedOutput("logits", class_count=1)]
+        answer = client.infer("half_onnx", inputs(images=golden.images), outputs=wanted)
+        names = json.loads((DEMO / "config.json").read_text())["label_names"]
+        for (text,), row in zip(answer.as_numpy("logits"), golden.reference.outputs, strict=True):
+            assert text.decode().split(":")[1:] == [str(row.argmax()), names[row.argmax()]]
+
     def test_thresholds_of_requests_that_share_a_batch(
         self, client: Any, server: SimpleNamespace, exports: dict[str, Path]
     ) -> None:
@@ -319,7 +332,7 @@ class TestServed:
         assert printed.err == ""
         lines = [line.split("\t") for line in printed.out.splitlines()]
         assert [line[0] for line in lines] == sorted(path.name for path in SAMPLES.glob("*.jpg"))
-        labels = (server.models[kind] / "labels.txt").read_text().splitlines()
+        labels = json.loads((DEMO / "config.json").read_text())["label_names"]
         for picture, *found in lines:
             image = example_picture(exports[kind], picture)
             same = ("turned", 0.9) if kind == "fixed" else ("half", None)

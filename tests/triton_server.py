@@ -125,6 +125,7 @@ def serving(repository: Path, log: Path) -> Iterator[str]:
         f"--http-port={port}",
         "--allow-grpc=false",
         "--allow-metrics=false",
+        "--exit-timeout-secs=2",
     ]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

@@ -24,9 +24,13 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.images import ImageSet, Preprocessing, load_folder
 
 
-def load_pictures(folder: Path, export: Path) -> ImageSet:
-    """Load a folder's pictures as the model of an exported folder takes them."""
-    model = read_manifest(export)["model"]
+def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:
+    """Load a folder's pictures as the model takes them.
+
+    Args:
+        folder: Where they are.
+        model: What the export's manifest says of the model.
+    """
     recorded = {k: v for k, v in model["preprocessing"].items() if k != "label_names"}
     height, width = model["image_size"]
     wanted = {**recorded, "channels": model["channels"], "height": height, "width": width}
@@ -71,29 +75,20 @@ def request(pixels: np.ndarray, threshold: float | None, config: dict[str, Any])
     return inputs
 
 
-def classify(
-    client: triton.InferenceServerClient,
-    model: str,
-    pictures: ImageSet,
-    threshold: float | None,
-    top: int,
-) -> Iterator[tuple[str, list[tuple[float, str]]]]:
-    """Yield every picture's name with its best classes: scores and labels (or class numbers)."""
+def ask(
+    client: triton.InferenceServerClient, model: str, pixels: np.ndarray, threshold: float | None
+) -> Iterator[np.ndarray]:
+    """Yield the main output of every picture, in order."""
     config = client.get_model_config(model)
     output = config["output"][0]["name"]
-    for chosen in batches(len(pictures.pixels), config):
+    for chosen in batches(len(pixels), config):
         answer = client.infer(
             model,
-            request(pictures.pixels[chosen], threshold, config),
-            outputs=[triton.InferRequestedOutput(output, class_count=top)],
+            request(pixels[chosen], threshold, config),
+            outputs=[triton.InferRequestedOutput(output)],
         )
-        rows = answer.as_numpy(output).reshape(len(chosen), -1)
-        for position, row in dict(zip(chosen.tolist(), rows, strict=True)).items():
-            best = []
-            for text in row:
-                score, number, *label = text.decode().split(":", 2)
-                best.append((float(score), label[0] if label else number))
-            yield pictures.names[position], best
+        rows = answer.as_numpy(output)
+        yield from rows[: len(set(chosen.tolist()))]
 
 
 def main() -> int:
@@ -106,11 +101,14 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=1, help="how many classes to print")
     arguments = parser.parse_args()
     try:
-        pictures = load_pictures(arguments.folder, arguments.export)
+        model = read_manifest(arguments.export)["model"]
+        pictures = load_pictures(arguments.folder, model)
         client = triton.InferenceServerClient(arguments.url)
-        answers = classify(client, arguments.model, pictures, arguments.threshold, arguments.top)
-        for name, best in answers:
-            print(name, *(f"{label} {score:.3f}" for score, label in best), sep="\t")
+        labels = model["preprocessing"].get("label_names") or range(model["num_classes"])
+        rows = ask(client, arguments.model, pictures.pixels, arguments.threshold)
+        for name, row in zip(pictures.names, rows, strict=True):
+            best = np.argsort(-row)[: arguments.top]
+            print(name, *(f"{labels[index]} {row[index]:.3f}" for index in best), sep="\t")
     except (SimpruneError, InferenceServerException, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ def print_model(model: TritonModel) -> None:
     facts = {
         "Triton model": model.path,
         "batches": batches,
-        "class names": "in labels.txt" if model.labels else "not known",
+        "class names": "in labels.txt" if model.labels else "none",
         "warm-up": f"{model.warmup} requests of golden images" if model.warmup else "none",
         "status": "written, not served: no server was started",
         "serve": f"tritonserver --model-repository={repository}",
