@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,56 @@ def installed_lean(version: str) -> Path:
 
     tag = f"{sys.version_info.major}.{sys.version_info.minor}".encode()
     return cached(f"tensorrt-{version}", [pins.read_bytes(), tag], install)
+
+
+OPENED = """
+import ctypes, importlib, os, sys
+sys.path.insert(0, {folder!r} or sys.path[0])
+trt = importlib.import_module({module!r})
+registry = trt.get_plugin_registry()
+ctypes.CDLL({library!r}, mode=os.RTLD_NOW | os.RTLD_LOCAL)  # as Triton's backend opens it
+creator = registry.get_creator("SimilarityPrune", "1", "")
+print("none" if creator is None else f"{{creator.name}} {{creator.plugin_version}}", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("wish", [None, "0", "1"])
+def test_an_opened_library_registers_itself_if_it_is_told_to(
+    registry: Registry, host_library: Path, wish: str | None
+) -> None:
+    """Triton only opens the library. The headers that it was compiled with are TensorRT 10's."""
+    folder = str(registry.folder) if registry.folder else ""
+    code = OPENED.format(folder=folder, module=registry.module, library=str(host_library))
+    environment = {key: value for key, value in os.environ.items() if key != "SIMPRUNE_REGISTER"}
+    environment |= {"SIMPRUNE_REGISTER": wish} if wish else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("simprune: ")]
+    if wish != "1":
+        assert (done.stdout.strip(), ours) == ("none", [])
+    elif registry.name.startswith("10."):
+        assert (done.stdout.strip(), ours) == ("SimilarityPrune 1", [])
+    else:
+        why = (
+            "no TensorRT is loaded in this process"
+            if registry.module == "tensorrt_rtx"
+            else "it was compiled with the headers of TensorRT 10, and this is 11: build it with "
+            "this version's"
+        )
+        assert done.stdout.strip() == "none"
+        assert ours == [f"simprune: the plugin was not registered: {why}"]
+
+
+def test_an_opened_library_needs_tensorrt_in_the_process(host_library: Path) -> None:
+    code = f"import ctypes; ctypes.CDLL({str(host_library)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SIMPRUNE_REGISTER": "1"},
+    )
+    assert done.returncode == 0
+    assert "no TensorRT is loaded in this process" in done.stderr
