@@ -14,6 +14,9 @@ from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape
 
 METADATA_KEY = "simprune"
+HAS_FUNCTION = "function"
+"""The key among a file's export facts that says False where the operator's function was left out;
+a file with the function has no such key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Facts:
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"; files from before there was a choice are float32."""
         return str(self.export.get("precision", "fp32"))
+
+    @property
+    def has_function(self) -> bool:
+        """Whether the file brings the operator's function; without it a runtime needs a plugin."""
+        return bool(self.export.get(HAS_FUNCTION, True))
 
     @property
     def num_tokens(self) -> int:

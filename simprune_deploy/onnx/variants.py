@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx
 from onnx import TensorProto, helper
 
 from simprune_deploy.errors import SimpruneError
-from simprune_deploy.onnx.function_body import OP_TYPE
+from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
+from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
 
 DIAGNOSTICS = ("tokens", "log_size", "kept_index", "assignment")
 """What a prune layer read and decided; :func:`diagnostic_name` names them as graph outputs."""
@@ -19,8 +22,7 @@ def diagnostic_name(layer: int, what: str) -> str:
 
 def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that also outputs what every prune layer read and decided."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(graph)
+    copy = _copy(graph)
     main = copy.graph
     for node in [node for node in main.node if node.op_type == OP_TYPE]:
         layer = layer_of(node)
@@ -56,6 +58,49 @@ def pruned_layers(graph: onnx.ModelProto) -> list[int]:
     return [layer_of(node) for node in prune_nodes(graph)]
 
 
+def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy without the operator's function, for a runtime that has a plugin for it.
+
+    TensorRT 10.0 to 10.6 looks at a file's functions before its plugins; from 10.7 on it takes
+    the plugin where one is registered. Other runtimes cannot run the copy. Its facts say that it
+    has no function; :func:`with_function` undoes this, byte for byte. A graph that prunes nowhere
+    has no function and stays as it is.
+
+    Raises:
+        SimpruneError: the graph was not made by simprune-deploy.
+    """
+    copy = _copy(graph)
+    facts = read_facts(copy)
+    if facts.pruning.layers:
+        del copy.functions[:]
+        write_facts(
+            copy, dataclasses.replace(facts, export={**facts.export, HAS_FUNCTION: False})
+        )
+    return copy
+
+
+def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with the operator's function, if :func:`without_function` took it out.
+
+    Raises:
+        SimpruneError: the graph was not made by simprune-deploy.
+    """
+    copy = _copy(graph)
+    facts = read_facts(copy)
+    if not facts.has_function:
+        variant = BodyVariant.of(facts.pruning, facts.num_prefix_tokens)
+        copy.functions.append(build_function(variant, int(facts.export["opset"])))
+        export = {name: value for name, value in facts.export.items() if name != HAS_FUNCTION}
+        write_facts(copy, dataclasses.replace(facts, export=export))
+    return copy
+
+
+def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    return copy
+
+
 def _element_type(graph: onnx.ModelProto, value: str) -> int:
     for info in graph.graph.value_info:
         if info.name == value:
@@ -70,8 +115,7 @@ def with_log_size_in_keys(graph: onnx.ModelProto) -> onnx.ModelProto:
     which on a CPU costs as much as the softmax. GPU kernels that fuse attention want the plain
     form, with an additive mask and an unchanged head dimension.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(graph)
+    copy = _copy(graph)
     main = copy.graph
     producers = {output: node for node in main.node for output in node.output}
     readers: dict[str, int] = {}

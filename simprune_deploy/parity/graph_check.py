@@ -125,14 +125,20 @@ def _is_block_product(node: onnx.NodeProto) -> bool:
 
 
 def _body_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+    functions = list(graph.functions)
     if not facts.pruning.layers:
+        if functions:
+            yield "it has a function, and prunes nowhere"
         return
     opset = next(entry.version for entry in graph.opset_import if not entry.domain)
     if opset != facts.export["opset"]:
         yield f"its opset is {opset}, not {facts.export['opset']}"
         return
+    if not facts.has_function:
+        if functions:
+            yield "it has a function, and says that it has none"
+        return
     variant = BodyVariant.of(facts.pruning, facts.num_prefix_tokens)
-    functions = list(graph.functions)
     if len(functions) != 1 or functions[0] != build_function(variant, opset):
         made_by = graph.producer_version
         hint = "" if made_by == __version__ else f" (made by {made_by}, this is {__version__})"

@@ -15,7 +15,7 @@ import onnx
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.metadata import Facts, read_facts
 from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
-from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics
+from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics, with_function
 from simprune_deploy.parity.checks import (
     Pruning,
     check_batch_invariance,
@@ -185,7 +185,7 @@ def _prove(
         facts.block,
         precision,
     )
-    environment = _environment(reference.name, precision)
+    environment = _environment(reference.name, facts)
     graph_check = check_graph(graph, facts)
     if not graph_check.passed:
         # what follows reads the graph by its description: it would mean nothing
@@ -193,8 +193,11 @@ def _prove(
         names = ("outputs", "top1", "decisions", "batch_invariance", "pruning")
         checks = (graph_check, *(Check(name, None, skipped) for name in names))
         return Verdict(checks, environment, described), reference
-    # ONNX Runtime's CPU provider has no bfloat16 kernels
-    runnable = emulated(graph, precision) if precision == "bf16" else graph
+    # ONNX Runtime has no plugin for a file that leaves the operator to one
+    runnable = with_function(graph)
+    # and its CPU provider no bfloat16 kernels
+    if precision == "bf16":
+        runnable = emulated(runnable, precision)
     with quiet_polygraphy():
         progress("ONNX Runtime")
         shipped = run(
@@ -214,9 +217,11 @@ def _prove(
         extra: tuple[Check, ...] = ()
         if precision == "fp16":
             progress("ONNX Runtime, every float16 tensor measured")
-            extra = (check_range(_ranges(graph, precision, inputs), LARGEST_FLOAT16),)
+            extra = (check_range(_ranges(runnable, precision, inputs), LARGEST_FLOAT16),)
         elif precision == "bf16":
             extra = (Check("run", None, NOT_RUN),)
+        if not facts.has_function:
+            extra = (*extra, Check("plugin", None, NO_PLUGIN))
         progress("comparison")
         same = images_with_same_decisions(compared, diagnosed)
         invariance = (
@@ -243,6 +248,11 @@ def _prove(
 NOT_RUN = (
     "the bfloat16 file itself was not run: ONNX Runtime's CPU provider has no bfloat16 kernels. "
     "What ran is the same graph with every bfloat16 tensor held in float32 and rounded"
+)
+
+NO_PLUGIN = (
+    "the file leaves the operator to a plugin, and none was run here: what ran is the same graph "
+    "with the operator's function put back"
 )
 
 
@@ -278,12 +288,16 @@ def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:
     return dataclasses.replace(check, summary=text, numbers={**check.numbers, **numbers})
 
 
-def _environment(reference: str, precision: str) -> dict[str, Any]:
-    how = "CPU, emulating bfloat16" if precision == "bf16" else "CPU"
+def _environment(reference: str, facts: Facts) -> dict[str, Any]:
+    how = ["CPU"]
+    if facts.precision == "bf16":
+        how.append("emulating bfloat16")
+    if not facts.has_function:
+        how.append("function put back")
     return {
         "reference": reference,
-        "precision": precision,
-        "runtime": f"ONNX Runtime {_version('onnxruntime')} ({how})",
+        "precision": facts.precision,
+        "runtime": f"ONNX Runtime {_version('onnxruntime')} ({', '.join(how)})",
         "polygraphy": _version("polygraphy"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
