@@ -73,9 +73,7 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     facts = read_facts(copy)
     if facts.pruning.layers:
         del copy.functions[:]
-        write_facts(
-            copy, dataclasses.replace(facts, export={**facts.export, HAS_FUNCTION: False})
-        )
+        write_facts(copy, dataclasses.replace(facts, export={**facts.export, HAS_FUNCTION: False}))
     return copy
 
 
