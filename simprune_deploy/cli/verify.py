@@ -1,4 +1,4 @@
-"""``verify``: prove an exported model again."""
+"""``verify``: prove an exported model again, or hold its accuracy against another's."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from simprune_deploy.cli.common import (
 )
 from simprune_deploy.errors import SimpruneError
 
+ACCURACY = "Accuracy check, with --data"
+
 
 def verify(
-    target: Annotated[Path, typer.Argument(help="Exported folder, or its model.onnx.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="Exported folder, or its model.onnx; with --data also a checkpoint."),
+    ],
     reference: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Checkpoint to compare with.  [default: the golden cases]"),
@@ -32,10 +37,126 @@ def verify(
     ] = None,
     pretrained: Pretrained = False,
     trust_pickle: TrustPickle = False,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Check the accuracy on these images: a folder with a folder a class, or of "
+            "pictures; .csv, .npz; Hugging Face.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Top-1 accuracy that may be lost: 0.5%.", rich_help_panel=ACCURACY),
+    ] = None,
+    min_agreement: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Share of images that must keep their class: 99%.", rich_help_panel=ACCURACY
+        ),
+    ] = None,
+    sure: Annotated[
+        bool,
+        typer.Option(
+            "--sure",
+            help="Ask it of the whole 95% confidence interval.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = False,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="How --reference is asked: dense, or pruned as TARGET says.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = "dense",
+    baseline: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Compare with these stored answers.  [default: TARGET without its pruning]",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = None,
+    retrained: Annotated[
+        bool,
+        typer.Option(
+            "--retrained",
+            help="The baseline may be of other weights of this architecture.",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = False,
+    save_baseline: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Store TARGET's answers, unless the check fails.", rich_help_panel=ACCURACY
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a stored baseline.", rich_help_panel=ACCURACY),
+    ] = False,
+    junit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write JUnit XML.", rich_help_panel=ACCURACY),
+    ] = None,
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write a summary for a pull request.", rich_help_panel=ACCURACY),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Take this many pictures, spread evenly.  [default: all]",
+            rich_help_panel=ACCURACY,
+        ),
+    ] = None,
+    classes: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="File that maps the data's classes to the model's.", rich_help_panel=ACCURACY
+        ),
+    ] = None,
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="Leave labels aside.", rich_help_panel=ACCURACY)
+    ] = False,
+    max_unreadable: Annotated[
+        str,
+        typer.Option(
+            help="Share of unreadable pictures beyond which it stops.", rich_help_panel=ACCURACY
+        ),
+    ] = "1%",
     as_json: Json = False,
 ) -> None:
-    """Prove an exported model again: against its golden cases, or against PyTorch."""
+    """Prove an exported model again, or with --data hold its accuracy against another's."""
     with errors():
+        from simprune_deploy.cli.accuracy import Request, check_accuracy
+
+        of_accuracy = {
+            "max_drop": max_drop,
+            "min_agreement": min_agreement,
+            "sure": sure,
+            "against": against,
+            "baseline": baseline,
+            "retrained": retrained,
+            "save_baseline": save_baseline,
+            "force": force,
+            "junit": junit,
+            "markdown": markdown,
+            "limit": limit,
+            "classes": classes,
+            "no_labels": no_labels,
+            "max_unreadable": max_unreadable,
+        }
+        if data is not None:
+            if images is not None:
+                raise SimpruneError("--images is for the proof, --data for the accuracy: drop one")
+            common = (target, reference, arch, pretrained, trust_pickle, as_json, data)
+            check_accuracy(Request(*common, **of_accuracy))  # type: ignore[arg-type]
+            return
+        changed = of_accuracy | {"against": against != "dense"}
+        changed["max_unreadable"] = max_unreadable != "1%"
+        if stray := [name for name, value in changed.items() if value not in (None, False)]:
+            raise SimpruneError(f"--{stray[0].replace('_', '-')} belongs to --data: give images")
         from rich.console import Console
 
         from simprune_deploy import bundle

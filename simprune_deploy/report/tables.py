@@ -222,9 +222,11 @@ def to_markdown(result: SweepResult) -> str:
     return markdown_table(["setting", *(column.title for column in columns)], rows_of(result.cells))
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; numbers (all columns but the first) stand at the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+def markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str = "---:"
+) -> str:
+    """Return a Markdown table; all columns but the first are aligned, by default to the right."""
+    lines = [head, ["---", *[alignment] * (len(head) - 1)]]
     lines += [[markdown_text(field) for field in row] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
