@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import simprune_deploy
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
 ENGINES = "engines"
-FORMAT = 1
+PLUGIN_SOURCE = "plugin/source"
+FORMAT, DEVICE_FORMAT = 1, 2
+KINDS = {FORMAT: "exported folder", DEVICE_FORMAT: "device bundle"}
+"""What the formats of a manifest are of; a later one is of a newer version."""
+
+LARGEST_MANIFEST = 1 << 24
 
 Progress = Callable[[str], None]
 
@@ -151,33 +156,63 @@ def _manifest(
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check that its files are the ones it was made with.
 
+    Args:
+        folder: An exported folder, or a device's bundle unpacked.
+
     Raises:
         SimpruneError: it is no result of ours, of a newer format, or a file was changed.
     """
     path = folder / MANIFEST
     try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise ValueError(f"more than {LARGEST_MANIFEST} bytes")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found, files = manifest["format"], dict(manifest["files"])
-        hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
-        for name in ("verdict", "versions", "model"):
+        found = manifest["format"]
+        if not isinstance(found, int):
+            raise TypeError(f"format {found!r}")
+        # of a newer one nothing else is known
+        hashes = {
+            name: (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in (dict(manifest["files"]) if found in KINDS else {}).items()
+        }
+        for name in ("verdict", "versions", "model") if found in KINDS else ():
             manifest[name]
+        if found == DEVICE_FORMAT:
+            manifest["bundle"]
     except FileNotFoundError:
         raise SimpruneError(
             f"{folder} holds no {MANIFEST}: give a folder that `simprune-deploy export` wrote"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SimpruneError(f"{path} is damaged ({error!r}): export again") from error
-    if found != FORMAT:
+    if found not in KINDS:
+        newest = max(KINDS)
         raise SimpruneError(
-            f"{path} has format {found}, and this version reads {FORMAT}: update simprune-deploy"
+            f"{path} has format {found}, and this version reads up to {newest}: "
+            f"{'update simprune-deploy' if found > newest else 'export again'}"
         )
-    for name, expected in hashes.items():
-        file = folder / Path(name).name
+    for name, (size, expected) in hashes.items():
+        file = _file_inside(folder, name)
         if not file.is_file():
-            raise SimpruneError(f"{file} is missing: export again")
-        if sha256(file) != expected:
+            raise SimpruneError(f"{file} is missing: copy the folder again, or export again")
+        if file.stat().st_size != size or sha256(file) != expected:
             raise SimpruneError(f"{file} is not the file that was exported: its SHA-256 differs")
     return dict(manifest)
+
+
+def _file_inside(folder: Path, name: str) -> Path:
+    """Return a file that a manifest names; it must lie in the folder, also through links."""
+    parts = PurePosixPath(name).parts
+    sound = parts and name == "/".join(parts) and name.isprintable() and "\\" not in name
+    if not sound or ".." in parts or PurePosixPath(name).is_absolute():
+        raise SimpruneError(
+            f"{folder / MANIFEST} names the file {name!r}, which is not below its folder: "
+            "do not use it"
+        )
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise SimpruneError(f"{file} is a link out of its folder: copy the file itself")
+    return file
 
 
 def verify(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.bundle import MANIFEST, MODEL, read_manifest
+from simprune_deploy.bundle import (
+    DEVICE_FORMAT,
+    KINDS,
+    MANIFEST,
+    MODEL,
+    PLUGIN_SOURCE,
+    read_manifest,
+)
 from simprune_deploy.errors import SimpruneError
 
 
@@ -21,15 +28,35 @@ def inspect_target(
     if path.is_dir() and (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         return {
-            "kind": "exported folder",
+            "kind": KINDS[manifest["format"]],
             "verdict": manifest["verdict"],
+            **(_describe_bundle(manifest) if manifest["format"] == DEVICE_FORMAT else {}),
             **_describe_graph(path / MODEL),
-            "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+            "files": _sizes(manifest["files"]),
             "versions": manifest["versions"],
         }
     if path.is_file() and _looks_like_onnx(path):
         return {"kind": "ONNX model", **_describe_graph(path)}
     return _describe_checkpoint(target, arch, trust_pickle)
+
+
+def _sizes(files: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of the files; the plugin's sources count as one."""
+    sizes: dict[str, int] = {}
+    for name, entry in files.items():
+        shown = PLUGIN_SOURCE if name.startswith(f"{PLUGIN_SOURCE}/") else name
+        sizes[shown] = sizes.get(shown, 0) + int(entry["bytes"])
+    return sizes
+
+
+def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
+    about = manifest["bundle"]
+    return {
+        "targets": [target["name"] for target in about["targets"]],
+        "engine": about["engine"],
+        "checked": [f"{each['what']}: {each['found']}" for each in about["checked"]],
+        "not_checked": about["not_checked"],
+    }
 
 
 def _looks_like_onnx(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from simprune_deploy import __version__
-from simprune_deploy.cli import engine, export, inspect, plugin, report, verify
+from simprune_deploy.cli import bundle, engine, export, inspect, plugin, report, verify
 from simprune_deploy.cli.common import State
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(plugin.plugin_app, name="plugin")
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("engine")(engine.engine)
+app.command("bundle")(bundle.bundle)
 app.command("targets")(engine.list_targets)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)

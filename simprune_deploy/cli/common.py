@@ -52,6 +52,21 @@ def engine_targets(text: str) -> list[Target]:
     return targets
 
 
+def split_targets(text: str) -> tuple[list[Target], list[Target]]:
+    """Return the targets whose engines are built here, and those that take a bundle.
+
+    What cannot be built here is refused here, before any work.
+    """
+    from simprune_deploy.device_bundle import check_targets
+    from simprune_deploy.engine.targets import find_targets
+
+    targets = find_targets(text)
+    devices = [target for target in targets if not target.built_here]
+    check_targets(devices)
+    here = ",".join(target.name for target in targets if target.built_here)
+    return engine_targets(here) if here else [], devices
+
+
 def load_model(
     source: str,
     arch: str | None,

@@ -14,16 +14,17 @@ from simprune_deploy.cli.common import (
     PerTarget,
     Pretrained,
     TrustPickle,
-    engine_targets,
     errors,
     load_model,
     parse_numbers,
     print_json,
+    split_targets,
 )
 from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.checkpoint import Checkpoint
+    from simprune_deploy.device_bundle import DeviceBundle
     from simprune_deploy.engine.rtx import BuiltEngine
     from simprune_deploy.engine.targets import Target
     from simprune_deploy.triton import TritonModel
@@ -102,7 +103,10 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
     target: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="GPUs to build TensorRT-RTX engines for, after the proof: rtx-ada."),
+        typer.Option(
+            help="After the proof, build TensorRT-RTX engines for these GPUs, or for devices that "
+            "build their own a bundle: rtx-ada,jetson-orin."
+        ),
     ] = None,
     per_target: PerTarget = False,
     triton: Annotated[
@@ -145,7 +149,11 @@ def export(
             raise SimpruneError("--images is for the proof, and --no-verify skips it: drop one")
         if per_target and target is None:
             raise SimpruneError("--per-target says how to build for --target: name the targets")
-        targets = engine_targets(target) if target is not None else []
+        targets, devices = split_targets(target) if target is not None else ([], [])
+        if devices:
+            from simprune_deploy.device_bundle import check_destinations, default_output
+
+            check_destinations(default_output(folder, devices), force)
         if triton:
             from simprune_deploy.triton import check_batch
 
@@ -196,6 +204,9 @@ def export(
                 served = write_repository(result.folder)
             if targets and accepted:
                 engines = _build_engines_after_export(result.folder, targets, per_target, step)
+            bundled = None
+            if devices and accepted:
+                bundled = _bundle_after_export(result.folder, devices, force, step)
         if as_json:
             answer: dict[str, Any] = {
                 "output": str(result.folder),
@@ -206,6 +217,8 @@ def export(
                 answer["engines"] = [each.to_dict() for each in engines or []]
             if triton:
                 answer["triton"] = served.to_dict() if served else None
+            if devices:
+                answer["bundle"] = bundled.to_dict() if bundled else None
             print_json(answer)
         else:
             _print_export(result, checkpoint)
@@ -217,6 +230,10 @@ def export(
                 _print_served(served)
             elif triton:
                 typer.echo("no Triton repository was written: the export is not proven")
+            if bundled is not None:
+                _print_bundle(bundled)
+            elif devices:
+                typer.echo("no bundle was made: the export is not proven")
         if verdict is not None and not verdict.accepted:
             raise typer.Exit(1)
 
@@ -234,6 +251,28 @@ def _build_engines_after_export(
             f"{error} (the export in {folder} is complete; `simprune-deploy engine {folder}` "
             "builds its engines)"
         ) from error
+
+
+def _bundle_after_export(
+    folder: Path, targets: list[Target], force: bool, progress: Callable[[str], None]
+) -> DeviceBundle:
+    from simprune_deploy.device_bundle import make_bundle
+
+    try:
+        return make_bundle(folder, targets, force=force, progress=progress)
+    except SimpruneError as error:
+        names = ",".join(target.name for target in targets)
+        raise SimpruneError(
+            f"{error} (the export in {folder} is complete; `simprune-deploy bundle {folder} "
+            f"--target {names}` makes its bundle)"
+        ) from error
+
+
+def _print_bundle(bundle: DeviceBundle) -> None:
+    from simprune_deploy.report.bundle import print_bundle
+
+    typer.echo()
+    print_bundle(bundle)
 
 
 def _print_engines(engines: list[BuiltEngine]) -> None:

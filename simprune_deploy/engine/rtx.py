@@ -88,7 +88,7 @@ def check_targets(targets: Sequence[Target]) -> str:
         if not target.built_here:
             raise SimpruneError(
                 f"{target.name}: its engine is built on the device, by its own TensorRT: "
-                "copy the exported folder there (`simprune-deploy targets` says what it carries)"
+                f"`simprune-deploy bundle FOLDER --target {target.name}` packs what goes there"
             )
     try:
         trt = importlib.import_module("tensorrt_rtx")

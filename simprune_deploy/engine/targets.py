@@ -222,14 +222,18 @@ def _join(releases: Sequence[Release], text: Callable[[Release], str]) -> Fact:
 
 
 def short_names(targets: Sequence[Target]) -> list[str]:
-    """Return the names of targets, with a group's where all of its members are there."""
-    left = {target.name: None for target in targets}
+    """Return the names of targets in the file's order, a group's where all its members are there.
+
+    So the same targets have the same names, in whatever order they were asked for.
+    """
+    known = load_targets()
+    left = {target.name for target in targets}
     found = []
-    for name, members in load_targets().groups.items():
-        if set(members) <= left.keys():
+    for name, members in known.groups.items():
+        if set(members) <= left:
             found.append(name)
-            left = {each: None for each in left if each not in members}
-    return [*found, *left]
+            left -= set(members)
+    return [*found, *(target.name for target in known.targets if target.name in left)]
 
 
 def find_targets(text: str) -> list[Target]:

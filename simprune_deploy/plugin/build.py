@@ -46,6 +46,9 @@ from simprune_deploy.plugin.toolchain import (
 
 DEFAULT_OUTPUT = Path("simprune-plugin")
 
+SOURCES = ("CMakeLists.txt", "README.md", "version.txt", "cmake/*.cmake", "include/*.h", "src/*")
+"""What a build takes, in the source folder; as pyproject.toml has it for the package."""
+
 _NOT_FOR_CMAKE = re.compile(
     # those of a make that runs us: they name its job server
     r"MAKEFLAGS|MAKELEVEL|MFLAGS|GNUMAKEFLAGS"
@@ -200,6 +203,17 @@ def source_folder() -> Path:
     raise SimpruneError(
         "the plugin's C++ sources are missing from this installation: install simprune-deploy again"
     )
+
+
+def source_files() -> dict[str, Path]:
+    """Return the C++ sources that a build takes, by their place in :func:`source_folder`."""
+    folder = source_folder()
+    found = (path for pattern in SOURCES for path in folder.glob(pattern))
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(found)
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def _check_target(library: Path, force: bool) -> None:
