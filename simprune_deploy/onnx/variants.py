@@ -8,8 +8,22 @@ import onnx
 from onnx import TensorProto, helper
 
 from simprune_deploy.errors import SimpruneError
+from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
+
+__all__ = [
+    "DIAGNOSTICS",
+    "dense",
+    "diagnostic_name",
+    "layer_of",
+    "prune_nodes",
+    "pruned_layers",
+    "with_diagnostics",
+    "with_function",
+    "with_log_size_in_keys",
+    "without_function",
+]
 
 DIAGNOSTICS = ("tokens", "log_size", "kept_index", "assignment")
 """What a prune layer read and decided; :func:`diagnostic_name` names them as graph outputs."""
