@@ -93,8 +93,8 @@ def _reference(
     valid = log_size[:, prefix:] > PAD_LOG_SIZE / 2
     limit = threshold.float().view(-1, 1, 1)
 
-    with _full_precision(tokens.device):
-        similarity = _similarity(patches)
+    with full_precision(tokens.device):
+        similarity = similarities(patches)
         if selection == "cover":
             kept = _greedy_cover(similarity >= limit, valid)
         else:
@@ -133,7 +133,7 @@ def _reference(
     )
     if kept_index.shape[1] == 0:  # no prefix, and nothing but padding in the whole batch
         return tokens[:, :0].clone(), log_size[:, :0].clone(), kept_index, assignment
-    kept_tokens, kept_log_size = _reduce(
+    kept_tokens, kept_log_size = reduce_tokens(
         tokens, log_size, kept_index, assignment, reduction, prefix
     )
     return kept_tokens, kept_log_size, kept_index, assignment
@@ -177,7 +177,7 @@ def _describe(tensor: torch.Tensor) -> str:
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Keep autocast, TF32 and bfloat16 matmuls away: step 1 says float32."""
     before = torch.get_float32_matmul_precision()
     with torch.autocast(device.type, enabled=False):
@@ -190,7 +190,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(before)
 
 
-def _similarity(patches: torch.Tensor) -> torch.Tensor:
+def similarities(patches: torch.Tensor) -> torch.Tensor:
     """Step 1: cosine similarities float32[B, M, M] of float32[B, M, D]."""
     norm = torch.linalg.vector_norm(patches, dim=-1, keepdim=True)
     features = patches / norm.clamp_min(NORM_FLOOR)
@@ -214,12 +214,17 @@ def _greedy_cover(alike: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         kept = update
 
 
-def _below_mean(similarity: torch.Tensor, valid: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Step 2 of "redundancy": keep the valid patches whose mean similarity is below the limit."""
+def redundancy(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Scores float32[B, M] of "redundancy": the mean similarity to the other valid patches."""
     weight = valid.float()
     own = similarity.diagonal(dim1=1, dim2=2)
     total = (similarity @ weight.unsqueeze(2)).squeeze(2) - own
-    score = total / (weight.sum(1, keepdim=True) - 1).clamp_min(1)
+    return total / (weight.sum(1, keepdim=True) - 1).clamp_min(1)
+
+
+def _below_mean(similarity: torch.Tensor, valid: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Step 2 of "redundancy": keep the valid patches whose mean similarity is below the limit."""
+    score = redundancy(similarity, valid)
     kept = valid & ~(score >= limit)  # nothing goes at a threshold that is not a number
     least = score.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
     positions = torch.arange(valid.shape[1], device=valid.device)
@@ -241,7 +246,7 @@ def _round_up(value: int, multiple: int, at_most: int) -> int:
     return min(at_most, -(-value // multiple) * multiple)
 
 
-def _reduce(
+def reduce_tokens(
     tokens: torch.Tensor,
     log_size: torch.Tensor,
     kept_index: torch.Tensor,
@@ -252,9 +257,10 @@ def _reduce(
     """Step 4, differentiable in `tokens` and `log_size`, with the decisions given.
 
     A member's weight is ``size_j / sum size``, computed relative to the head of its slot so that
-    a token that stands alone comes out bit for bit as it went in.
+    a token that stands alone comes out bit for bit as it went in. A patch that is assigned to -1
+    leaves nothing behind.
     """
-    with _full_precision(tokens.device):
+    with full_precision(tokens.device):
         wide = torch.promote_types(tokens.dtype, torch.float32)
         slots = torch.arange(kept_index.shape[1], device=tokens.device)
         heads = kept_index.gather(1, assignment.clamp_min(0))
@@ -349,7 +355,7 @@ def _backward(ctx, grad_tokens, grad_log_size, *_):  # type: ignore[no-untyped-d
     tokens, log_size, kept_index, assignment = ctx.saved_tensors
     with torch.enable_grad():
         leaves = [tokens.detach().requires_grad_(), log_size.detach().requires_grad_()]
-        outputs = _reduce(*leaves, kept_index, assignment, ctx.reduction, ctx.prefix)
+        outputs = reduce_tokens(*leaves, kept_index, assignment, ctx.reduction, ctx.prefix)
         grads = torch.autograd.grad(
             outputs, leaves, (grad_tokens, grad_log_size), allow_unused=True
         )

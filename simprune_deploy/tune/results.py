@@ -16,6 +16,8 @@ from simprune_deploy.files import staged_file, write_json
 FORMAT = 1
 DENSE = "dense"
 OURS = "ours"
+BASELINES = ("random", "redundancy", "saint", "tome")
+"""Other methods, at the token counts of ours; see baselines.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,7 @@ class Setting:
     """One way to prune.
 
     Attributes:
-        method: "ours" (the operator), "dense" (nothing is pruned), or a baseline: "random",
-            "saint", "tome".
+        method: "ours" (the operator), "dense" (nothing is pruned), or one of BASELINES.
         threshold: The cosine threshold; None for methods without one.
         layers: The blocks before which it prunes; empty for "dense".
         selection: "cover" or "redundancy"; of "ours" only.
