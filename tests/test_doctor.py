@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 import stat
 import subprocess
 import sys
@@ -16,8 +17,17 @@ from typing import Any
 import pytest
 
 import simprune_deploy
-from simprune_deploy import doctor
-from simprune_deploy.doctor import Finding, all_needed_present, examine, is_older
+from simprune_deploy.doctor import (
+    Finding,
+    Machine,
+    all_needed_present,
+    examine,
+    is_older,
+    libraries,
+    packages,
+)
+from simprune_deploy.doctor.machine import Facts
+from simprune_deploy.engine.gpu import NoGpuError
 from simprune_deploy.plugin import toolchain
 
 GOOD = {
@@ -33,7 +43,8 @@ GOOD = {
     "torchvision": "0.29.1",
     "typer": "0.29.0",
 }
-Machine = Callable[..., dict[str, Finding]]
+MadeUp = Callable[..., dict[str, Finding]]
+NO_GPU = Facts(platform.machine(), (), None, None, None, "no GPU was found")
 
 
 def nowhere() -> Any:
@@ -41,7 +52,7 @@ def nowhere() -> Any:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     """Return a function that examines a made-up machine."""
 
     def examine_it(
@@ -53,7 +64,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         installed = {**GOOD, **(versions or {})}
         made_up = {
             "torch": SimpleNamespace(
-                cuda=SimpleNamespace(is_available=lambda: False),
                 version=SimpleNamespace(cuda="13.0"),
             ),
             "onnxruntime": SimpleNamespace(
@@ -79,7 +89,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(toolchain, "find_tensorrt_headers", nowhere)
         monkeypatch.setattr(toolchain, "on_jetson", lambda: jetson)
         monkeypatch.delenv("SIMPRUNE_LIBRARY", raising=False)
-        return {finding.name: finding for finding in examine()}
+
+        def no_gpu() -> Any:
+            raise NoGpuError("no GPU was found")
+
+        bare = Machine(Path("/nowhere"), lambda command: None, no_gpu)
+        return {finding.name: finding for finding in examine(machine=bare)}
 
     return examine_it
 
@@ -101,14 +116,16 @@ def test_import_is_cheap() -> None:
     assert found.stdout.strip() == ""
 
 
-def test_a_complete_machine(machine: Machine) -> None:
+def test_a_complete_machine(machine: MadeUp) -> None:
     findings = machine()
     assert all_needed_present(list(findings.values()))
     assert {name for name, finding in findings.items() if finding.state == "optional"} == {
-        "tensorrt", "tensorrt_rtx", "CUDA GPU", "nvcc", "TensorRT headers",
+        "tensorrt", "tensorrt_rtx", "cuda-bindings", "cuda-core", "CUDA GPU", "TensorRT library",
+        "nvcc", "TensorRT headers",
     }  # fmt: skip
     assert findings["onnxruntime"].detail == "CUDAExecutionProvider, CPUExecutionProvider"
-    assert findings["CUDA GPU"].detail == "torch sees none"
+    assert findings["CUDA GPU"].detail == "no GPU was found"
+    assert "NVIDIA driver" not in findings
 
 
 @pytest.mark.parametrize(
@@ -121,7 +138,7 @@ def test_a_complete_machine(machine: Machine) -> None:
         ("rich", "pip install rich"),
     ],
 )
-def test_missing(machine: Machine, name: str, remedy: str) -> None:
+def test_missing(machine: MadeUp, name: str, remedy: str) -> None:
     findings = machine({name: None})
     assert findings[name].state == "missing"
     assert findings[name].version == ""
@@ -129,13 +146,13 @@ def test_missing(machine: Machine, name: str, remedy: str) -> None:
     assert not all_needed_present(list(findings.values()))
 
 
-def test_nothing_else_is_imported_without_torch(machine: Machine) -> None:
+def test_nothing_else_is_imported_without_torch(machine: MadeUp) -> None:
     findings = machine(
         {"torch": None},
         failing={name: AssertionError("imported") for name in ("torch", "torchvision", "timm")},
     )
     assert findings["torchvision"].state == "ok"
-    assert "torch does not work" in findings["CUDA GPU"].detail
+    assert findings["torch"].state == "missing"
 
 
 @pytest.mark.parametrize(
@@ -147,16 +164,16 @@ def test_nothing_else_is_imported_without_torch(machine: Machine) -> None:
         ("numpy", "1.25.2", "pip install --upgrade 'numpy>=1.26'"),
     ],
 )
-def test_too_old(machine: Machine, name: str, version: str, remedy: str) -> None:
+def test_too_old(machine: MadeUp, name: str, version: str, remedy: str) -> None:
     findings = machine({name: version})
     assert findings[name].state == "too old"
     assert findings[name].version == version
     assert findings[name].remedy == remedy
-    assert doctor.MINIMUM_VERSIONS[name] in findings[name].detail
+    assert packages.MINIMUM_VERSIONS[name] in findings[name].detail
     assert not all_needed_present(list(findings.values()))
 
 
-def test_torchvision_of_another_torch(machine: Machine) -> None:
+def test_torchvision_of_another_torch(machine: MadeUp) -> None:
     error = RuntimeError("operator torchvision::nms does not exist")
     findings = machine(failing={"torchvision": error})
     found = findings["torchvision"]
@@ -167,7 +184,7 @@ def test_torchvision_of_another_torch(machine: Machine) -> None:
     assert not all_needed_present(list(findings.values()))
 
 
-def test_broken_for_another_reason(machine: Machine) -> None:
+def test_broken_for_another_reason(machine: MadeUp) -> None:
     error = ImportError("libcudart.so.13:\n cannot open " + "x" * 300)
     findings = machine(failing={"onnxruntime": error, "torchvision": error})
     for name in ("onnxruntime", "torchvision"):
@@ -177,19 +194,19 @@ def test_broken_for_another_reason(machine: Machine) -> None:
     assert findings["onnxruntime"].remedy == "pip install --force-reinstall onnxruntime"
 
 
-def test_onnxruntime_gpu_is_onnxruntime(machine: Machine) -> None:
+def test_onnxruntime_gpu_is_onnxruntime(machine: MadeUp) -> None:
     findings = machine({"onnxruntime": None, "onnxruntime-gpu": "1.19.2"})
     assert findings["onnxruntime"].state == "too old"
     assert "'onnxruntime-gpu>=1.20'" in findings["onnxruntime"].remedy
 
 
-def test_broken_tensorrt_does_not_count(machine: Machine) -> None:
+def test_broken_tensorrt_does_not_count(machine: MadeUp) -> None:
     findings = machine({"tensorrt": "10.16.1"}, failing={"tensorrt": OSError("libnvinfer.so.10")})
     assert findings["tensorrt"].state == "broken"
     assert all_needed_present(list(findings.values()))
 
 
-def test_tensorrt_of_jetpack_5(machine: Machine) -> None:
+def test_tensorrt_of_jetpack_5(machine: MadeUp) -> None:
     findings = machine({"tensorrt": "8.5.2"}, jetson=True)
     assert findings["tensorrt"].state == "too old"
     assert findings["tensorrt"].remedy == "sudo apt-get install nvidia-jetpack"
@@ -205,35 +222,26 @@ def test_package_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["numpy"].version == sys.modules["numpy"].__version__
 
 
-def test_uninstalled_package_that_left_a_folder(machine: Machine) -> None:
+def test_uninstalled_package_that_left_a_folder(machine: MadeUp) -> None:
     assert machine({"onnx": ""})["onnx"].state == "missing"
 
 
-def test_old_python(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.18")
+def test_old_python(machine: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.platform, "python_version", lambda: "3.9.18")
     findings = machine()
     assert findings["python"].state == "too old"
     assert "3.10" in findings["python"].remedy
     assert not all_needed_present(list(findings.values()))
 
 
-def test_gpus(machine: Machine) -> None:
-    cuda = SimpleNamespace(
-        is_available=lambda: True,
-        device_count=lambda: 2,
-        get_device_name=lambda index: ("Orin", "H100")[index],
-        get_device_capability=lambda index: ((8, 7), (9, 0))[index],
-    )
-    found = machine(modules={"torch": SimpleNamespace(cuda=cuda)})["CUDA GPU"]
+@pytest.mark.parametrize(
+    ("cuda", "says"), [("13.0", "built for CUDA 13.0"), (None, "a CPU build, which runs nothing")]
+)
+def test_torch_says_what_it_was_built_for(machine: MadeUp, cuda: str | None, says: str) -> None:
+    torch = SimpleNamespace(version=SimpleNamespace(cuda=cuda))
+    found = machine(modules={"torch": torch})["torch"]
     assert found.state == "ok"
-    assert found.version == "Orin (compute capability 8.7), H100 (compute capability 9.0)"
-
-
-def test_torch_for_cpu_says_so(machine: Machine) -> None:
-    torch = SimpleNamespace(
-        cuda=SimpleNamespace(is_available=lambda: False), version=SimpleNamespace(cuda=None)
-    )
-    assert machine(modules={"torch": torch})["CUDA GPU"].detail == "this torch is a CPU build"
+    assert found.detail.startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +267,12 @@ def test_nvcc(
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    found = doctor._examine_nvcc()
+    found = libraries._examine_nvcc()
     assert (found.state, found.version) == (state, version)
     assert detail in found.detail
 
 
-def test_missing_nvcc_and_headers_name_the_remedy(machine: Machine) -> None:
+def test_missing_nvcc_and_headers_name_the_remedy(machine: MadeUp) -> None:
     for jetson, package in ((False, "pip install 'cuda-toolkit["), (True, "nvidia-jetpack")):
         findings = machine(jetson=jetson)
         assert package in findings["nvcc"].remedy
@@ -279,11 +287,11 @@ def test_tensorrt_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / "NvInferVersion.h").write_text(
             f"#define NV_TENSORRT_MAJOR {major}\n#define NV_TENSORRT_MINOR 5\n"
         )
-        assert doctor._examine_tensorrt_headers().state == state
+        assert libraries._examine_tensorrt_headers().state == state
 
 
 def test_library_that_is_named(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, plugin_library: Path, host_library: Path
+    machine: MadeUp, monkeypatch: pytest.MonkeyPatch, plugin_library: Path, host_library: Path
 ) -> None:
     assert "SIMPRUNE_LIBRARY" not in machine()
     (found,) = findings_with(plugin_library, monkeypatch)
@@ -303,7 +311,7 @@ def test_library_that_is_named(
 
 def findings_with(library: Path, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
     monkeypatch.setenv("SIMPRUNE_LIBRARY", str(library))
-    return list(doctor._examine_library())
+    return list(libraries.examine_named_library(NO_GPU, ""))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
@@ -58,15 +59,21 @@ def models(
             print_models(rows, refused, named=pattern != "*")
 
 
-def doctor(as_json: Json = False) -> None:
-    """Say what is installed, what is missing, and the command that installs it."""
+def doctor(
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Exported folder: do its plugin and engines fit this machine?"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is installed, what is missing or does not fit, and the command that helps."""
     with errors():
         import dataclasses
 
         from simprune_deploy.doctor import all_needed_present, examine
         from simprune_deploy.report.terminal import print_findings
 
-        findings = examine()
+        findings = examine(folder)
         healthy = all_needed_present(findings)
         if as_json:
             print_json(

@@ -139,7 +139,10 @@ def print_findings(findings: list[Finding]) -> None:
     for each in findings:
         colour = colours.get(each.state, "red")
         table.add_row(
-            each.name, f"[{colour}]{each.state}[/]", escape(each.version or ""), each.needed_for
+            escape(each.name),
+            f"[{colour}]{each.state}[/]",
+            escape(each.version or ""),
+            each.needed_for,
         )
     console.print(table)
     for each in findings:

@@ -1,4 +1,4 @@
-"""What is installed, what is missing, and the command that installs it."""
+"""Python and its packages: what is installed, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import os
 import platform
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.plugin import LIBRARY_VARIABLE, toolchain
-from simprune_deploy.plugin.info import read_info
-
-State = Literal["ok", "missing", "too old", "broken", "optional"]
+from simprune_deploy.doctor.findings import Finding, State, is_older, one_line
+from simprune_deploy.plugin import toolchain
 
 MINIMUM_VERSIONS = {
     "python": "3.10",
@@ -38,31 +31,8 @@ MINIMUM_VERSIONS = {
 """The oldest version of each that works; what is not listed may have any version."""
 
 EXPORT_EXTRA = "pip install 'simprune-deploy[export]'"
+ENGINE_EXTRA = "pip install 'simprune-deploy[engine]'"
 MATCHING_TORCHVISION = "pip install --force-reinstall torch torchvision"
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One line of the examination.
-
-    Attributes:
-        name: What was looked for.
-        state: "ok"; "missing", "too old" or "broken"; "optional" for what is not there and need
-            not be.
-        version: What was found, "" if nothing.
-        needed_for: What does not work without it.
-        remedy: The command that puts it right, "" if nothing is to be done.
-        detail: What else there is to know, in one line; "" if nothing.
-        needed: False for what only some users need, whatever its state. Default True.
-    """
-
-    name: str
-    state: State
-    version: str
-    needed_for: str
-    remedy: str
-    detail: str = ""
-    needed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,31 +98,23 @@ def _packages() -> list[_Package]:
             distributions=("tensorrt-rtx",),
             needed=False,
         ),
+        _Package("cuda-bindings", "running engines", ENGINE_EXTRA, needed=False),
+        _Package("cuda-core", "running engines", ENGINE_EXTRA, needed=False),
     ]
 
 
-def examine() -> list[Finding]:
-    """Look for everything this project can use, and return one finding for each."""
+def examine_packages() -> list[Finding]:
+    """Look for Python and every package this project can use."""
     findings = {"python": _examine_python()}
     for package in _packages():
         findings[package.name] = _examine_package(package)
-    torch_works = findings["torch"].state == "ok"
-    if torch_works and findings["torchvision"].state == "ok":
-        findings["torchvision"] = _try_torchvision(findings["torchvision"])
+    if findings["torch"].state == "ok":
+        findings["torch"] = _with_cuda(findings["torch"])
+        if findings["torchvision"].state == "ok":
+            findings["torchvision"] = _try_torchvision(findings["torchvision"])
     if findings["onnxruntime"].state == "ok":
         findings["onnxruntime"] = _with_providers(findings["onnxruntime"])
-    return [
-        *findings.values(),
-        _examine_gpu(torch_works),
-        _examine_nvcc(),
-        _examine_tensorrt_headers(),
-        *_examine_library(),
-    ]
-
-
-def all_needed_present(findings: list[Finding]) -> bool:
-    """Return whether nothing is missing, too old or broken that every user needs."""
-    return all(finding.state in ("ok", "optional") for finding in findings if finding.needed)
+    return list(findings.values())
 
 
 def _examine_python() -> Finding:
@@ -221,20 +183,6 @@ def _upgrade_command(package: _Package, minimum: str) -> str:
     return f"pip install --upgrade '{_distribution(package)}>={minimum}'{also}"
 
 
-def is_older(version: str, minimum: str) -> bool:
-    """Compare the numbers at the start of versions; one without numbers counts as new enough."""
-    numbers = _numbers(version)
-    return bool(numbers) and numbers < _numbers(minimum)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(number) for number in match.group().split(".")] if match else []
-    while len(numbers) > 1 and not numbers[-1]:
-        numbers.pop()  # 10 is as new as 10.0
-    return tuple(numbers)
-
-
 def _import_problem(module: str) -> str:
     """Return why a module cannot be imported, in one line; "" if it can."""
     try:
@@ -243,13 +191,8 @@ def _import_problem(module: str) -> str:
             importlib.import_module(module)
     # a compiled package that does not fit raises ImportError, OSError, RuntimeError, ...
     except Exception as error:
-        return _one_line(error)
+        return one_line(error)
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _try_torchvision(finding: Finding) -> Finding:
@@ -270,105 +213,8 @@ def _with_providers(finding: Finding) -> Finding:
     return dataclasses.replace(finding, detail=", ".join(providers))
 
 
-def _examine_gpu(torch_works: bool) -> Finding:
-    """Return the GPUs that torch sees, or why it sees none."""
-    finding = Finding(
-        name="CUDA GPU",
-        state="optional",
-        version="",
-        needed_for="running engines and timing them",
-        remedy="install NVIDIA's driver (nvidia-smi must list the GPU)",
-        needed=False,
-    )
-    if not torch_works:
-        return dataclasses.replace(finding, detail="not looked for: torch does not work")
-    torch = importlib.import_module("torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        visible = torch.cuda.is_available()
-    if not visible:
-        if torch.version.cuda is None:
-            return dataclasses.replace(
-                finding, detail="this torch is a CPU build", remedy=MATCHING_TORCHVISION
-            )
-        return dataclasses.replace(finding, detail="torch sees none")
-    names = []
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        name = torch.cuda.get_device_name(index)
-        names.append(f"{name} (compute capability {major}.{minor})")
-    return dataclasses.replace(finding, state="ok", version=", ".join(names), remedy="")
-
-
-def _examine_nvcc() -> Finding:
-    """Return the CUDA compiler's version; only its own words tell that it runs."""
-    finding = Finding(
-        name="nvcc",
-        state="optional",
-        version="",
-        needed_for="building the TensorRT plugin from source",
-        remedy=toolchain.remedy_for_nvcc(),
-        needed=False,
-    )
-
-    def find() -> tuple[str, Path]:
-        nvcc = toolchain.find_nvcc()
-        return nvcc.version, nvcc.path
-
-    return _looked_for(finding, find)
-
-
-def _examine_tensorrt_headers() -> Finding:
-    """Return the version of TensorRT's C++ headers, which its Python packages do not bring."""
-    finding = Finding(
-        name="TensorRT headers",
-        state="optional",
-        version="",
-        needed_for="building the TensorRT plugin from source",
-        remedy=toolchain.remedy_for_headers(),
-        needed=False,
-    )
-
-    def find() -> tuple[str, Path]:
-        headers = toolchain.find_tensorrt_headers()
-        return headers.version, headers.folder
-
-    return _looked_for(finding, find)
-
-
-def _looked_for(finding: Finding, find: Callable[[], tuple[str, Path]]) -> Finding:
-    """Return the finding with the version and the place that `find` gives, or why it gives none."""
-    try:
-        version, place = find()
-    except toolchain.NotFoundError as error:
-        return dataclasses.replace(finding, detail=_one_line(error))
-    except SimpruneError as error:
-        return dataclasses.replace(finding, state="broken", detail=_one_line(error))
-    return dataclasses.replace(finding, state="ok", version=version, remedy="", detail=str(place))
-
-
-def _examine_library() -> Iterator[Finding]:
-    """Yield what the library is that SIMPRUNE_LIBRARY names, if it names one."""
-    path = os.environ.get(LIBRARY_VARIABLE)
-    if not path:
-        return
-    finding = Finding(
-        name=LIBRARY_VARIABLE,
-        state="ok",
-        version="",
-        needed_for="pruning CUDA tensors with its kernels",
-        remedy="",
-    )
-    try:
-        info = read_info(path)
-        if info.machine != platform.machine():
-            raise SimpruneError(
-                f"{path} is for {info.machine}, and this machine is {platform.machine()}"
-            )
-        if not info.device_code.sms:
-            raise SimpruneError(f"{path} is a {info.kind} library, without code for GPUs")
-    except SimpruneError as error:
-        remedy = f"simprune-deploy plugin build, or unset {LIBRARY_VARIABLE}"
-        yield dataclasses.replace(finding, state="broken", remedy=remedy, detail=_one_line(error))
-        return
-    yield dataclasses.replace(finding, version=info.version, detail=f"{path}: {info.device_code}")
+def _with_cuda(finding: Finding) -> Finding:
+    """Say which CUDA torch was built for; a CPU build exports and proves as well."""
+    cuda = importlib.import_module("torch").version.cuda
+    built = f"built for CUDA {cuda}" if cuda else "a CPU build, which runs nothing on a GPU"
+    return dataclasses.replace(finding, detail=built)
