@@ -345,7 +345,10 @@ class TestFolder:
         assert (plugin.name, plugin.state) == ("plugin/libsimprune_plugin.so", "ok")
         assert (good.state, bad.state) == ("ok", "broken")
         assert "another libsimprune_plugin.so" in bad.detail
-        # and the one that the environment names
+        # the one that came along, and the one that the environment names
+        (tmp_path / "plugin" / "prebuilt").mkdir()
+        path = path.rename(tmp_path / "plugin" / "prebuilt" / path.name)
+        assert self.look(tmp_path, facts, tensorrt="10.3.0")[0].name.startswith("plugin/prebuilt/")
         moved = path.rename(tmp_path / "elsewhere.so")
         monkeypatch.setenv("SIMPRUNE_LIBRARY", str(moved))
         good, bad = self.look(tmp_path, facts, tensorrt="10.3.0")

@@ -23,8 +23,11 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.plugin import LIBRARY_VARIABLE, toolchain
 from simprune_deploy.plugin.info import LibraryInfo, read_info
 
-PLUGIN = Path("plugin", "libsimprune_plugin.so")
-"""Where a folder for a device keeps the plugin's library."""
+PLUGINS = (
+    Path("plugin", "libsimprune_plugin.so"),
+    Path("plugin", "prebuilt", "libsimprune_plugin.so"),
+)
+"""Where a folder for a device has the plugin's library: compiled there, or come along."""
 
 BUILD_PLUGIN = "simprune-deploy plugin build"
 OF_A_JETSON = ("87", "101", "110")
@@ -208,11 +211,12 @@ def examine_folder(folder: Path, facts: Facts, versions: dict[str, str]) -> Iter
                 detail=one_line(error),
             )
         yield export
-    library = folder / PLUGIN
+    there = [each for each in PLUGINS if (folder / each).is_file()]
     digest = None
-    if library.is_file():
+    if there:
+        library = folder / there[0]
         tensorrt = versions.get(TENSORRT, "")
-        found = examine_library(str(PLUGIN), library, facts, tensorrt, "")
+        found = examine_library(str(there[0]), library, facts, tensorrt, "")
         yield found
         if found.version:
             digest = read_info(library).sha256
