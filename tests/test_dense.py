@@ -159,5 +159,5 @@ def test_a_graph_that_was_changed_is_refused() -> None:
     assert reader.input[0] == sizes
     scores = next(node for node in graph.graph.node if reader.output[0] in node.input)
     scores.op_type = "Mul"
-    with pytest.raises(SimpruneError, match="'blocks.0.attn/Add' .Mul. reads the log-sizes"):
+    with pytest.raises(SimpruneError, match="reads the log-sizes"):
         dense(graph)

@@ -54,7 +54,7 @@ class SimilarityPrune(OpRun):
 
     op_domain = DOMAIN
 
-    def _run(  # type: ignore[override]
+    def _run(
         self, tokens: Any, log_size: Any, threshold: Any, **attributes: Any
     ) -> tuple[Any, ...]:
         assert sorted(attributes) == list(ATTRIBUTES)

@@ -53,9 +53,9 @@ def dense(graph: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(copy, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise SimpruneError(
-            f"the pruning cannot be taken out of this graph ({' '.join(str(error).split())[:200]}): "
-            "export the model again"
+            f"the pruning cannot be taken out of this graph ({reason}): export the model again"
         ) from error
     return copy
 
@@ -208,14 +208,15 @@ def _fit_reshapes(model: onnx.ModelProto, num_tokens: int) -> None:
             if node.op_type != "Reshape" or node.input[1] not in constants:
                 continue
             wanted = numpy_helper.to_array(constants[node.input[1]])
-            found = shapes.get(node.input[0], [None])
-            if None in found[1:] or math.prod(found[1:]) == math.prod(wanted[1:].tolist()):
+            batch, *found = shapes.get(node.input[0], [None, None])
+            sizes = [size for size in found if size is not None]
+            if len(sizes) < len(found) or math.prod(sizes) == math.prod(wanted[1:].tolist()):
                 continue
-            if wanted[0] not in (-1, found[0]) or len(wanted) < 3:
+            if wanted[0] not in (-1, batch) or len(wanted) < 3:
                 continue
             fitting = wanted.copy()
             fitting[1] = num_tokens
-            if math.prod(found[1:]) != math.prod(fitting[1:].tolist()):
+            if math.prod(sizes) != math.prod(fitting[1:].tolist()):
                 raise _changed(node)
             name = f"{node.name}/shape"
             graph.initializer.append(numpy_helper.from_array(fitting, name))
