@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from simprune_deploy import __version__
-from simprune_deploy.cli import bundle, engine, export, inspect, plugin, report, verify
+from simprune_deploy.cli import (
+    bundle,
+    engine,
+    export,
+    inspect,
+    plugin,
+    report,
+    verify,
+    visualize,
+)
 from simprune_deploy.cli.common import State
 
 app = typer.Typer(
@@ -30,6 +39,7 @@ app.command("engine")(engine.engine)
 app.command("bundle")(bundle.bundle)
 app.command("targets")(engine.list_targets)
 app.command("report")(report.report)
+app.command("visualize")(visualize.visualize)
 app.command("inspect")(inspect.inspect)
 app.command("models")(inspect.models)
 app.command("doctor")(inspect.doctor)

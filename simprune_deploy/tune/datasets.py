@@ -177,7 +177,7 @@ def open_data(path: Path, facts: Facts, options: DataOptions | None = None) -> D
         SimpruneError: there is nothing in it, or its labels are not the model's classes.
     """
     options = options or DataOptions()
-    source = _open_source(path, options.labels)
+    source = open_source(path, options.labels)
     count = len(source)
     wanted = min(options.limit or count, count)
     positions = np.arange(wanted, dtype=np.int64) * count // wanted
@@ -214,7 +214,12 @@ def open_data(path: Path, facts: Facts, options: DataOptions | None = None) -> D
     )
 
 
-def _open_source(path: Path, labelled: bool) -> Source:
+def open_source(path: Path, labelled: bool) -> Source:
+    """Return where the pictures of a folder or file are; its labels too if they are wanted.
+
+    Raises:
+        SimpruneError: it is no data set, or there is nothing in it.
+    """
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return HubDataset(path)
