@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from simprune_deploy.engine.sidecar import EngineFacts
     from simprune_deploy.onnx.metadata import Facts
     from simprune_deploy.parity.golden import Golden
 
@@ -132,9 +133,11 @@ def write_repository(
     facts = read_facts(graph)
     check_batch(facts.batch)
     form = ONNX if engine is None else TENSORRT
-    library = None
+    library, high = None, facts.batch[1]
     if engine is not None:
-        library = _check_engine(Path(engine), manifest, Path(plugin) if plugin else None)
+        built = _check_engine(Path(engine), manifest)
+        high = _engine_batch(built, facts.batch)
+        library = _check_plugin(built, Path(plugin) if plugin else None)
     elif plugin is not None:
         raise SimpruneError(f"{plugin} goes with a TensorRT engine, and the ONNX form has none")
 
@@ -142,7 +145,7 @@ def write_repository(
     place = (folder / REPOSITORY if output is None else Path(output)) / name
     golden = _read_golden(folder, graph)
     labels = _labels(facts, graph)
-    config = _config(name, form, graph, facts, golden)
+    config = _config(name, form, graph, facts, high, golden)
     with staged_folder(place, force, CONFIG) as staging:
         version = staging / "1"
         version.mkdir()
@@ -175,8 +178,8 @@ def _model_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().name).strip("._-") or "model"
 
 
-def _check_engine(engine: Path, manifest: dict[str, Any], plugin: Path | None) -> Path | None:
-    """Refuse an engine that Triton cannot load or that is not of this export; return its plugin."""
+def _check_engine(engine: Path, manifest: dict[str, Any]) -> EngineFacts:
+    """Refuse an engine that Triton cannot load or that is not of this export."""
     facts = read_sidecar(engine)
     if facts.flavour != TENSORRT:
         raise SimpruneError(
@@ -187,15 +190,33 @@ def _check_engine(engine: Path, manifest: dict[str, Any], plugin: Path | None) -
         raise SimpruneError(f"{engine.name} is the {facts.of} engine: name the pruned one")
     if facts.onnx.sha256 not in [entry["sha256"] for entry in manifest["files"].values()]:
         raise SimpruneError(f"{engine} was built from another model: build it again")
-    if facts.plugin is None:
+    return facts
+
+
+def _engine_batch(built: EngineFacts, batch: tuple[int, int]) -> int:
+    """Return the largest batch of an engine, which may take less than its graph does."""
+    shapes = built.profile["images"]
+    low, high = shapes["min"][0], shapes["max"][0]
+    if batch[0] < batch[1] and low > 1:
+        raise SimpruneError(
+            f"{built.engine.file} takes batches of {low} to {high} images, and Triton sends single "
+            f"ones too: build it with --batch 1..{high}"
+        )
+    return high
+
+
+def _check_plugin(built: EngineFacts, plugin: Path | None) -> Path | None:
+    """Refuse a library that is not the engine's, and the lack of one."""
+    name = built.engine.file
+    if built.plugin is None:
         if plugin is not None:
-            raise SimpruneError(f"{engine.name} was built without the plugin: leave {plugin} out")
+            raise SimpruneError(f"{name} was built without the plugin: leave {plugin} out")
         return None
     if plugin is None:
-        raise SimpruneError(f"{engine.name} was built with the plugin: name its library too")
+        raise SimpruneError(f"{name} was built with the plugin: name its library too")
     try:
-        if sha256(plugin) != facts.plugin.sha256:
-            raise SimpruneError(f"{plugin} is not the library that {engine.name} was built with")
+        if sha256(plugin) != built.plugin.sha256:
+            raise SimpruneError(f"{plugin} is not the library that {name} was built with")
     except OSError as error:
         raise SimpruneError(f"{plugin} cannot be read: {error.strerror or error}") from error
     return plugin
@@ -203,12 +224,20 @@ def _check_engine(engine: Path, manifest: dict[str, Any], plugin: Path | None) -
 
 def _read_golden(folder: Path, graph: onnx.ModelProto) -> Golden | None:
     """Return the golden cases, None for an export without proof."""
+    from simprune_deploy.onnx.metadata import describe_value
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.golden import load_golden
 
     if not (folder / GOLDEN).is_file():
         return None
-    return load_golden(folder / GOLDEN, pruned_layers(graph))
+    golden = load_golden(folder / GOLDEN, pruned_layers(graph))
+    wanted = describe_value(graph.graph.input[0])["dtype"]
+    if golden.images.dtype != wanted:
+        raise SimpruneError(
+            f"the golden images in {folder} are {golden.images.dtype}, and the graph takes "
+            f"{wanted}: export again"
+        )
+    return golden
 
 
 def _labels(facts: Facts, graph: onnx.ModelProto) -> list[str]:
@@ -226,7 +255,12 @@ def _labels(facts: Facts, graph: onnx.ModelProto) -> list[str]:
 
 
 def _config(
-    name: str, form: str, graph: onnx.ModelProto, facts: Facts, golden: Golden | None
+    name: str,
+    form: str,
+    graph: onnx.ModelProto,
+    facts: Facts,
+    most: int,
+    golden: Golden | None,
 ) -> dict[str, Any]:
     """Return Triton's ModelConfig as nested dicts and lists."""
     from simprune_deploy.onnx.metadata import describe_value
@@ -235,7 +269,7 @@ def _config(
     outputs = [describe_value(value) for value in graph.graph.output]
     # Triton batches along a first dimension that every tensor has and that is free
     batched = all(isinstance(each["shape"][0], str) for each in (*inputs, *outputs))
-    high = facts.batch[1] if batched else 0
+    high = most if batched else 0
     config: dict[str, Any] = {
         "name": name,
         "backend": "onnxruntime" if form == ONNX else "tensorrt",

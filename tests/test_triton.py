@@ -452,6 +452,15 @@ class TestEngineForm:
         assert model.plugin is None
         assert not (model.path / "plugins").exists()
 
+    def test_the_batches_are_the_engines(self, export: Path, tmp_path: Path) -> None:
+        def profile(low: int, high: int) -> dict[str, Any]:
+            return {"images": {"min": [low], "opt": [low], "max": [high]}}
+
+        engine = self.sidecar(export, profile=profile(1, 4))
+        assert write_repository(export, tmp_path / "repository", engine=engine).max_batch_size == 4
+        engine = self.sidecar(export, profile=profile(4, 4))
+        self.refused(export, r"takes batches of 4 to 4 .* --batch 1\.\.4", engine)
+
     def test_an_engine_of_tensorrt_rtx(self, export: Path) -> None:
         engine = self.sidecar(export, flavour="tensorrt-rtx", version="1.7.1")
         says = r"Triton cannot load model.engine, an engine of TensorRT-RTX 1\.7\.1: .* ONNX form"
