@@ -93,7 +93,7 @@ def export(
     check_destination(folder, force, MANIFEST)
     _check_finite(model)
     # pictures first: a wrong folder should not cost the user an export
-    pictures = _pictures(model, images, not options.normalize) if verify else None
+    pictures = _pictures(model, images, options.normalize, options.input) if verify else None
     progress("tracing and translating to ONNX")
     graph = export_onnx(model, options)
     verdict, golden = None, None
@@ -110,13 +110,22 @@ def export(
     return ExportResult(folder, manifest, verdict)
 
 
-def _pictures(model: PrunedViT, images: str | Path | None, normalize: bool) -> ImageSet:
-    from simprune_deploy.images import Preprocessing, load_folder, sample_images
+def _pictures(
+    model: PrunedViT, images: str | Path | None, graph_normalizes: bool, form: str
+) -> ImageSet:
+    """Load pictures as the graph takes them."""
+    from simprune_deploy.images import Preprocessing, as_uint8_nhwc, load_folder, sample_images
+    from simprune_deploy.onnx.metadata import UINT8_NHWC
 
     preprocessing = Preprocessing.of_model(model)
+    normalize = not graph_normalizes
     if images is None:
-        return sample_images(preprocessing, normalize=normalize)
-    return load_folder(Path(images), preprocessing, normalize=normalize)
+        found = sample_images(preprocessing, normalize=normalize)
+    else:
+        found = load_folder(Path(images), preprocessing, normalize=normalize)
+    if form == UINT8_NHWC:
+        return dataclasses.replace(found, pixels=as_uint8_nhwc(found.pixels))
+    return found
 
 
 def _check_finite(model: PrunedViT) -> None:
@@ -257,7 +266,7 @@ def verify(
         layers = pruned_layers(graph)
         golden = load_golden(path.parent / GOLDEN, layers)
         return prove_against_golden(graph, golden, progress)
-    pictures = _pictures(reference, images, not facts.export["normalize"])
+    pictures = _pictures(reference, images, bool(facts.export["normalize"]), facts.input)
     return prove_against_torch(graph, reference, pictures, progress)[0]
 
 

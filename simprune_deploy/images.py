@@ -165,12 +165,22 @@ def fit_to_channels(values: Sequence[float], channels: int) -> tuple[float, ...]
     return tuple(itertools.islice(itertools.cycle(numbers), channels))
 
 
+def as_uint8_nhwc(pixels: np.ndarray) -> np.ndarray:
+    """Return float32[..., C, H, W] in [0, 1] as a camera gives it, uint8[..., H, W, C].
+
+    For pixels that were 8 bits wide before they were divided by 255 it is what they were.
+    """
+    levels = np.rint(pixels * np.float32(255)).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """Pictures ready for a model.
 
     Attributes:
-        pixels: float32[n, C, H, W], normalised, or in [0, 1] if that was asked for.
+        pixels: float32[n, C, H, W], normalised, or in [0, 1] if that was asked for; or
+            uint8[n, H, W, C].
         names: One per picture: its path inside the folder.
         skipped: (path, reason) of each file that could not be used.
         source: Where they come from, in words.

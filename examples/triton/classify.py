@@ -10,6 +10,7 @@ in the proof.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from simprune_deploy.bundle import read_manifest
 from simprune_deploy.errors import SimpruneError
-from simprune_deploy.images import ImageSet, Preprocessing, load_folder
+from simprune_deploy.images import ImageSet, Preprocessing, as_uint8_nhwc, load_folder
 
 
 def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:
@@ -35,7 +36,10 @@ def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:
     height, width = model["image_size"]
     wanted = {**recorded, "channels": model["channels"], "height": height, "width": width}
     preprocessing = Preprocessing.from_dict(wanted)
-    return load_folder(folder, preprocessing, normalize=not model["export"]["normalize"])
+    found = load_folder(folder, preprocessing, normalize=not model["export"]["normalize"])
+    if model["export"].get("input") == "uint8-nhwc":
+        return dataclasses.replace(found, pixels=as_uint8_nhwc(found.pixels))
+    return found
 
 
 def batches(count: int, config: dict[str, Any]) -> Iterator[np.ndarray]:

@@ -88,9 +88,17 @@ def export(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalise in the graph.")
     ] = False,
+    input_form: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="float32-nchw, or uint8-nhwc: images as a camera gives them, converted and "
+            "normalised in the graph.",
+        ),
+    ] = "float32-nchw",
     softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities.")] = False,
     precision: Annotated[
-        str, typer.Option(help="Types in the graph: fp32, fp16 or bf16; inputs stay float32.")
+        str, typer.Option(help="Types in the graph: fp32, fp16 or bf16; inputs stay as they are.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
     emit_assignments: Annotated[
@@ -127,6 +135,7 @@ def export(
         # every check that needs no model comes before the model is loaded
         from simprune_deploy.bundle import MANIFEST
         from simprune_deploy.files import check_destination
+        from simprune_deploy.onnx.metadata import check_input
         from simprune_deploy.onnx.precision import check_precision
         from simprune_deploy.pruning.config import PruneConfig, check_threshold
 
@@ -140,6 +149,7 @@ def export(
             check_threshold(threshold)
         PruneConfig(**{name: value for name, value in changes.items() if value is not None})
         check_precision(precision)
+        check_input(input_form)
         layer_list = _parse_layers(layers)
         counts = _parse_tokens(tokens)
         batch_range = _parse_batch(batch)
@@ -172,6 +182,7 @@ def export(
                 batch=batch_range,
                 runtime_threshold=runtime_threshold,
                 normalize=normalize,
+                input=input_form,
                 softmax=softmax,
                 emit_assignments=emit_assignments,
                 precision=precision,

@@ -28,7 +28,13 @@ from simprune_deploy.onnx.function_body import (
     BodyVariant,
     build_function,
 )
-from simprune_deploy.onnx.metadata import Facts, write_facts
+from simprune_deploy.onnx.metadata import (
+    FLOAT32_NCHW,
+    UINT8_NHWC,
+    Facts,
+    check_input,
+    write_facts,
+)
 from simprune_deploy.onnx.names import make_readable
 from simprune_deploy.onnx.precision import check_precision, with_precision
 from simprune_deploy.onnx.token_counts import SLOTS, separate_token_counts
@@ -52,6 +58,9 @@ class ExportOptions:
         batch: Smallest and largest batch; equal ones make the batch static. Default 1 to 8.
         runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
         normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
+        input: "float32-nchw" (the default), or "uint8-nhwc": images as a camera gives them,
+            uint8[B, H, W, C], which the graph converts, scales by 1/255 and normalises. The second
+            implies `normalize`.
         softmax: Give probabilities instead of logits.
         log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
             faster on a CPU. False adds them to the scores, the form that GPU kernels fuse, and
@@ -72,9 +81,13 @@ class ExportOptions:
     emit_assignments: bool = False
     log_size_in_keys: bool | None = None
     precision: str = "fp32"
+    input: str = FLOAT32_NCHW
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_input(self.input)
+        if self.input == UINT8_NHWC:
+            object.__setattr__(self, "normalize", True)
         if self.log_size_in_keys is None:
             object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
         low, high = self.batch
@@ -128,6 +141,9 @@ class _ExportedModel(nn.Module):
         slots: torch.Tensor | None,
     ) -> Any:
         self.model.slots = slots
+        if self.options.input == UINT8_NHWC:
+            # converted first: TensorRT takes uint8 as an input alone, and casts it to floats only
+            images = images.to(torch.float32).permute(0, 3, 1, 2) / 255
         if self.options.normalize:
             images = (images - self.mean) / self.std
         limit = self.threshold if threshold is None else threshold
@@ -233,6 +249,8 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     finally:
         wrapper.train(was_training)
     _add_function(graph, exported, options)
+    if options.input == UINT8_NHWC:
+        _cast_first(graph.graph)
     make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
@@ -311,6 +329,8 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     size = 2 if dynamic else low
     layers = () if model.config.capacities else model.config.layers
     images = torch.zeros(size, model.channels, *model.image_size)
+    if options.input == UINT8_NHWC:
+        images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
     threshold = torch.full((3,), model.config.threshold) if options.runtime_threshold else None
     slots = torch.zeros(TRACED_SLOTS) if layers else None
     shapes = {
@@ -403,6 +423,19 @@ def _onnx_operator(traced: bool) -> Any:
         return translate(tokens, log_size, threshold, *rest)
 
     return translate_traced if traced else translate
+
+
+def _cast_first(graph: onnx.GraphProto) -> None:
+    """Let the Cast alone read the images: TensorRT wants uint8 converted before any other layer."""
+    cast = next(node for node in graph.node if IMAGES in node.input and node.op_type == "Cast")
+    first = onnx.NodeProto()
+    first.CopyFrom(cast)
+    graph.node.remove(cast)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == IMAGES:
+                node.input[index] = first.output[0]
+    graph.node.insert(0, first)
 
 
 def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptions) -> None:

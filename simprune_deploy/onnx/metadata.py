@@ -14,9 +14,23 @@ from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape
 
 METADATA_KEY = "simprune"
+FLOAT32_NCHW, UINT8_NHWC = "float32-nchw", "uint8-nhwc"
+INPUT_FORMS = (FLOAT32_NCHW, UINT8_NHWC)
+"""How a graph takes its images: [B, C, H, W], or as a camera gives them, [B, H, W, C]."""
+
 HAS_FUNCTION = "function"
 """The key among a file's export facts that says False where the operator's function was left out;
 a file with the function has no such key."""
+
+
+def check_input(name: str) -> None:
+    """Refuse a name that is not a form of input.
+
+    Raises:
+        SimpruneError: it is not.
+    """
+    if name not in INPUT_FORMS:
+        raise SimpruneError(f"input {name!r} is not known: use {' or '.join(INPUT_FORMS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,28 @@ class Facts:
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"; files from before there was a choice are float32."""
         return str(self.export.get("precision", "fp32"))
+
+    @property
+    def input(self) -> str:
+        """The form of the images, one of INPUT_FORMS; float in files from before the choice."""
+        return str(self.export.get("input", FLOAT32_NCHW))
+
+    @property
+    def takes_uint8(self) -> bool:
+        return self.input == UINT8_NHWC
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """An image's shape, as the graph takes it."""
+        height, width = self.image_size
+        if self.takes_uint8:
+            return height, width, self.channels
+        return self.channels, height, width
+
+    @property
+    def image_dtype(self) -> str:
+        """numpy's name of the images' type, as the graph takes them."""
+        return "uint8" if self.takes_uint8 else "float32"
 
     @property
     def has_function(self) -> bool:

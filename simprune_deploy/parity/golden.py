@@ -22,7 +22,7 @@ class Golden:
     """A few images, what PyTorch gave for them, and who made it.
 
     Attributes:
-        images: float32[n, C, H, W], as the graph takes them.
+        images: As the graph takes them: float32[n, C, H, W] or uint8[n, H, W, C].
         thresholds: float32[n].
         reference: PyTorch's run; its records hold decisions without tokens.
     """

@@ -76,9 +76,13 @@ def _threshold_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
 
 
 def _signature_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
-    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    images = graph.graph.input[0].type.tensor_type
+    dims = images.shape.dim
     low, high = facts.batch
-    if [dim.dim_value for dim in dims[1:]] != [facts.channels, *facts.image_size]:
+    kind = onnx.helper.tensor_dtype_to_np_dtype(images.elem_type).name
+    if kind != facts.image_dtype:
+        yield f"its images are {kind}, not {facts.image_dtype}"
+    if [dim.dim_value for dim in dims[1:]] != list(facts.image_shape):
         yield "its images have another size"
     if (dims[0].dim_value != low) if low == high else bool(dims[0].dim_value):
         yield f"its batch is not {low}..{high}"
@@ -101,7 +105,8 @@ def _precision_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
         return
     name_of = onnx.TensorProto.DataType.Name
     types = value_types(graph)
-    for value in (*graph.graph.input, graph.graph.output[0]):
+    floats = graph.graph.input[1:] if facts.takes_uint8 else graph.graph.input
+    for value in (*floats, graph.graph.output[0]):
         if types[value.name] != onnx.TensorProto.FLOAT:
             yield f"its {value.name} is {name_of(types[value.name])}, not FLOAT"
     for node in prune_nodes(graph):

@@ -64,7 +64,7 @@ def prove_against_torch(
     Args:
         graph: From :func:`simprune_deploy.onnx.exporter.export_onnx`.
         model: The reference.
-        images: As the graph takes them (normalised unless the graph normalises).
+        images: As the graph takes them: normalised unless the graph normalises, or uint8.
         progress: Called with a word on what runs next.
 
     Returns:
@@ -76,7 +76,7 @@ def prove_against_torch(
     inputs = _inputs(facts, images.pixels)
     layers = pruned_layers(graph)
     normalize = (facts.mean, facts.std) if facts.export["normalize"] else None
-    runner = TorchRunner(model, facts.output, facts.export["softmax"], normalize)
+    runner = TorchRunner(model, facts.output, facts.export["softmax"], normalize, facts.takes_uint8)
     was_training = model.training
     model.eval()
     progress("PyTorch reference")
@@ -137,11 +137,11 @@ def _inputs(facts: Facts, pixels: Any) -> Inputs:
 
 
 def _check_shape(facts: Facts, pixels: Any) -> None:
-    expected = (facts.channels, *facts.image_size)
-    if pixels.shape[1:] != expected or pixels.dtype != np.float32:
+    expected = facts.image_shape
+    if pixels.shape[1:] != expected or pixels.dtype != facts.image_dtype:
         raise SimpruneError(
             f"the images are {pixels.dtype}{list(pixels.shape[1:])}, and the model takes "
-            f"float32{list(expected)}"
+            f"{facts.image_dtype}{list(expected)}"
         )
 
 

@@ -53,7 +53,7 @@ def replay(runner: TorchRunner, decided: Run, inputs: Inputs, name: str) -> Run:
     if not decided.records:  # the graph of a threshold above 1 has no prune nodes
         config = dataclasses.replace(config, layers=(), capacities=())
     model = _ReplayingViT(runner.model.vit, config).eval()
-    told = TorchRunner(model, runner.output, runner.softmax, runner.normalize)
+    told = TorchRunner(model, runner.output, runner.softmax, runner.normalize, runner.uint8)
     outputs = []
     records: dict[int, list[PruneRecord]] = {layer: [] for layer in decided.records}
     for image in range(len(inputs.images)):

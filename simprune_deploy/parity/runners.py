@@ -31,6 +31,7 @@ class TorchRunner(BaseRunner):
         output: The name of its output, as in the graph.
         softmax: Whether the graph ends with a softmax. Default False.
         normalize: (mean, std) per channel if the graph normalises its pixels. Default None.
+        uint8: Whether images are uint8[B, H, W, C], as the graph's are. Default False.
     """
 
     def __init__(
@@ -39,14 +40,17 @@ class TorchRunner(BaseRunner):
         output: str,
         softmax: bool = False,
         normalize: tuple[list[float], list[float]] | None = None,
+        uint8: bool = False,
     ) -> None:
         super().__init__(name="pytorch", prefix="pytorch")
         self.model, self.output = model, output
-        self.softmax, self.normalize = softmax, normalize
+        self.softmax, self.normalize, self.uint8 = softmax, normalize, uint8
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        shape = (-1, self.model.channels, *self.model.image_size)
-        metadata = TensorMetadata().add("images", np.dtype(np.float32), shape)
+        channels, size = self.model.channels, self.model.image_size
+        shape = (-1, *size, channels) if self.uint8 else (-1, channels, *size)
+        kind = np.dtype(np.uint8 if self.uint8 else np.float32)
+        metadata = TensorMetadata().add("images", kind, shape)
         return metadata.add("threshold", np.dtype(np.float32), (-1,))
 
     def infer_impl(self, feed_dict: dict[str, Any]) -> OrderedDict[str, Array]:
@@ -57,6 +61,8 @@ class TorchRunner(BaseRunner):
         threshold = torch.from_numpy(np.asarray(feed_dict["threshold"]))
         traces: list[Any] = []
         with torch.inference_mode():
+            if self.uint8:
+                images = images.to(torch.float32).permute(0, 3, 1, 2) / 255
             if self.normalize is not None:
                 mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in self.normalize)
                 images = (images - mean) / std
@@ -82,7 +88,7 @@ class Inputs:
     """Images, their thresholds, and the batches that a graph takes.
 
     Attributes:
-        images: float32[n, C, H, W].
+        images: As the graph takes them: float32[n, C, H, W] or uint8[n, H, W, C].
         thresholds: float32[n].
         batch: Smallest and largest batch.
         runtime_threshold: Whether the graph has a threshold input.

@@ -40,7 +40,7 @@ class Contestant:
         runner: Polygraphy's, not yet active.
         batch: The smallest and the largest batch that it takes.
         threshold: Fed to the graph; None if it has no such input.
-        normalises: Whether it takes pixels in [0, 1].
+        normalises: Whether it takes pixels in [0, 1], or in uint8 as the facts say.
     """
 
     title: str
@@ -223,6 +223,8 @@ def _check_inputs(contestant: Contestant, data: DataSet) -> None:
 
 def _winners(contestant: Contestant, data: DataSet, pixels: np.ndarray) -> np.ndarray:
     """Return int64[b] for float32[b, C, H, W] in [0, 1], in the batches that the model takes."""
+    from simprune_deploy.images import as_uint8_nhwc
+
     low, high = contestant.batch
     found = []
     for start in range(0, len(pixels), high):
@@ -230,7 +232,10 @@ def _winners(contestant: Contestant, data: DataSet, pixels: np.ndarray) -> np.nd
         count = len(chunk)
         # a graph of a fixed batch gets the last picture again, as often as one is missing
         chunk = np.concatenate([chunk, np.repeat(chunk[-1:], max(0, low - count), 0)])
-        images = chunk if contestant.normalises else data.preprocessing.normalise(chunk)
+        if contestant.facts.takes_uint8:
+            images = as_uint8_nhwc(chunk)
+        else:
+            images = chunk if contestant.normalises else data.preprocessing.normalise(chunk)
         feed = {"images": images}
         if contestant.threshold is not None:
             feed["threshold"] = np.array([contestant.threshold], np.float32)
