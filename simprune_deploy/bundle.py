@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise TypeError(f"format {found!r}")
         # of a newer one nothing else is known
         hashes = {
-            name: (int(entry["bytes"]), str(entry["sha256"]))
+            name: str(entry["sha256"])
             for name, entry in (dict(manifest["files"]) if found in KINDS else {}).items()
         }
         for name in ("verdict", "versions", "model") if found in KINDS else ():
@@ -200,11 +200,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {found}, and this version reads up to {newest}: "
             f"{'update simprune-deploy' if found > newest else 'export again'}"
         )
-    for name, (size, expected) in hashes.items():
+    for name, expected in hashes.items():
         file = _file_inside(folder, name)
         if not file.is_file():
             raise SimpruneError(f"{file} is missing: copy the folder again, or export again")
-        if file.stat().st_size != size or sha256(file) != expected:
+        if sha256(file) != expected:
             raise SimpruneError(f"{file} is not the file that was exported: its SHA-256 differs")
     return dict(manifest)
 

@@ -457,7 +457,7 @@ class TestBadInput:
             ("format", "2"),
             ("format", 0),
             ("files", [1]),
-            ("files", {"model.onnx": {"sha256": "0"}}),
+            ("files", {"model.onnx": {"bytes": 1}}),
             ("bundle", None),
         ],
     )

@@ -324,7 +324,7 @@ class TestRefusedBeforeAnyWork:
     def test_targets_that_build_on_the_device(self, names: str) -> None:
         with pytest.raises(SimpruneError, match="built on the device") as raised:
             rtx.check_targets(find_targets(names))
-        assert "`simprune-deploy targets`" in str(raised.value)
+        assert "`simprune-deploy bundle FOLDER --target" in str(raised.value)
 
     def test_tensorrt_rtx_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
@@ -447,7 +447,6 @@ class TestCommandLine:
         ("arguments", "says"),
         [
             (["--target", "rtx-adda"], "did you mean rtx-ada"),
-            (["--target", "jetson-orin"], "built on the device"),
             (["--per-target"], "name the targets"),
         ],
     )
