@@ -39,6 +39,7 @@ from typer.testing import CliRunner
 
 import simprune_deploy
 from simprune_deploy.cli import app
+from simprune_deploy.device_bundle import own_wheel
 from simprune_deploy.doctor import is_older
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
@@ -1311,6 +1312,9 @@ def test_an_installed_wheel_builds_the_kernels(tmp_path: Path, nvcc: toolchain.N
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith(home)}
         assert not [name for name in archive.namelist() if name.startswith("plugins/")]
+        # and a bundle's own wheel has the same package: nothing is missing in pyproject.toml
+        package = {name for name in archive.namelist() if name.startswith("simprune_deploy/")}
+        assert package == set(own_wheel.package_files())
     needed = {
         path.relative_to(ROOT / "plugins").as_posix()
         for path in (ROOT / "plugins").rglob("*")
