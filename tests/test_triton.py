@@ -33,7 +33,8 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.metadata import load_graph, read_facts
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.report.triton import print_model
-from simprune_deploy.triton import check_batch, render, write_repository
+from simprune_deploy.triton import check_batch, write_repository
+from simprune_deploy.triton_config import render
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
