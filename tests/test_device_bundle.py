@@ -32,8 +32,10 @@ import simprune_deploy as sd
 from simprune_deploy import device_bundle
 from simprune_deploy.bundle import read_manifest
 from simprune_deploy.cli import app
+from simprune_deploy.cli import export as cli_export
 from simprune_deploy.device_bundle import DeviceBundle, library, make_bundle, own_wheel
 from simprune_deploy.engine.targets import Release, find_targets
+from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
 from simprune_deploy.onnx.variants import prune_nodes, with_function
 from simprune_deploy.plugin.build import source_files
@@ -46,11 +48,20 @@ PREBUILT = "plugin/prebuilt/libsimprune_plugin.so"
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of two photographs: enough to prove an export, and quick."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for picture in sorted(Path(sd.__file__).parent.glob("sample_images/*.jpg"))[:2]:
+        shutil.copy(picture, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a proven export of the demo model. It is not to be changed."""
     folder = tmp_path_factory.mktemp("bundles") / "demo"
     pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3])
-    assert sd.export(pruned, folder).verdict.status == "proven"  # type: ignore[union-attr]
+    assert sd.export(pruned, folder, images=pictures).verdict.status == "proven"  # type: ignore[union-attr]
     return folder
 
 
@@ -633,20 +644,20 @@ class TestCommandLine:
         assert "vit-jetson-orin.tar.gz already exists" in refusal(*call)
         assert names_in(tmp_path) == {"vit-jetson-orin.tar.gz"}
 
-    def test_an_export_that_is_not_proven_gets_none(self, tmp_path: Path) -> None:
+    def test_an_export_that_is_not_proven_gets_none(self, pictures: Path, tmp_path: Path) -> None:
         """Above 1 nothing is pruned, which proves nothing."""
         call = ("export", DEMO, "--layers", "1", "-o", tmp_path / "vit", "--threshold", "1.5")
-        code, out, _ = run(*call, "--target", ORIN)
+        code, out, _ = run(*call, "--images", pictures, "--target", ORIN)
         assert code == 1
         assert "no bundle was made: the export is not proven" in out
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
 
     def test_an_export_stays_when_its_bundle_cannot_be_made(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        copy = Path(shutil.copytree(exported, tmp_path / "vit"))
         monkeypatch.setitem(sys.modules, "jinja2", None)
-        call = ("export", DEMO, "--layers", "1", "-o", tmp_path / "vit", "--no-verify")
-        line = refusal(*call, "--target", "orin-nx")
-        assert "`simprune-deploy bundle" in line
-        assert "the export in" in line
-        assert names_in(tmp_path / "vit") == {"model.onnx", "manifest.json"}
+        with pytest.raises(SimpruneError, match="jinja2, which writes the README") as raised:
+            cli_export._bundle_after_export(copy, find_targets("orin-nx"), False, lambda _: None)
+        assert f"the export in {copy} is complete; `simprune-deploy bundle {copy}" in str(raised)
+        assert [path.name for path in tmp_path.iterdir()] == ["vit"]
