@@ -18,6 +18,7 @@ from simprune_deploy.cli import (
     inspect,
     plugin,
     report,
+    tune,
     verify,
     visualize,
 )
@@ -38,6 +39,7 @@ app.command("verify")(verify.verify)
 app.command("engine")(engine.engine)
 app.command("bundle")(bundle.bundle)
 app.command("targets")(engine.list_targets)
+app.command("sweep")(tune.sweep)
 app.command("report")(report.report)
 app.command("visualize")(visualize.visualize)
 app.command("inspect")(inspect.inspect)

@@ -11,16 +11,19 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
+from simprune_deploy.pruning.config import PAD_LOG_SIZE
 
 __all__ = [
     "DIAGNOSTICS",
     "dense",
     "diagnostic_name",
+    "kept_name",
     "layer_of",
     "prune_nodes",
     "pruned_layers",
     "with_diagnostics",
     "with_function",
+    "with_kept_counts",
     "with_log_size_in_keys",
     "without_function",
 ]
@@ -47,6 +50,34 @@ def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
             kind = _element_type(copy, value) if what == "tokens" else None
             fixed = TensorProto.FLOAT if what == "log_size" else TensorProto.INT64
             main.output.append(helper.make_tensor_value_info(name, kind or fixed, None))
+    return copy
+
+
+def kept_name(layer: int) -> str:
+    """Return the name of the output that :func:`with_kept_counts` adds for a prune layer."""
+    return f"kept_before_{layer}"
+
+
+def with_kept_counts(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that also outputs how many tokens every image kept, int64[B] a prune layer."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    main = copy.graph
+    limit = helper.make_tensor("padding_limit", TensorProto.FLOAT, [], [PAD_LOG_SIZE / 2])
+    axes = helper.make_tensor("token_axis", TensorProto.INT64, [1], [1])
+    main.initializer.extend([limit, axes])
+    for node in prune_nodes(copy):
+        name = kept_name(layer_of(node))
+        steps: tuple[tuple[str, list[str], dict[str, int]], ...] = (
+            ("Greater", [node.output[1], limit.name], {}),
+            ("Cast", [f"{name}/greater"], {"to": TensorProto.INT64}),
+            ("ReduceSum", [f"{name}/cast", axes.name], {"keepdims": 0}),
+        )
+        for op_type, inputs, attributes in steps:
+            output = name if op_type == "ReduceSum" else f"{name}/{op_type.lower()}"
+            made = helper.make_node(op_type, inputs, [output], name=output, **attributes)
+            main.node.append(made)
+        main.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
     return copy
 
 

@@ -1,0 +1,302 @@
+"""What runs the settings of a sweep: ONNX Runtime, or PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.tune.evaluate import Executor, Runnable
+from simprune_deploy.tune.results import OURS, Setting
+from simprune_deploy.tune.subject import Subject
+
+if TYPE_CHECKING:
+    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.pruning.model import PrunedViT
+
+BACKENDS = ("onnxruntime", "torch", "engine")
+
+
+class Backend(Protocol):
+    """Makes what runs a group of settings.
+
+    Attributes:
+        name: As in --backend.
+        facts: What a report says of it.
+    """
+
+    name: str
+    facts: dict[str, Any]
+
+    def prepare(self, group: Sequence[Setting]) -> Runnable:
+        """Return a runnable for settings that differ only in threshold, and the dense model."""
+
+    def alone(self, group: Sequence[Setting], purpose: str) -> Runnable:
+        """Return one that runs nothing but the model, to measure its "time" or its "memory"."""
+
+
+def backend_of(name: str, subject: Subject, batch: int) -> Backend:
+    """Return the backend of a name.
+
+    Args:
+        name: One of :data:`BACKENDS`.
+        subject: The model.
+        batch: The largest batch it will be given.
+
+    Raises:
+        SimpruneError: it is unknown, or cannot run this model here.
+    """
+    if name == "onnxruntime":
+        if subject.facts.precision == "bf16":
+            raise SimpruneError(
+                "ONNX Runtime's CPU provider has no bfloat16 kernels: sweep the checkpoint, or an "
+                "export in fp32 or fp16"
+            )
+        return OnnxBackend(subject, batch)
+    if name == "torch":
+        if subject.model is None:
+            raise SimpruneError(
+                f"{subject.source} is an exported graph, and --backend torch runs checkpoints: "
+                "give the checkpoint"
+            )
+        return TorchBackend(subject)
+    if name == "engine":
+        raise SimpruneError(
+            "--backend engine needs a GPU and its engine: sweep with onnxruntime here"
+        )
+    raise SimpruneError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+
+
+def _version(package: str) -> str:
+    from simprune_deploy.parity.proof import package_version
+
+    return package_version(package) or "of unknown version"
+
+
+class OnnxBackend:
+    """ONNX Runtime on the CPU. A checkpoint is exported once for all thresholds of a group."""
+
+    name = "onnxruntime"
+
+    def __init__(self, subject: Subject, batch: int) -> None:
+        self.subject, self.batch = subject, batch
+        self.facts = {
+            "backend": self.name,
+            "runtime": f"ONNX Runtime {_version('onnxruntime')} (CPU)",
+            "graphs": "the exported file"
+            if subject.graph is not None
+            else "exported for this sweep, one for all thresholds, and not proven: `export` proves",
+        }
+
+    def prepare(self, group: Sequence[Setting]) -> OnnxRunnable:
+        return self._runnable(dataclasses.replace(group[0], threshold=None))
+
+    def alone(self, group: Sequence[Setting], purpose: str) -> OnnxRunnable:
+        runnable = self.prepare(group)
+        return dataclasses.replace(runnable, key=f"{runnable.key} {purpose}", purpose=purpose)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (a backend lives as long as its sweep)
+    def _runnable(self, setting: Setting) -> OnnxRunnable:
+        from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+        from simprune_deploy.onnx.metadata import read_facts
+        from simprune_deploy.onnx.variants import dense
+
+        graph, model = self.subject.graph, self.subject.model
+        if graph is None:
+            assert model is not None
+            options = ExportOptions(batch=(1, self.batch), runtime_threshold=True)
+            graph = export_onnx(configured(model, setting), options)
+        facts = read_facts(graph)
+        return OnnxRunnable(
+            key=f"{self.subject.sha256} {setting}",
+            pruned=graph.SerializeToString(),
+            dense=dense(graph).SerializeToString(),
+            layers=facts.pruning.layers,
+            prefix=facts.num_prefix_tokens,
+            normalise=None if facts.export["normalize"] else _mean_and_std(facts),
+            batch=facts.batch,
+        )
+
+
+def configured(model: PrunedViT, setting: Setting) -> PrunedViT:
+    """Return the model pruned as a setting of ours says; its weights are shared."""
+    from simprune_deploy.pruning.model import prune
+
+    return prune(
+        model,
+        threshold=setting.threshold,
+        layers=setting.layers,
+        selection=setting.selection,
+        reduction=setting.reduction,
+        tokens="dynamic" if setting.tokens is None else setting.tokens,
+    )
+
+
+MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _mean_and_std(facts: Facts) -> MeanAndStd:
+    from simprune_deploy.images import Preprocessing
+
+    wanted = Preprocessing.of_facts(facts)
+    return wanted.mean, wanted.std
+
+
+def normalised(pixels: np.ndarray, normalise: MeanAndStd | None) -> np.ndarray:
+    """Return (pixels - mean) / std, or the pixels where the graph normalises them."""
+    if normalise is None:
+        return pixels
+    mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in normalise)
+    found: np.ndarray = (pixels - mean) / std
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxRunnable:
+    """Graphs for ONNX Runtime, as they travel to the process that runs them.
+
+    Attributes:
+        key: Tells it from others.
+        pruned: The graph, serialised.
+        dense: The dense model's, serialised.
+        layers: Before which it prunes.
+        prefix: Number of prefix tokens.
+        normalise: Mean and deviation, where the graph does not normalise.
+        batch: Smallest and largest batch that the graph takes.
+        purpose: "count" (the graph also gives the patches kept, the default), "time", or "memory"
+            (memory is freed as soon as it can be, so that its peak shows).
+    """
+
+    key: str
+    pruned: bytes
+    dense: bytes
+    layers: tuple[int, ...]
+    prefix: int
+    normalise: MeanAndStd | None
+    batch: tuple[int, int]
+    purpose: str = "count"
+
+    def open(self) -> Executor:
+        return _OnnxExecutor(self)
+
+
+class _OnnxExecutor:
+    def __init__(self, spec: OnnxRunnable) -> None:
+        import onnx
+
+        from simprune_deploy.onnx.variants import kept_name, with_kept_counts
+
+        self.spec = spec
+        pruned = spec.pruned
+        self.counts: list[str] = []
+        if spec.purpose == "count":
+            graph = onnx.load_from_string(spec.pruned)
+            pruned = with_kept_counts(graph).SerializeToString()
+            self.counts = [kept_name(layer) for layer in spec.layers]
+        keep_memory = spec.purpose != "memory"
+        self.pruned_session = _session(pruned, keep_memory)
+        self.dense_session = _session(spec.dense, keep_memory)
+        self.main = self.dense_session.get_outputs()[0].name
+        self.takes_threshold = "threshold" in [i.name for i in self.pruned_session.get_inputs()]
+
+    def dense(self, pixels: np.ndarray) -> np.ndarray:
+        (found,) = self._run(self.dense_session, [self.main], pixels, None)
+        return found
+
+    def pruned(self, setting: Setting, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        names = [self.main, *self.counts]
+        limit = setting.threshold if self.takes_threshold else None
+        outputs, *counts = self._run(self.pruned_session, names, pixels, limit)
+        kept = np.stack(counts, 1) if counts else np.zeros((len(pixels), 0), np.int64)
+        return outputs, kept - self.spec.prefix
+
+    def _run(
+        self, session: Any, names: list[str], pixels: np.ndarray, threshold: float | None
+    ) -> list[np.ndarray]:
+        count, low = len(pixels), self.spec.batch[0]
+        # a graph of a fixed batch gets the last picture again, as often as one is missing
+        filled = np.concatenate([pixels, np.repeat(pixels[-1:], max(0, low - count), 0)])
+        feeds = {"images": normalised(filled, self.spec.normalise)}
+        if threshold is not None:
+            feeds["threshold"] = np.array([threshold], np.float32)
+        return [array[:count] for array in session.run(names, feeds)]
+
+
+def _session(model: bytes, keep_memory: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # set for the workers of a cluster, where it is one; without it, all cores
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    # an arena, or a block planned for the largest shapes, would hide what a run needs
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = keep_memory
+    # the idle threads of one session must not spin on the cores that another runs on
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+class TorchBackend:
+    """PyTorch on the CPU: ours, and the methods it is compared with."""
+
+    name = "torch"
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.facts = {"backend": self.name, "runtime": f"PyTorch {_version('torch')} (CPU)"}
+
+    def prepare(self, group: Sequence[Setting]) -> Runnable:
+        assert self.subject.model is not None
+        return TorchRunnable(
+            self.subject.sha256, self.subject.model, _mean_and_std(self.subject.facts)
+        )
+
+    def alone(self, group: Sequence[Setting], purpose: str) -> Runnable:
+        return self.prepare(group)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchRunnable:
+    """A model for PyTorch, as it travels to the process that runs it."""
+
+    key: str
+    model: Any
+    normalise: MeanAndStd
+
+    def open(self) -> Executor:
+        return _TorchExecutor(self)
+
+
+class _TorchExecutor:
+    def __init__(self, spec: TorchRunnable) -> None:
+        self.spec = spec
+        spec.model.eval()
+
+    def dense(self, pixels: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            found: np.ndarray = self.spec.model.vit(self._images(pixels)).numpy()
+        return found
+
+    def pruned(self, setting: Setting, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        if setting.method != OURS:
+            raise SimpruneError(f"method {setting.method!r} is unknown")
+        model = configured(self.spec.model, setting)
+        traces: list[Any] = []
+        with torch.inference_mode():
+            outputs = model(self._images(pixels), traces=traces).numpy()
+        counts = [trace.assignment.amax(1).numpy() + 1 for trace in traces]
+        return outputs, np.stack(counts, 1) - model.num_prefix_tokens
+
+    def _images(self, pixels: np.ndarray) -> Any:
+        import torch
+
+        return torch.from_numpy(normalised(pixels, self.spec.normalise))

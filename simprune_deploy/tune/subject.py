@@ -1,0 +1,115 @@
+"""The model that is swept: a checkpoint in PyTorch, or an exported graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.tune.results import OURS, Setting
+
+if TYPE_CHECKING:
+    import onnx
+
+    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.pruning.model import PrunedViT
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, and what is known of it.
+
+    Attributes:
+        source: What the user gave.
+        facts: Input, preprocessing, shape and classes; of a checkpoint, as an export would say.
+        sha256: Of the weights (checkpoint) or of the ONNX file.
+        model: Of a checkpoint; None for an export.
+        graph: Of an export; None for a checkpoint.
+    """
+
+    source: str
+    facts: Facts
+    sha256: str
+    model: PrunedViT | None = None
+    graph: onnx.ModelProto | None = None
+
+    @property
+    def runtime_threshold(self) -> bool:
+        """Whether one graph serves every threshold."""
+        return self.graph is None or bool(self.facts.export["runtime_threshold"])
+
+    @property
+    def setting(self) -> Setting:
+        """The setting that an export was made with."""
+        pruning = self.facts.pruning
+        return Setting(
+            OURS,
+            pruning.threshold,
+            pruning.layers,
+            pruning.selection,
+            pruning.reduction,
+            pruning.capacities or None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a report says of the model."""
+        facts = self.facts
+        return {
+            "architecture": facts.architecture or "(unnamed)",
+            "source": self.source,
+            "kind": "exported graph" if self.graph is not None else "checkpoint",
+            "sha256": self.sha256,
+            "image_size": list(facts.image_size),
+            "num_classes": facts.num_classes,
+            "num_patches": facts.num_patches,
+            "num_prefix_tokens": facts.num_prefix_tokens,
+            "depth": facts.depth,
+            "parameters": facts.parameters,
+            "precision": facts.precision,
+            "proportional_attention": facts.pruning.proportional_attention,
+            "multiple_of": facts.pruning.multiple_of,
+        }
+
+
+def subject_of_model(source: str, model: Any) -> Subject:
+    """Return a checkpoint's model, pruned or not, as the subject of a sweep."""
+    from simprune_deploy.onnx.exporter import ExportOptions, model_facts
+    from simprune_deploy.pruning.model import prune
+
+    pruned = prune(model)
+    pruned.eval()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pruned.vit.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return Subject(source, model_facts(pruned, ExportOptions()), digest.hexdigest(), model=pruned)
+
+
+def subject_of_export(path: Path) -> Subject:
+    """Return an exported folder, or the ONNX file of one, as the subject of a sweep.
+
+    Raises:
+        SimpruneError: it is damaged, or prunes nowhere.
+    """
+    from simprune_deploy.bundle import MODEL, read_manifest
+    from simprune_deploy.files import sha256
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+
+    file = path
+    if path.is_dir():
+        read_manifest(path)
+        file = path / MODEL
+    graph = load_graph(file)
+    facts = read_facts(graph)
+    if not facts.pruning.layers:
+        raise SimpruneError(f"{path} is a dense model without prune layers: sweep its checkpoint")
+    return Subject(str(path), facts, sha256(file), graph=graph)
+
+
+def is_export(path: Path) -> bool:
+    """Tell an exported folder or ONNX file from a checkpoint."""
+    from simprune_deploy.bundle import MANIFEST
+
+    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix == ".onnx")

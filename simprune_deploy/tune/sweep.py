@@ -1,0 +1,355 @@
+"""Accuracy, tokens, time and memory of a model at many settings, measured on one data set.
+
+Pictures are read once for all settings that share a graph, shard by shard; every finished shard is
+stored. Where the shards run (this process, a Ray cluster) changes nothing in the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import simprune_deploy
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.pruning.cost import block_flops
+from simprune_deploy.tune import timing
+from simprune_deploy.tune.backends import Backend
+from simprune_deploy.tune.datasets import DataSet
+from simprune_deploy.tune.evaluate import (
+    COSINE_STEPS,
+    DENSE_SETTING,
+    Runnable,
+    Shard,
+    ShardResult,
+    Tally,
+    by_graph,
+    evaluate_shard,
+    opened,
+    shards_of,
+    total,
+)
+from simprune_deploy.tune.results import Cell, ClassResult, Setting, SweepResult
+from simprune_deploy.tune.store import Store, open_store
+from simprune_deploy.tune.subject import Subject
+
+SHARD_IMAGES = 256
+BATCH = 32
+
+
+class Bar(Protocol):
+    """Shows how far a sweep is."""
+
+    def begin(self, what: str, total: int) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, what: str, total: int) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+
+class Runner(Protocol):
+    """Where shards run.
+
+    Attributes:
+        facts: What a report says of it.
+    """
+
+    facts: dict[str, Any]
+
+    def run(
+        self, runnable: Runnable, data: DataSet, batch: int, shards: Sequence[Shard]
+    ) -> Iterator[ShardResult]:
+        """Yield the shards' results as they come, in any order."""
+
+
+class LocalRunner:
+    """Runs shards one after another in this process."""
+
+    facts: dict[str, Any] = {}  # noqa: RUF012
+
+    def run(
+        self, runnable: Runnable, data: DataSet, batch: int, shards: Sequence[Shard]
+    ) -> Iterator[ShardResult]:
+        for shard in shards:
+            yield evaluate_shard(runnable, data, batch, shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """How to measure.
+
+    Args:
+        batch: Pictures a run, for everything but the timing. Default 32.
+        timing: Runs that each latency is of; 0 leaves latency and memory out. Default 200.
+
+    Raises:
+        SimpruneError: a value is out of its range.
+    """
+
+    batch: int = BATCH
+    timing: int = timing.IMAGES
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SimpruneError(f"--batch {self.batch} must be 1 or more")
+        if self.timing < 0:
+            raise SimpruneError(f"--timing {self.timing} must be 0 (no timing) or more")
+
+
+def batch_for(subject: Subject, wanted: int) -> int:
+    """Return the batch to run: the wanted one, within what an exported graph takes."""
+    if subject.graph is None:
+        return wanted
+    low, high = subject.facts.batch
+    return max(low, min(wanted, high))
+
+
+class Sweep:
+    """One model on one data set; settings are measured as they are asked for, each of them once.
+
+    Args:
+        subject: The model.
+        data: The pictures.
+        backend: What runs it.
+        store: Where finished work is kept.
+        options: How to measure.
+        runner: Where shards run. Default: this process.
+        bar: Shows how far it is. Default: nothing is shown.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: DataSet,
+        backend: Backend,
+        store: Store,
+        options: SweepOptions,
+        runner: Runner | None = None,
+        bar: Bar | None = None,
+    ) -> None:
+        self.subject, self.data, self.backend, self.store = subject, data, backend, store
+        self.options, self.runner, self.bar = options, runner or LocalRunner(), bar or Silent()
+        self.shards = shards_of(len(data), shard_size(options.batch))
+        self.timed_images = 0
+
+    def measure(self, settings: Sequence[Setting]) -> list[Cell]:
+        """Return the cells of the dense model and of the settings, in this order.
+
+        Raises:
+            SimpruneError: too many pictures cannot be read, or the model's outputs are no numbers.
+        """
+        groups = by_graph(settings)
+        work = [(group, self._missing([DENSE_SETTING, *group])) for group in groups]
+        waiting = sum(s.stop - s.start for _, shards in work for s in shards for _ in s.settings)
+        self.bar.begin("images", waiting)
+        for group, shards in work:
+            if shards:
+                self._run(group, shards)
+        skipped = self._check_skipped()
+        if self.options.timing:
+            self._time(groups, len(self.data) - len(skipped))
+        return [self._cell(each) for each in [DENSE_SETTING, *settings]]
+
+    def _missing(self, settings: Sequence[Setting]) -> list[Shard]:
+        shards = []
+        for number, start, stop in self.shards:
+            left = tuple(each for each in settings if not self.store.has(each, number))
+            if left:
+                shards.append(Shard(number, start, stop, left))
+        return shards
+
+    def _run(self, group: Sequence[Setting], shards: Sequence[Shard]) -> None:
+        # an earlier group may have run the dense model meanwhile
+        todo = []
+        for shard in shards:
+            left = tuple(s for s in shard.settings if not self.store.has(s, shard.number))
+            todo.append(
+                dataclasses.replace(shard, settings=left, dense=self.store.dense(shard.number))
+            )
+            self.bar.advance((len(shard.settings) - len(left)) * (shard.stop - shard.start))
+        runnable = self.backend.prepare(group)
+        for result in self.runner.run(runnable, self.data, self.options.batch, todo):
+            self.store.add(result)
+            self._check_skipped()
+            _, start, stop = self.shards[result.number]
+            self.bar.advance(len(result.tallies) * (stop - start))
+
+    def _check_skipped(self) -> list[tuple[str, str]]:
+        skipped = [each for _, found in sorted(self.store.skipped.items()) for each in found]
+        if skipped:
+            self.data.check_skipped(skipped)
+        return skipped
+
+    def _time(self, groups: Sequence[Sequence[Setting]], readable: int) -> None:
+        waiting = [[s for s in group if s not in self.store.timings] for group in groups]
+        waiting = [group for group in waiting if group]
+        if not waiting:
+            return
+        batch = self.subject.facts.batch[0] if self.subject.graph is not None else 1
+        images = timing.timing_images(self.data, self.options.timing * batch)
+        runs = len(images) // batch
+        self.bar.begin("timing", sum((len(group) + 1) * runs for group in waiting))
+        for group in waiting:
+            executor = opened(self.backend.alone(group, "memory"))
+            memory = timing.peak_memories(
+                executor, [DENSE_SETTING, *group], images[: max(batch, timing.MEMORY_IMAGES)]
+            )
+            executor = opened(self.backend.alone(group, "time"))
+            times = timing.time_settings(executor, group, images, batch, self.bar.advance)
+            for setting, (own, dense) in times.items():
+                self.store.add_timing(setting, timing.Timing(own, dense, runs, memory[setting]))
+            dense_time = timing.Timing(dense, dense, runs, memory[DENSE_SETTING])
+            self.store.add_timing(DENSE_SETTING, dense_time)
+
+    def _cell(self, setting: Setting) -> Cell:
+        tally = total(self.store.tallies[setting, number] for number, _, _ in self.shards)
+        return cell_of(self.subject, self.data, setting, tally, self.store.timings.get(setting))
+
+    def result(self, settings: Sequence[Setting], command: str) -> SweepResult:
+        """Measure the settings and return everything, as it is stored and reported.
+
+        Args:
+            settings: Beside the dense model.
+            command: What makes the sweep again.
+        """
+        cells = self.measure(settings)
+        not_measured = []
+        if not self.options.timing:
+            not_measured.append("latency and peak memory: --timing 0")
+        timings = self.store.timings
+        return SweepResult(
+            model=self.subject.to_dict(),
+            data={**self.data.to_dict(), "skipped": [list(each) for each in self._check_skipped()]},
+            environment={
+                **self.backend.facts,
+                **self.runner.facts,
+                "simprune-deploy": simprune_deploy.__version__,
+                "python": platform.python_version(),
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+                "batch": self.options.batch,
+                "timing": _timing_text(timings, self.subject),
+                "command": command,
+                "not_measured": not_measured,
+            },
+            cells=tuple(cells),
+        )
+
+
+def _timing_text(timings: dict[Setting, timing.Timing], subject: Subject) -> str:
+    if not timings:
+        return "none"
+    runs = sorted({each.images for each in timings.values()})
+    batch = subject.facts.batch[0] if subject.graph is not None else 1
+    return (
+        f"batch {batch}, {' or '.join(f'{n:,}' for n in runs)} runs each, median of blocks of "
+        f"{timing.BLOCK}, in turn with the dense model; peak memory is what a batch of "
+        f"{max(batch, timing.MEMORY_IMAGES)} adds to the process, without weights"
+    )
+
+
+def shard_size(batch: int) -> int:
+    """Return how many pictures a shard holds: whole batches, whoever runs them."""
+    return max(1, SHARD_IMAGES // batch) * batch
+
+
+def identity_of(subject: Subject, data: DataSet, backend: Backend, batch: int) -> dict[str, Any]:
+    """Return what must be the same for cells to belong together."""
+    pruning = subject.facts.pruning
+    return {
+        "model": subject.sha256,
+        "data": data.identity,
+        "runtime": backend.facts["runtime"],
+        "batch size": batch,
+        "proportional attention": pruning.proportional_attention,
+        "multiple of": pruning.multiple_of,
+        "version": simprune_deploy.__version__,
+    }
+
+
+def start_sweep(
+    subject: Subject,
+    data: DataSet,
+    backend: Backend,
+    folder: Path,
+    options: SweepOptions,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    runner: Runner | None = None,
+    bar: Bar | None = None,
+) -> Sweep:
+    """Open the folder of a sweep, and return the sweep.
+
+    Raises:
+        SimpruneError: the folder cannot be used; see :func:`simprune_deploy.tune.store.open_store`.
+    """
+    identity = identity_of(subject, data, backend, options.batch)
+    store = open_store(folder, identity, resume, force)
+    return Sweep(subject, data, backend, store, options, runner, bar)
+
+
+def cell_of(
+    subject: Subject,
+    data: DataSet,
+    setting: Setting,
+    tally: Tally,
+    timed: timing.Timing | None,
+) -> Cell:
+    """Turn the counts of a setting into what a report shows."""
+    facts, count = subject.facts, tally.images
+    labelled, classified = data.labels is not None, facts.num_classes > 0
+    processed, flops = _cost(subject, setting, tally)
+    dense_flops = facts.depth * block_flops(facts.block, facts.num_tokens)
+    kept = [sum(patches * images for patches, images in each.items()) for each in tally.kept]
+    return Cell(
+        setting=setting,
+        images=count,
+        top1=tally.right / count if labelled else None,
+        top5=tally.right_in_5 / count if labelled and facts.num_classes > 5 else None,
+        agreement=tally.agree / count if classified else None,
+        cosine=tally.cosines / COSINE_STEPS / count,
+        worst_cosine=tally.worst_cosine,
+        tokens_processed=processed,
+        kept=tuple(each / count for each in kept),
+        gflops=flops / 1e9,
+        flops_share=flops / dense_flops,
+        milliseconds=timed.milliseconds if timed else None,
+        dense_milliseconds=timed.dense_milliseconds if timed else None,
+        peak_memory=timed.peak_memory if timed else None,
+        right_only_here=tally.right_only_here if labelled else None,
+        right_only_dense=tally.right_only_dense if labelled else None,
+        classes=tuple(
+            ClassResult(data.classes[label], *counts)
+            for label, counts in sorted(tally.classes.items())
+        ),
+    )
+
+
+def _cost(subject: Subject, setting: Setting, tally: Tally) -> tuple[float, float]:
+    """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
+    facts = subject.facts
+    stretches = _stretches(setting.layers, facts.depth)
+    per_stretch = [{facts.num_patches: tally.images}, *tally.kept]
+    tokens = flops = 0.0
+    for blocks, counts in zip(stretches, per_stretch, strict=True):
+        for patches, images in sorted(counts.items()):
+            seen = patches + facts.num_prefix_tokens
+            tokens += blocks * images * seen
+            flops += blocks * images * block_flops(facts.block, seen)
+    return tokens / (tally.images * facts.depth * facts.num_tokens), flops / tally.images
+
+
+def _stretches(layers: Sequence[int], depth: int) -> list[int]:
+    """Return how many blocks lie before the first prune layer, between them, and behind."""
+    ends = [0, *layers, depth]
+    return [after - before for before, after in itertools.pairwise(ends)]
