@@ -18,6 +18,7 @@ from simprune_deploy.cli import (
     inspect,
     plugin,
     report,
+    sweep,
     tune,
     verify,
     visualize,
@@ -39,7 +40,8 @@ app.command("verify")(verify.verify)
 app.command("engine")(engine.engine)
 app.command("bundle")(bundle.bundle)
 app.command("targets")(engine.list_targets)
-app.command("sweep")(tune.sweep)
+app.command("sweep")(sweep.sweep)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("visualize")(visualize.visualize)
 app.command("inspect")(inspect.inspect)

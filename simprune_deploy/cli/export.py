@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or timm name.")],
     arch: Arch = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Pruning that `tune` found; options given here override it."),
+    ] = None,
     threshold: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -139,19 +143,26 @@ def export(
         from simprune_deploy.onnx.precision import check_precision
         from simprune_deploy.pruning.config import PruneConfig, check_threshold
 
-        changes: dict[str, Any] = {
+        asked: dict[str, Any] = {
             "threshold": threshold,
+            "layers": _parse_layers(layers),
             "selection": selection,
             "reduction": reduction,
+            "proportional_attention": proportional_attention,
+            "tokens": _parse_tokens(tokens),
             "multiple_of": multiple_of,
         }
-        if threshold is not None:
-            check_threshold(threshold)
-        PruneConfig(**{name: value for name, value in changes.items() if value is not None})
+        changes = {name: value for name, value in asked.items() if value is not None}
+        if config is not None:
+            from simprune_deploy.tune.configuration import read_configuration
+
+            changes = {**read_configuration(config), **changes}
+        if "threshold" in changes:
+            check_threshold(changes["threshold"])
+        simple = ("threshold", "selection", "reduction", "multiple_of")
+        PruneConfig(**{name: changes[name] for name in simple if name in changes})
         check_precision(precision)
         check_input(input_form)
-        layer_list = _parse_layers(layers)
-        counts = _parse_tokens(tokens)
         batch_range = _parse_batch(batch)
         folder = output or Path(f"{_stem(model)}-pruned")
         check_destination(folder, force, MANIFEST)
@@ -188,13 +199,7 @@ def export(
                 precision=precision,
             )
             checkpoint = load_model(model, arch, img_size, pretrained, trust_pickle)
-            pruned = prune(
-                checkpoint.model,
-                layers=layer_list,
-                tokens=counts,
-                proportional_attention=proportional_attention,
-                **changes,
-            )
+            pruned = prune(checkpoint.model, **changes)
             result = bundle.export(
                 pruned,
                 folder,

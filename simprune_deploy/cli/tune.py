@@ -1,82 +1,71 @@
-"""``sweep``: what each setting gives and costs."""
+"""``tune``: the threshold, and the blocks, that meet a wish."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
+import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from simprune_deploy.cli.common import (
-    Arch,
-    Json,
-    Pretrained,
-    TrustPickle,
-    errors,
-    load_model,
-    print_json,
+from simprune_deploy.cli.common import Arch, Json, Pretrained, TrustPickle, errors, print_json
+from simprune_deploy.cli.sweep import (
+    BackendName,
+    BatchSize,
+    Classes,
+    Data,
+    Limit,
+    MaxUnreadable,
+    NoLabels,
+    Ray,
+    Timing,
+    command_line,
+    joined,
+    load_subject,
+    parse_share,
+    stem_of,
 )
 from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
-    from simprune_deploy.tune.results import Setting, SweepResult
+    from simprune_deploy.tune.configuration import Tuned
+    from simprune_deploy.tune.results import Setting
+    from simprune_deploy.tune.search import Wish
     from simprune_deploy.tune.subject import Subject
-    from simprune_deploy.tune.sweep import Runner
-
-Data = Annotated[
-    Path,
-    typer.Option(help="Folder with a folder a class, or of pictures; .csv, .npz; Hugging Face."),
-]
-Limit = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="Take this many pictures, spread evenly.  [default: all]"),
-]
-Classes = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="File that maps the data's classes to the model's."),
-]
-NoLabels = Annotated[bool, typer.Option("--no-labels", help="Leave labels aside.")]
-MaxUnreadable = Annotated[
-    str, typer.Option(help="Share of unreadable pictures beyond which it stops.")
-]
-BackendName = Annotated[str, typer.Option(help="What runs the model: onnxruntime, torch, engine.")]
-BatchSize = Annotated[int, typer.Option(help="Pictures a run; timing is of one.")]
-Ray = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Run on a Ray cluster: host:port, auto, or local.", metavar="ADDRESS"),
-]
-Timing = Annotated[int, typer.Option(help="Runs that each latency is of; 0: no timing.")]
 
 
-def sweep(
+def tune(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or exported folder.")],
     data: Data,
-    thresholds: Annotated[
+    max_drop: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="first:last:step, or a list: 0.9,0.8.  [default: 0.95:0.6:0.05]",
-            show_default=False,
-        ),
+        typer.Option(help="Most pruning whose accuracy surely drops by no more: 0.5%."),
+    ] = None,
+    min_speedup: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Least pruning that is so many times as fast as the dense model."),
+    ] = None,
+    target_latency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Least pruning that takes no longer for one picture: 8ms."),
     ] = None,
     layers: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="'auto', or sets of blocks: 3,6,9;2,5,8.  [default: auto]"),
+        typer.Option(
+            help="'auto' tries several sets of blocks; or name them: 3,6,9;2,5,8.  [default: the "
+            "model's, or three at the quarters of the depth]",
+            show_default=False,
+        ),
     ] = None,
-    selection: Annotated[
+    selection: Annotated[str, typer.Option(help="'cover' or 'redundancy'.")] = "cover",
+    reduction: Annotated[str, typer.Option(help="'merge' or 'drop'.")] = "merge",
+    confidence: Annotated[str, typer.Option(help="Of the interval of the drop.")] = "95%",
+    overflow: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="cover, redundancy, or both: cover,redundancy.  [default: cover]"),
-    ] = None,
-    reduction: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="merge, drop, or both.  [default: merge]"),
-    ] = None,
-    tokens: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'dynamic', or counts as in export: dynamic;64.  [default: dynamic]"),
+        typer.Option(help="Fix token counts that this share of the pictures exceeds: 1%."),
     ] = None,
     backend: BackendName = "onnxruntime",
     limit: Limit = None,
@@ -85,167 +74,157 @@ def sweep(
     max_unreadable: MaxUnreadable = "1%",
     batch: BatchSize = 32,
     timing: Timing = 200,
+    cells: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder that keeps what was measured; a sweep's will do."),
+    ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("-o", "--output", help="Folder to write.  [default: NAME-sweep]"),
+        typer.Option(
+            "-o", "--output", help="File for `export --config`. [default: NAME-tuned.json]"
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier sweep.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     ray: Ray = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy, tokens, time and memory at many settings, beside the dense model."""
+    """Find the threshold that meets a wish, and write it for `export --config`."""
     with errors():
         from simprune_deploy.report.bars import progress_bar
         from simprune_deploy.tune.datasets import DataOptions, open_data
-        from simprune_deploy.tune.grid import Grid, parse_layer_sets, parse_thresholds
-        from simprune_deploy.tune.store import check_store
         from simprune_deploy.tune.sweep import SweepOptions, batch_for, start_sweep
 
-        # every check that needs no model comes before the model is loaded
-        wishes = {
-            "thresholds": thresholds,
-            "layers": layers,
-            "selections": selection,
-            "reductions": reduction,
-            "tokens": tokens,
-        }
-        asked = {name: value for name, value in wishes.items() if value is not None}
-        grid = Grid(**asked)
-        parse_thresholds(grid.thresholds)
-        parse_layer_sets(grid.layers)
+        wish = _wish(max_drop, min_speedup, target_latency, confidence)
+        share = None if overflow is None else parse_share(overflow)
         options = SweepOptions(batch, timing)
+        if not timing and not wish.of_accuracy:
+            raise SimpruneError(f"--{wish.kind} needs times, and --timing 0 takes none")
         wanted = DataOptions(limit, not no_labels, classes, parse_share(max_unreadable))
-        folder = output or Path(f"{_stem(model)}-sweep")
-        check_store(folder, resume, force)
+        file = output or Path(f"{stem_of(model)}-tuned.json")
+        _check_file(file, force)
 
         from simprune_deploy.tune.backends import backend_of
+        from simprune_deploy.tune.configuration import tuned
+        from simprune_deploy.tune.search import search
 
-        with progress_bar(enabled=not as_json) as bar, joined(ray) as runner:
+        with (
+            progress_bar(enabled=not as_json) as bar,
+            joined(ray) as runner,
+            _folder(cells) as folder,
+        ):
             bar.begin("loading the model and the list of pictures", 1)
             subject = load_subject(model, arch, pretrained, trust_pickle)
-            settings = settings_for(subject, grid, asked)
-            options = SweepOptions(batch_for(subject, batch), timing)
+            bases = _bases(subject, layers, selection, reduction)
+            options = dataclasses.replace(options, batch=batch_for(subject, batch))
             pictures = open_data(data, subject.facts, wanted)
-            started = start_sweep(
+            measured_by = backend_of(backend, subject, options.batch)
+            sweep = start_sweep(
                 subject,
                 pictures,
-                backend_of(backend, subject, options.batch),
+                measured_by,
                 folder,
                 options,
-                resume=resume,
-                force=force,
+                resume=True,
                 runner=runner,
                 bar=bar,
             )
-            result = started.result(settings, shlex.join(["simprune-deploy", *sys.argv[1:]]))
-            written = write_results(result, folder)
+            result = tuned(sweep, search(sweep, wish, bases), share, command_line())
+            result.save(file)
         if as_json:
-            files = [path.name for path in written]
-            print_json({"output": str(folder), "files": files, **result.to_dict()})
+            print_json({"output": str(file), **result.to_dict()})
         else:
-            _print_sweep(result, written)
+            _print(result, file, model)
 
 
-def write_results(result: SweepResult, folder: Path) -> list[Path]:
-    """Write what a sweep gave; the page and the plots where what draws them is installed."""
-    import importlib.util
+def _wish(
+    max_drop: str | None, min_speedup: float | None, target_latency: str | None, confidence: str
+) -> Wish:
+    from simprune_deploy.tune.search import MAX_DROP, MIN_SPEEDUP, TARGET_LATENCY, Wish
 
-    from simprune_deploy.report.sweep import FILES, write_report
-
-    drawn = all(importlib.util.find_spec(name) for name in ("matplotlib", "jinja2"))
-    result.save(folder / "sweep.json")
-    written = [folder / "sweep.json"]
-    for name in FILES:
-        if drawn or name.endswith((".csv", ".md")):
-            write_report(result, folder / name)
-            written.append(folder / name)
-    return written
-
-
-def _print_sweep(result: SweepResult, written: list[Path]) -> None:
-    from rich.console import Console
-
-    from simprune_deploy.report.tables import print_sweep
-
-    console = Console()
-    print_sweep(console, result)
-    for note in result.data["notes"]:
-        console.print(note, style="dim", highlight=False, markup=False)
-    for path in written:
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    if not any(path.suffix == ".html" for path in written):
-        console.print(
-            'no page and no plots: pip install "simprune-deploy[report]", then '
-            f"`simprune-deploy report {written[0].parent} -o report.html`",
-            style="yellow",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+    given = [each is not None for each in (max_drop, min_speedup, target_latency)]
+    if sum(given) != 1:
+        raise SimpruneError(
+            "give one wish: --max-drop 0.5%, --min-speedup 1.5 or --target-latency 8ms"
         )
+    sure = parse_share(confidence)
+    if max_drop is not None:
+        return Wish(MAX_DROP, parse_share(max_drop), sure)
+    if min_speedup is not None:
+        return Wish(MIN_SPEEDUP, min_speedup, sure)
+    assert target_latency is not None
+    try:
+        return Wish(TARGET_LATENCY, float(target_latency.strip().removesuffix("ms")), sure)
+    except ValueError:
+        raise SimpruneError(
+            f"--target-latency {target_latency!r} is not understood: write milliseconds, 8ms"
+        ) from None
+
+
+def _check_file(file: Path, force: bool) -> None:
+    if file.is_dir() or (file.exists() and not force):
+        raise SimpruneError(f"{file} already exists: replace it with --force, or give -o FILE")
+    if not file.absolute().parent.is_dir():
+        raise SimpruneError(f"{file.absolute().parent} is not a folder: give another place with -o")
 
 
 @contextlib.contextmanager
-def joined(address: str | None) -> Iterator[Runner | None]:
-    """Join the Ray cluster that was asked for, if one was."""
-    if address is None:
-        yield None
+def _folder(cells: Path | None) -> Iterator[Path]:
+    """Yield the folder for what is measured; one that nobody named is removed again."""
+    if cells is not None:
+        yield cells
         return
-    from simprune_deploy.tune.cluster import connected
-
-    with connected(address) as runner:
-        yield runner
+    with tempfile.TemporaryDirectory(prefix="simprune-tune-") as place:
+        yield Path(place)
 
 
-def parse_share(text: str) -> float:
-    """Return the share that "1%" or "0.01" says."""
-    try:
-        number = float(text.strip().removesuffix("%"))
-    except ValueError:
-        raise SimpruneError(f"{text!r} is not a share: write 1% or 0.01") from None
-    return number / 100 if text.strip().endswith("%") else number
+def _bases(subject: Subject, layers: str | None, selection: str, reduction: str) -> list[Setting]:
+    """Return the settings whose thresholds are searched."""
+    from simprune_deploy.tune.grid import Grid
+    from simprune_deploy.tune.search import layer_candidates
 
-
-def load_subject(model: str, arch: str | None, pretrained: bool, trust_pickle: bool) -> Subject:
-    """Return the model to sweep: an export, or else a checkpoint."""
-    from simprune_deploy.tune.subject import is_export, subject_of_export, subject_of_model
-
-    if not pretrained and is_export(Path(model)):
-        if arch or trust_pickle:
+    if subject.graph is not None:
+        if not subject.runtime_threshold:
             raise SimpruneError(
-                f"--arch and --trust-pickle are for checkpoints, and {model} is an export"
+                f"the threshold of {subject.source} is fixed: tune its checkpoint, or export with "
+                "--runtime-threshold"
             )
-        return subject_of_export(Path(model))
-    return subject_of_model(model, load_model(model, arch, None, pretrained, trust_pickle).model)
-
-
-def settings_for(subject: Subject, grid: Any, asked: dict[str, str]) -> list[Setting]:
-    """Return the settings of the grid; of an export only its thresholds can be chosen."""
-    if subject.graph is None:
-        return grid.settings(subject.facts.depth, subject.facts.num_patches)
-    import dataclasses
-
-    from simprune_deploy.tune.grid import parse_thresholds
-
-    if fixed := sorted(asked.keys() - {"thresholds"}):
-        raise SimpruneError(
-            f"the {fixed[0]} of {subject.source} are fixed in the graph: sweep the checkpoint to "
-            "choose them"
-        )
-    if not subject.runtime_threshold:
-        if "thresholds" in asked:
+        if layers is not None or (selection, reduction) != ("cover", "merge"):
             raise SimpruneError(
-                f"the threshold of {subject.source} is fixed at {subject.setting.threshold:g}: "
-                "leave --thresholds out to measure it, or export with --runtime-threshold"
+                f"the graph of {subject.source} fixes all but the threshold: tune its checkpoint "
+                "to choose --layers, --selection or --reduction"
             )
         return [subject.setting]
-    thresholds = parse_thresholds(grid.thresholds)
-    return [dataclasses.replace(subject.setting, threshold=each) for each in thresholds]
+    facts = subject.facts
+    grid = Grid("0.9", layers or "auto", selection, reduction)
+    bases = grid.settings(facts.depth, facts.num_patches)
+    own = facts.pruning.layers
+    if layers is None:
+        return [dataclasses.replace(each, layers=own) for each in bases]
+    if layers != "auto":
+        return bases
+    return [
+        dataclasses.replace(each, layers=candidate)
+        for each in bases
+        for candidate in layer_candidates(facts.depth, each.layers)
+    ]
 
 
-def _stem(model: str) -> str:
-    name = Path(model.rstrip("/")).name
-    return name.split(":")[-1].split(".")[0] or "model"
+def _print(result: Tuned, file: Path, model: str) -> None:
+    from rich.console import Console
+
+    from simprune_deploy.report.terminal import print_facts
+
+    console = Console()
+    print_facts(console, result.shown())
+    for note in result.data["notes"]:
+        console.print(note, style="dim", highlight=False, markup=False)
+    console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"simprune-deploy export {model} --config {file}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

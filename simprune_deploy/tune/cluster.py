@@ -9,6 +9,8 @@ import contextlib
 import importlib.metadata
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ RETRIES = 3
 """How often a shard is tried again after its worker was lost."""
 
 ANSWER_SECONDS = 5.0
+CONNECT_SECONDS = 60.0
 DEFAULT_PORTS = {"": 6379, "ray": 10001}
 PACKAGES = ("simprune-deploy", "numpy", "pillow", "timm", "torch", "onnxruntime")
 
@@ -131,6 +134,8 @@ def connected(address: str, cpus: int | None = None) -> Iterator[RayRunner]:
         raise SimpruneError(
             'Ray is not installed: pip install "simprune-deploy[ray]", or leave --ray out'
         ) from None
+    if address != "local":
+        _check_connects(address)
     own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="critical", **own)
@@ -146,6 +151,21 @@ def connected(address: str, cpus: int | None = None) -> Iterator[RayRunner]:
 
 
 _START = "start one with `ray start --head`, or leave --ray out"
+
+
+def _check_connects(address: str) -> None:
+    """Join in a process of its own first: at a listener that is not Ray it would wait for long."""
+    join = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='critical')"
+    command = [sys.executable, "-c", join, address]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise SimpruneError(
+            f"no Ray cluster answers at {address!r} within {CONNECT_SECONDS:g} seconds: {_START}"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise SimpruneError(f"no Ray cluster answers at {address!r} ({lines[-1][:200]}): {_START}")
 
 
 def _check_answers(address: str) -> None:

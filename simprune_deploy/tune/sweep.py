@@ -140,10 +140,13 @@ class Sweep:
         self.subject, self.data, self.backend, self.store = subject, data, backend, store
         self.options, self.runner, self.bar = options, runner or LocalRunner(), bar or Silent()
         self.shards = shards_of(len(data), shard_size(options.batch))
-        self.timed_images = 0
 
-    def measure(self, settings: Sequence[Setting]) -> list[Cell]:
+    def measure(self, settings: Sequence[Setting], timed: bool = True) -> list[Cell]:
         """Return the cells of the dense model and of the settings, in this order.
+
+        Args:
+            settings: What to measure; what is stored already is taken from there.
+            timed: Measure latency and memory too, unless the options leave them out.
 
         Raises:
             SimpruneError: too many pictures cannot be read, or the model's outputs are no numbers.
@@ -155,9 +158,9 @@ class Sweep:
         for group, shards in work:
             if shards:
                 self._run(group, shards)
-        skipped = self._check_skipped()
-        if self.options.timing:
-            self._time(groups, len(self.data) - len(skipped))
+        self._check_skipped()
+        if self.options.timing and timed:
+            self._time(groups)
         return [self._cell(each) for each in [DENSE_SETTING, *settings]]
 
     def _missing(self, settings: Sequence[Setting]) -> list[Shard]:
@@ -190,7 +193,22 @@ class Sweep:
             self.data.check_skipped(skipped)
         return skipped
 
-    def _time(self, groups: Sequence[Sequence[Setting]], readable: int) -> None:
+    def time(self, settings: Sequence[Setting]) -> list[Cell]:
+        """Return cells that hold nothing but latency and memory: no picture is counted."""
+        self._time(by_graph(settings))
+        found = [(each, self.store.timings[each]) for each in settings]
+        return [
+            Cell(
+                setting,
+                images=0,
+                milliseconds=each.milliseconds,
+                dense_milliseconds=each.dense_milliseconds,
+                peak_memory=each.peak_memory,
+            )
+            for setting, each in found
+        ]
+
+    def _time(self, groups: Sequence[Sequence[Setting]]) -> None:
         waiting = [[s for s in group if s not in self.store.timings] for group in groups]
         waiting = [group for group in waiting if group]
         if not waiting:
@@ -211,9 +229,29 @@ class Sweep:
             dense_time = timing.Timing(dense, dense, runs, memory[DENSE_SETTING])
             self.store.add_timing(DENSE_SETTING, dense_time)
 
+    def tally(self, setting: Setting) -> Tally:
+        """Return the counts of a setting that was measured."""
+        return total(self.store.tallies[setting, number] for number, _, _ in self.shards)
+
     def _cell(self, setting: Setting) -> Cell:
-        tally = total(self.store.tallies[setting, number] for number, _, _ in self.shards)
-        return cell_of(self.subject, self.data, setting, tally, self.store.timings.get(setting))
+        timed = self.store.timings.get(setting)
+        return cell_of(self.subject, self.data, setting, self.tally(setting), timed)
+
+    def environment(self) -> dict[str, Any]:
+        """Return what ran on what."""
+        return {
+            **self.backend.facts,
+            **self.runner.facts,
+            "simprune-deploy": simprune_deploy.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "batch": self.options.batch,
+            "timing": _timing_text(self.store.timings, self.subject),
+        }
+
+    def described_data(self) -> dict[str, Any]:
+        """Return what the data is, and which pictures could not be read."""
+        return {**self.data.to_dict(), "skipped": [list(each) for each in self._check_skipped()]}
 
     def result(self, settings: Sequence[Setting], command: str) -> SweepResult:
         """Measure the settings and return everything, as it is stored and reported.
@@ -226,18 +264,11 @@ class Sweep:
         not_measured = []
         if not self.options.timing:
             not_measured.append("latency and peak memory: --timing 0")
-        timings = self.store.timings
         return SweepResult(
             model=self.subject.to_dict(),
-            data={**self.data.to_dict(), "skipped": [list(each) for each in self._check_skipped()]},
+            data=self.described_data(),
             environment={
-                **self.backend.facts,
-                **self.runner.facts,
-                "simprune-deploy": simprune_deploy.__version__,
-                "python": platform.python_version(),
-                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-                "batch": self.options.batch,
-                "timing": _timing_text(timings, self.subject),
+                **self.environment(),
                 "command": command,
                 "not_measured": not_measured,
             },

@@ -1,0 +1,180 @@
+"""What tuning found, as a file that ``export --config`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import staged_file, write_json
+from simprune_deploy.tune.capacity import SHARES, Capacity, capacity_for, size_hints
+from simprune_deploy.tune.results import Cell
+from simprune_deploy.tune.search import Found, drop_of
+from simprune_deploy.tune.statistics import PAIRED_METHOD
+from simprune_deploy.tune.sweep import Sweep
+
+FORMAT = 1
+MOST_BYTES = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A setting that was found, and why.
+
+    Attributes:
+        found: By the search.
+        pruning: What ``export`` needs, by the names of its options.
+        static: The setting with fixed token counts, measured; None if none were asked for.
+        capacities: Token counts by the share of images that exceed them.
+        hints: For each prune layer, TensorRT's size hints.
+        model, data, environment: As in a sweep.
+    """
+
+    found: Found
+    pruning: dict[str, Any]
+    static: Cell | None
+    capacities: tuple[Capacity, ...]
+    hints: list[dict[str, int]]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {
+            "format": FORMAT,
+            "kind": "tuned configuration",
+            "pruning": self.pruning,
+            **self.found.to_dict(),
+            "static": self.static and self.static.to_dict(),
+            "calibration": {
+                "tokens": [each.to_dict() for each in self.capacities],
+                "size_hints": self.hints,
+            },
+            "model": self.model,
+            "data": self.data,
+            "environment": self.environment,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON; it appears whole or not at all."""
+        with staged_file(path) as staging:
+            write_json(staging, self.to_dict())
+
+    def shown(self) -> dict[str, Any]:
+        """Return what a person wants to know of it."""
+        facts: dict[str, Any] = {
+            "wish": self.found.wish,
+            "threshold": f"{self.pruning['threshold']:g}",
+            "prunes before blocks": self.pruning["layers"],
+            **self._of_cell(self.found.cell),
+            "evaluated": f"{len(self.found.cells)} settings on {self.found.cell.images:,} images",
+            "patches that static engines need": "; ".join(
+                f"{'/'.join(map(str, each.tokens))} ({each.share:.0%} of the images keep more)"
+                for each in self.capacities
+            ),
+        }
+        if self.static is not None:
+            fixed = self._of_cell(self.static)
+            facts["tokens fixed at"] = self.pruning["tokens"]
+            facts |= {f"{name}, fixed": value for name, value in fixed.items()}
+        return facts
+
+    def _of_cell(self, cell: Cell) -> dict[str, str]:
+        facts = {}
+        confidence = self.found.wish.confidence
+        if cell.top1 is not None:
+            drop = drop_of(cell, confidence)
+            facts["accuracy"] = (
+                f"{cell.top1:.2%}, a drop of {drop.estimate:.2%} ({drop.low:.2%} to "
+                f"{drop.high:.2%} with {confidence:.0%} confidence; {PAIRED_METHOD})"
+            )
+        if cell.agreement is not None:
+            facts["same as dense"] = f"{cell.agreement:.2%}"
+        facts["tokens processed"] = f"{cell.tokens_processed:.0%}"
+        if cell.speedup is not None:
+            facts["speed-up"] = (
+                f"{cell.speedup:.2f} ({cell.milliseconds:.2f} ms, dense "
+                f"{cell.dense_milliseconds:.2f} ms)"
+            )
+        return facts
+
+
+def tuned(sweep: Sweep, found: Found, overflow: float | None, command: str) -> Tuned:
+    """Add to what a search found the token counts for static engines.
+
+    Args:
+        sweep: That the search measured with.
+        found: By the search.
+        overflow: Fix token counts that at most this share of the images exceeds at a layer, and
+            measure the setting with them. Default (None): counts stay dynamic.
+        command: What makes it again.
+    """
+    setting, facts = found.cell.setting, sweep.subject.facts
+    kept = sweep.tally(setting).kept
+    capacities = [capacity_for(kept, share) for share in SHARES]
+    static = None
+    tokens: list[int] | str = "dynamic"
+    if overflow is not None:
+        if sweep.subject.graph is not None:
+            raise SimpruneError(
+                f"--overflow fixes token counts, and the graph of {sweep.subject.source} is made: "
+                "tune its checkpoint"
+            )
+        fixed = capacity_for(kept, overflow)
+        tokens = list(fixed.tokens)
+        _, static = sweep.measure([dataclasses.replace(setting, tokens=fixed.tokens)])
+        if overflow not in SHARES:
+            capacities.append(fixed)
+    pruning = {
+        "threshold": setting.threshold,
+        "layers": list(setting.layers),
+        "selection": setting.selection,
+        "reduction": setting.reduction,
+        "proportional_attention": facts.pruning.proportional_attention,
+        "tokens": tokens,
+        "multiple_of": 1 if static is not None else facts.pruning.multiple_of,
+    }
+    return Tuned(
+        found=found,
+        pruning=pruning,
+        static=static,
+        capacities=tuple(capacities),
+        hints=size_hints(kept, facts.num_prefix_tokens, facts.num_patches),
+        model=sweep.subject.to_dict(),
+        data=sweep.described_data(),
+        environment={**sweep.environment(), "command": command},
+    )
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Return the arguments of :func:`simprune_deploy.prune` that a file of :class:`Tuned` holds.
+
+    Raises:
+        SimpruneError: it is missing, or no configuration of ours.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, and this version reads {FORMAT}")
+        pruning = values["pruning"]
+        tokens = pruning["tokens"]
+        return {
+            "threshold": float(pruning["threshold"]),
+            "layers": [int(layer) for layer in pruning["layers"]],
+            "selection": str(pruning["selection"]),
+            "reduction": str(pruning["reduction"]),
+            "proportional_attention": bool(pruning["proportional_attention"]),
+            "tokens": "dynamic" if tokens == "dynamic" else [int(count) for count in tokens],
+            "multiple_of": int(pruning["multiple_of"]),
+        }
+    except OSError as error:
+        raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SimpruneError(
+            f"{path} is no configuration that `simprune-deploy tune` wrote ({error!r})"
+        ) from error
