@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import simprune_deploy
+from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import check_destination, sha256, staged_folder, write_json
 
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.engine.rtx import BuiltEngine
-    from simprune_deploy.engine.targets import Target
     from simprune_deploy.images import ImageSet
     from simprune_deploy.onnx.exporter import ExportOptions
+    from simprune_deploy.parity.backends import Backend
     from simprune_deploy.parity.verdict import Verdict
     from simprune_deploy.pruning.model import PrunedViT
 
 MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
-ENGINES = "engines"
 PLUGIN_SOURCE = "plugin/source"
 FORMAT, DEVICE_FORMAT = 1, 2
 KINDS = {FORMAT: "exported folder", DEVICE_FORMAT: "device bundle"}
@@ -140,7 +139,7 @@ def _manifest(
     graph: onnx.ModelProto, folder: Path, verdict: Verdict | None, source: dict[str, Any]
 ) -> dict[str, Any]:
     from simprune_deploy.onnx.metadata import describe_value, read_facts
-    from simprune_deploy.parity.proof import package_version
+    from simprune_deploy.parity.versions import package_version
 
     packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy")
     return {
@@ -229,28 +228,57 @@ def verify(
     *,
     reference: PrunedViT | None = None,
     images: str | Path | None = None,
+    engine: bool = False,
+    plugin: str | Path | None = None,
     progress: Progress = _silent,
 ) -> Verdict:
     """Prove an exported model again, here and now.
 
     Args:
-        target: A folder that :func:`export` wrote, or an ONNX file of one.
+        target: A folder that :func:`export` wrote, its ONNX file, or one of its engines.
         reference: The PyTorch model to compare with. Default: the golden cases beside the file,
             for which torch need not be installed.
         images: Folder of pictures, only with a reference. Default: photographs that come along.
+        engine: Run the folder's engine for the GPU of this machine in place of ONNX Runtime.
+            Default False; an engine as target is always run.
+        plugin: The library of the plugin that is in the engine. Default: looked for as
+            :func:`build_here` does.
         progress: Called with a word on each step.
 
     Raises:
-        SimpruneError: the target is damaged, or there is nothing to compare it with.
+        SimpruneError: the target is damaged, there is nothing to compare it with, or the engine
+            does not fit this machine.
     """
+    target = Path(target)
+    if not target.exists():
+        raise SimpruneError(f"{target} does not exist: give an exported folder or its model.onnx")
+    if reference is None and images is not None:
+        raise SimpruneError(
+            "--images needs --reference: golden cases hold PyTorch's answers to their own images "
+            "only"
+        )
+    backend = None
+    if engine or target.suffix == ENGINE_SUFFIX:
+        from simprune_deploy.engines import choose_backend
+
+        backend, target = choose_backend(target, plugin, progress)
+    elif plugin is not None:
+        raise SimpruneError("--plugin is for engines: add --engine")
+    return _verify(target, reference, images, backend, progress)
+
+
+def _verify(
+    target: Path,
+    reference: PrunedViT | None,
+    images: str | Path | None,
+    backend: Backend | None,
+    progress: Progress,
+) -> Verdict:
     from simprune_deploy.onnx.metadata import load_graph, read_facts
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.golden import load_golden
     from simprune_deploy.parity.proof import prove_against_golden, prove_against_torch
 
-    target = Path(target)
-    if not target.exists():
-        raise SimpruneError(f"{target} does not exist: give an exported folder or its model.onnx")
     path = target
     if target.is_dir():
         read_manifest(target)
@@ -258,56 +286,7 @@ def verify(
     graph = load_graph(path)
     facts = read_facts(graph)
     if reference is None:
-        if images is not None:
-            raise SimpruneError(
-                "--images needs --reference: golden cases hold PyTorch's answers to their own "
-                "images only"
-            )
-        layers = pruned_layers(graph)
-        golden = load_golden(path.parent / GOLDEN, layers)
-        return prove_against_golden(graph, golden, progress)
+        golden = load_golden(path.parent / GOLDEN, pruned_layers(graph))
+        return prove_against_golden(graph, golden, progress, backend)
     pictures = _pictures(reference, images, bool(facts.export["normalize"]), facts.input)
-    return prove_against_torch(graph, reference, pictures, progress)[0]
-
-
-def build_engines(
-    folder: str | Path,
-    targets: Sequence[Target],
-    *,
-    per_target: bool = False,
-    force: bool = False,
-    progress: Progress = _silent,
-) -> list[BuiltEngine]:
-    """Build TensorRT-RTX engines of an exported folder's model, into its folder ``engines``.
-
-    The manifest stays as it is: it records what was exported and proved. Each engine has a file
-    of metadata beside it that names the model and itself by their SHA-256.
-
-    Args:
-        folder: A folder that :func:`export` wrote.
-        targets: From :func:`simprune_deploy.engine.targets.find_targets`.
-        per_target: One engine for each target. Default: one for all of them.
-        force: Build again what is there already.
-        progress: Called with a word on each step.
-
-    Raises:
-        SimpruneError: the folder is damaged or its proof failed, or an engine cannot be built.
-    """
-    from simprune_deploy.engine.rtx import build_engines as build
-    from simprune_deploy.parity.verdict import ACCEPTED
-
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise SimpruneError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of proven "
-            "exports: export again, or with --no-verify if you want one all the same"
-        )
-    return build(
-        folder / MODEL,
-        folder / ENGINES,
-        targets,
-        per_target=per_target,
-        force=force,
-        progress=progress,
-    )
+    return prove_against_torch(graph, reference, pictures, progress, backend)[0]

@@ -13,13 +13,16 @@ from simprune_deploy.bundle import (
     PLUGIN_SOURCE,
     read_manifest,
 )
+from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.errors import SimpruneError
+
+FITS = "fits this machine"
 
 
 def inspect_target(
     target: str, arch: str | None = None, trust_pickle: bool = False
 ) -> dict[str, Any]:
-    """Describe an exported folder, an ONNX file of ours, or a checkpoint.
+    """Describe an exported folder, an ONNX file of ours, an engine, or a checkpoint.
 
     Raises:
         SimpruneError: it is none of these, or damaged.
@@ -34,7 +37,12 @@ def inspect_target(
             **_describe_graph(path / MODEL),
             "files": _sizes(manifest["files"]),
             "versions": manifest["versions"],
+            **_describe_engines(path),
         }
+    if path.is_file() and path.suffix == ENGINE_SUFFIX:
+        from simprune_deploy.engine.inventory import examine_engine
+
+        return {"kind": "engine", **examine_engine(path).to_dict()}
     if path.is_file() and _looks_like_onnx(path):
         return {"kind": "ONNX model", **_describe_graph(path)}
     return _describe_checkpoint(target, arch, trust_pickle)
@@ -57,6 +65,13 @@ def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
         "checked": [f"{each['what']}: {each['found']}" for each in about["checked"]],
         "not_checked": about["not_checked"],
     }
+
+
+def _describe_engines(folder: Path) -> dict[str, Any]:
+    from simprune_deploy.engine.inventory import engines_in
+
+    engines = {each.path.name: each.problem or FITS for each in engines_in(folder)}
+    return {"engines": engines} if engines else {}
 
 
 def _looks_like_onnx(path: Path) -> bool:

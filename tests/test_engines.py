@@ -27,10 +27,15 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import simprune_deploy as sd
-from simprune_deploy.bundle import build_engines
 from simprune_deploy.cli import app
-from simprune_deploy.engine import rtx, rtx_worker
+from simprune_deploy.engine import process
+from simprune_deploy.engine import worker as engine_worker
+from simprune_deploy.engine.build import BuiltEngine, EngineOptions, build_engine
+from simprune_deploy.engine.builders import ahead_of_time, check_targets
+from simprune_deploy.engine.profile import optimization_profile
+from simprune_deploy.engine.sidecar import TENSORRT_RTX, FileStamp, read_sidecar
 from simprune_deploy.engine.targets import HERE, Fact, find_targets
+from simprune_deploy.engines import build_ahead
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
 
@@ -60,10 +65,10 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def portable(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> rtx.BuiltEngine:
+def portable(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> BuiltEngine:
     """Return one engine for four GPUs, really built. It is not to be changed."""
     copy = Path(shutil.copytree(exported, tmp_path_factory.mktemp("portable") / "demo"))
-    (engine,) = build_engines(copy, find_targets("rtx,dgx-spark"))
+    (engine,) = build_ahead(copy, find_targets("rtx,dgx-spark"))
     return engine
 
 
@@ -76,7 +81,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
     script = tmp_path / "worker.py"
     head = "import json, os, signal, sys, time\nrequest = json.load(sys.stdin)\n"
     script.write_text(head + code, encoding="utf-8")
-    monkeypatch.setattr(rtx, "WORKER", script)
+    monkeypatch.setattr(process, "WORKER", [sys.executable, str(script)])
     return script
 
 
@@ -89,60 +94,72 @@ print("simprune:answer", json.dumps(answer))
 
 @needs_rtx
 class TestRealBuilds:
-    def test_one_engine_for_four_gpus(self, portable: rtx.BuiltEngine) -> None:
+    def test_one_engine_for_four_gpus(self, portable: BuiltEngine) -> None:
         facts = portable.facts
         assert portable.path.name == "model-rtx-sm86-sm89-sm120-sm121.engine"
         assert not portable.cached
-        assert json.loads(portable.sidecar.read_text(encoding="utf-8")) == facts
-        assert facts["compute_capabilities"] == ["8.6", "8.9", "12.0", "12.1"]
-        assert facts["targets"] == ["rtx-ampere", "rtx-ada", "rtx-blackwell", "dgx-spark"]
-        assert facts["engine"] == {
-            "file": portable.path.name,
-            "bytes": portable.path.stat().st_size,
-            "sha256": sha256(portable.path),
-        }
+        assert json.loads(portable.sidecar.read_text(encoding="utf-8")) == facts.to_dict()
+        assert read_sidecar(portable.path) == facts
+        assert facts.compute_capabilities == ("8.6", "8.9", "12.0", "12.1")
+        assert facts.targets == ("rtx-ampere", "rtx-ada", "rtx-blackwell", "dgx-spark")
         model = portable.path.parent.parent / "model.onnx"
-        assert facts["onnx"] == {"file": "model.onnx", "sha256": sha256(model)}
-        assert facts["engine"]["bytes"] > model.stat().st_size
-        assert facts["flavour"] == "tensorrt-rtx"
-        assert facts["precision"] == "fp32"
-        assert facts["profile"] == {
+        assert facts.onnx == FileStamp.of(model)
+        assert facts.engine == FileStamp.of(portable.path)
+        assert facts.engine.bytes > model.stat().st_size
+        assert (facts.flavour, facts.of, facts.precision) == ("tensorrt-rtx", "pruned", "fp32")
+        assert (facts.gpu, facts.cuda, facts.plugin, portable.trtexec) == (None,) * 4
+        assert facts.profile == {
             "images": {"min": [1, 1, 28, 28], "opt": [1, 1, 28, 28], "max": [8, 1, 28, 28]}
         }
         assert names_in(portable.path.parent) == {portable.path.name, portable.sidecar.name}
 
-    def test_nothing_is_said_to_be_verified(self, portable: rtx.BuiltEngine) -> None:
+    def test_nothing_is_said_to_be_verified(self, portable: BuiltEngine) -> None:
         text = portable.sidecar.read_text(encoding="utf-8")
-        assert portable.facts["status"].startswith("built, not run")
-        assert "outputs" in portable.facts["not_checked"]
+        assert portable.facts.status.startswith("built, not run")
+        assert "outputs" in portable.facts.not_checked
         assert not {"verified", "proven", "passed"} & set(text.replace('"', " ").split())
 
     def test_one_engine_for_each(self, folder: Path) -> None:
-        engines = build_engines(folder, find_targets("rtx-ada,gb10"), per_target=True)
+        engines = build_ahead(folder, find_targets("rtx-ada,gb10"), per_target=True)
         assert [each.path.name for each in engines] == [
             "model-rtx-sm89.engine",
             "model-rtx-sm121.engine",
         ]
-        assert [each.facts["targets"] for each in engines] == [["rtx-ada"], ["dgx-spark"]]
+        assert [each.facts.targets for each in engines] == [("rtx-ada",), ("dgx-spark",)]
 
     def test_fixed_tokens_a_fixed_batch_and_a_runtime_threshold(self, tmp_path: Path) -> None:
-        made = export(tmp_path / "fixed", tokens=60, batch=(2, 2), runtime_threshold=True)
-        (engine,) = build_engines(made, find_targets("rtx,dgx-spark"))
-        profile = engine.facts["profile"]
+        options = {"batch": (2, 2), "runtime_threshold": True, "precision": "fp16"}
+        made = export(tmp_path / "fixed", tokens=60, **options)
+        (engine,) = build_ahead(made, find_targets("rtx,dgx-spark"))
+        assert engine.facts.precision == "fp16"
+        profile = engine.facts.profile
         assert profile["images"]["min"] == profile["images"]["max"] == [2, 1, 28, 28]
         assert profile["threshold"] == {"min": [1], "opt": [1], "max": [2]}
+
+    @pytest.mark.parametrize("of", ["dense", "diagnosis"])
+    def test_the_other_forms_of_a_model(self, tmp_path: Path, of: str) -> None:
+        """What the verdict and the comparison on a device need, in bfloat16."""
+        made = export(tmp_path / "bf16", precision="bf16", runtime_threshold=True)
+        (builder,) = ahead_of_time(find_targets("rtx-blackwell"))
+        options = EngineOptions(batch=(2, 4), opt_batch=3, workspace_mib=512)
+        engine = build_engine(made / "model.onnx", builder, options, of=of)
+        assert engine.path.name == f"model-{of}-rtx-sm120.engine"
+        assert (engine.facts.of, engine.facts.precision) == (of, "bf16")
+        assert engine.facts.profile["images"]["opt"] == [3, 1, 28, 28]
+        assert ("threshold" in engine.facts.profile) == (of == "diagnosis")
+        assert names_in(engine.path.parent) == {engine.path.name, engine.sidecar.name}
 
     def test_a_full_size_vit_with_three_prune_layers(self, tmp_path: Path) -> None:
         """Random weights: what is built and how large it is depends on the graph alone."""
         vit = timm.create_model("vit_small_patch16_224", pretrained=False).eval()
         sd.export(sd.prune(vit, threshold=0.85, layers=[3, 6, 9]), tmp_path / "s", verify=False)
-        (engine,) = build_engines(tmp_path / "s", find_targets("rtx,dgx-spark"))
-        assert engine.facts["profile"]["images"]["max"] == [8, 3, 224, 224]
+        (engine,) = build_ahead(tmp_path / "s", find_targets("rtx,dgx-spark"))
+        assert engine.facts.profile["images"]["max"] == [8, 3, 224, 224]
         assert engine.path.stat().st_size > (tmp_path / "s" / "model.onnx").stat().st_size
 
     def test_progress_names_the_builders_phases(self, folder: Path) -> None:
         said: list[str] = []
-        build_engines(folder, find_targets("rtx-ada"), progress=said.append)
+        build_ahead(folder, find_targets("rtx-ada"), progress=said.append)
         assert said[0] == "building for SM 8.9"
         assert len(said) > 3
         assert all(line.startswith("building for SM 8.9") for line in said)
@@ -153,7 +170,7 @@ class TestRealBuilds:
         facts = {**turing.facts, "build": Fact(HERE, ("a test",))}
         before = names_in(folder)
         with pytest.raises(SimpruneError, match="FP32 GEMM is not supported") as raised:
-            build_engines(folder, [dataclasses.replace(turing, facts=facts)])
+            build_ahead(folder, [dataclasses.replace(turing, facts=facts)])
         assert str(raised.value).startswith("TensorRT-RTX cannot build model.onnx for SM 7.5: ")
         assert names_in(folder) == before
 
@@ -162,19 +179,34 @@ class TestRealBuilds:
         model.graph.node[-1].op_type = "NoSuchOperator"
         (folder / "model.onnx").write_bytes(model.SerializeToString())
         with pytest.raises(SimpruneError, match="NoSuchOperator"):
-            rtx.build_engines(folder / "model.onnx", folder, find_targets("rtx-ada"))
+            build_engine(folder / "model.onnx", ahead_of_time(find_targets("rtx-ada"))[0])
 
     @pytest.mark.parametrize("harm", ["cut", "size", "table", "mark"])
-    def test_a_damaged_engine_is_noticed(self, portable: rtx.BuiltEngine, harm: str) -> None:
+    def test_a_damaged_engine_is_noticed(self, portable: BuiltEngine, harm: str) -> None:
         trt: Any = importlib.import_module("tensorrt_rtx")
         data = portable.path.read_bytes()
-        assert rtx_worker.check_engine(trt, data)[0].startswith("built, not run")
+        assert engine_worker.check_engine(trt, TENSORRT_RTX, data)[0].startswith("built, not run")
         at = {"size": 20, "table": 100, "mark": 0}
         damaged = bytearray(data[:-1] if harm == "cut" else data)
         if harm in at:
             damaged[at[harm]] ^= 1
         with pytest.raises(RuntimeError, match="cannot be read back"):
-            rtx_worker.check_engine(trt, bytes(damaged))
+            engine_worker.check_engine(trt, TENSORRT_RTX, bytes(damaged))
+
+
+OTHER: dict[str, Any] = {
+    "version": "1.6.0",
+    "profile": {"images": {"min": [1], "opt": [1], "max": [1]}},
+    "targets": ["rtx-ada"],
+    "compute_capabilities": ["8.9"],
+    "format": 1,
+    "onnx": {"file": "model.onnx", "bytes": 1, "sha256": "0" * 64},
+    "of": "dense",
+    "precision": "fp16",
+    "workspace_mib": 100,
+    "plugin": {"file": "libsimprune_plugin.so", "bytes": 1, "sha256": "0" * 64},
+}
+"""By fact, another value than the engine's of the test."""
 
 
 @needs_rtx
@@ -182,43 +214,39 @@ class TestCache:
     TARGETS = "rtx-ada,dgx-spark"
 
     @pytest.fixture
-    def built(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> rtx.BuiltEngine:
+    def built(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltEngine:
         worker(tmp_path, monkeypatch, ANSWER)
         return self.build(folder)
 
-    def build(self, folder: Path, names: str = TARGETS, **options: Any) -> rtx.BuiltEngine:
-        (engine,) = build_engines(folder, find_targets(names), **options)
+    def build(self, folder: Path, names: str = TARGETS, **options: Any) -> BuiltEngine:
+        (engine,) = build_ahead(folder, find_targets(names), **options)
         return engine
 
-    def test_the_same_is_not_built_again(self, built: rtx.BuiltEngine, folder: Path) -> None:
+    def test_the_same_is_not_built_again(self, built: BuiltEngine, folder: Path) -> None:
         before = built.path.stat()
         again = self.build(folder)
         assert again.cached
         assert again.facts == built.facts
         assert built.path.stat().st_mtime_ns == before.st_mtime_ns
 
-    def test_the_order_of_targets_does_not_matter(
-        self, built: rtx.BuiltEngine, folder: Path
-    ) -> None:
+    def test_the_order_of_targets_does_not_matter(self, built: BuiltEngine, folder: Path) -> None:
         assert self.build(folder, "dgx-spark,rtx-ada").cached
 
-    def test_force_builds_again(self, built: rtx.BuiltEngine, folder: Path) -> None:
-        again = self.build(folder, force=True)
+    def test_force_builds_again(self, built: BuiltEngine, folder: Path) -> None:
+        again = self.build(folder, options=EngineOptions(force=True))
         assert not again.cached
-        assert again.facts["engine"]["sha256"] != built.facts["engine"]["sha256"]
+        assert again.facts.engine.sha256 != built.facts.engine.sha256
 
-    @pytest.mark.parametrize("change", ["version", "profile", "targets", "format", "onnx"])
-    def test_built_from_something_else(
-        self, built: rtx.BuiltEngine, folder: Path, change: str
-    ) -> None:
-        built.sidecar.write_text(json.dumps({**built.facts, change: "other"}), encoding="utf-8")
+    @pytest.mark.parametrize("change", OTHER)
+    def test_built_from_something_else(self, built: BuiltEngine, folder: Path, change: str) -> None:
+        built.sidecar.write_text(
+            json.dumps({**built.facts.to_dict(), change: OTHER[change]}), encoding="utf-8"
+        )
         assert not self.build(folder).cached
         assert self.build(folder).cached
 
     @pytest.mark.parametrize("harm", ["engine changed", "engine gone", "no sidecar", "no JSON"])
-    def test_damaged_or_half_there(self, built: rtx.BuiltEngine, folder: Path, harm: str) -> None:
+    def test_damaged_or_half_there(self, built: BuiltEngine, folder: Path, harm: str) -> None:
         if harm == "engine changed":
             built.path.write_bytes(built.path.read_bytes() + b"x")
         elif harm == "engine gone":
@@ -230,14 +258,14 @@ class TestCache:
         assert not self.build(folder).cached
         assert self.build(folder).cached
 
-    def test_another_target_is_another_engine(self, built: rtx.BuiltEngine, folder: Path) -> None:
+    def test_another_target_is_another_engine(self, built: BuiltEngine, folder: Path) -> None:
         other = self.build(folder, "rtx-ada")
         assert not other.cached
         assert other.path != built.path
         assert self.build(folder).cached
 
     def test_the_manifest_stays_as_it_was(
-        self, built: rtx.BuiltEngine, folder: Path, exported: Path
+        self, built: BuiltEngine, folder: Path, exported: Path
     ) -> None:
         assert sha256(folder / "manifest.json") == sha256(exported / "manifest.json")
         assert built.path.parent == folder / "engines"
@@ -265,20 +293,20 @@ class TestFailures:
         worker(tmp_path, monkeypatch, code)
         before = names_in(folder)
         with pytest.raises(SimpruneError, match=says):
-            build_engines(folder, find_targets("rtx-ada"))
+            build_ahead(folder, find_targets("rtx-ada"))
         assert names_in(folder) == before
 
     def test_an_earlier_engine_survives(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         worker(tmp_path, monkeypatch, ANSWER)
-        (engine,) = build_engines(folder, find_targets("rtx-ada"))
+        (engine,) = build_ahead(folder, find_targets("rtx-ada"))
         worker(tmp_path, monkeypatch, "sys.exit(1)")
         before = names_in(folder)
         with pytest.raises(SimpruneError, match="cannot build"):
-            build_engines(folder, find_targets("rtx-ada"), force=True)
+            build_ahead(folder, find_targets("rtx-ada"), options=EngineOptions(force=True))
         assert names_in(folder) == before
-        assert sha256(engine.path) == engine.facts["engine"]["sha256"]
+        assert sha256(engine.path) == engine.facts.engine.sha256
 
     def test_the_worker_reports_a_full_disk(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -287,17 +315,17 @@ class TestFailures:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         (tmp_path / "request").write_text("{}", encoding="utf-8")
-        monkeypatch.setattr(rtx_worker, "build", full)
+        monkeypatch.setattr(engine_worker, "build", full)
         with (tmp_path / "request").open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            assert rtx_worker.main() == 1
+            assert engine_worker.main() == 1
         answer = json.loads(capsys.readouterr().out.removeprefix("simprune:answer "))
         assert answer["errno"] == errno.ENOSPC
 
     def test_interrupted(self, folder: Path) -> None:
         before = names_in(folder)
         process = subprocess.Popen(
-            [sys.executable, "-m", "simprune_deploy", "engine", str(folder), "--target", "rtx"],
+            [sys.executable, "-m", "simprune_deploy", "build", str(folder), "--target", "rtx"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -323,28 +351,28 @@ class TestRefusedBeforeAnyWork:
     )
     def test_targets_that_build_on_the_device(self, names: str) -> None:
         with pytest.raises(SimpruneError, match="built on the device") as raised:
-            rtx.check_targets(find_targets(names))
-        assert "`simprune-deploy bundle FOLDER --target" in str(raised.value)
+            check_targets(find_targets(names))
+        assert "`simprune-deploy bundle FOLDER --target " in str(raised.value)
 
     def test_tensorrt_rtx_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         with pytest.raises(SimpruneError, match=r"not installed: pip install tensorrt-rtx$"):
-            rtx.check_targets(find_targets("rtx-ada"))
+            check_targets(find_targets("rtx-ada"))
 
     def test_tensorrt_rtx_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = types.ModuleType("tensorrt_rtx")
         module.__version__ = "1.0.0"  # type: ignore[attr-defined]
         module.ComputeCapability = types.SimpleNamespace(SM89=89)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-        assert rtx.check_targets(find_targets("rtx-ada")) == "1.0.0"
+        assert check_targets(find_targets("rtx-ada")) == "1.0.0"
         with pytest.raises(SimpruneError, match=r"not know SM 12\.1: pip install .* --upgrade"):
-            rtx.check_targets(find_targets("rtx-ada,dgx-spark"))
+            check_targets(find_targets("rtx-ada,dgx-spark"))
 
     def test_a_capability_that_is_unknown(self) -> None:
         (orin,) = find_targets("igx-orin")
         facts = {**orin.facts, "build": Fact(HERE, ("a test",))}
         with pytest.raises(SimpruneError, match="compute capability is unknown"):
-            rtx.check_targets([dataclasses.replace(orin, facts=facts)])
+            check_targets([dataclasses.replace(orin, facts=facts)])
 
 
 class TestProfile:
@@ -356,19 +384,19 @@ class TestProfile:
         return helper.make_model(helper.make_graph([], "g", values, []))
 
     def test_the_batch_range_is_the_graphs_own(self) -> None:
-        profile = rtx.optimization_profile(self.graph(images=["batch", 3, 8, 8]), (2, 6))
+        profile = optimization_profile(self.graph(images=["batch", 3, 8, 8]), (2, 6))
         assert profile == {
             "images": {"min": [2, 3, 8, 8], "opt": [2, 3, 8, 8], "max": [6, 3, 8, 8]}
         }
 
     def test_a_threshold_is_one_number_or_one_for_each_image(self) -> None:
         graph = self.graph(images=["batch", 3, 8, 8], threshold=["thresholds"])
-        profile = rtx.optimization_profile(graph, (2, 6))
+        profile = optimization_profile(graph, (2, 6))
         assert profile["threshold"] == {"min": [1], "opt": [1], "max": [6]}
 
     def test_another_free_dimension_is_refused(self) -> None:
         with pytest.raises(SimpruneError, match="'images' has a free dimension"):
-            rtx.optimization_profile(self.graph(images=["batch", 3, "height", 8]), (1, 8))
+            optimization_profile(self.graph(images=["batch", 3, "height", 8]), (1, 8))
 
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -389,7 +417,7 @@ class TestCommandLine:
         assert done.returncode == 0, done.stderr
         for text in ("verdict: proven", "model-rtx-sm89.engine", "built, not run"):
             assert text in done.stdout
-        again = shell("engine", folder, "--target", "rtx-ada", "--json")
+        again = shell("build", folder, "--target", "rtx-ada", "--json")
         assert again.returncode == 0
         assert again.stderr == ""
         (engine,) = json.loads(again.stdout)["engines"]
@@ -403,15 +431,22 @@ class TestCommandLine:
             (["--target", "rtx-adda"], "did you mean rtx-ada"),
             (["--target", "jetson-orin"], "built on the device"),
             (["--target", ""], "--target is empty"),
-            ([], "Missing option '--target'"),
+            (["--per-target"], "name the targets"),
+            (["--target", "rtx-ada", "--plugin", "x.so"], "takes no plugins"),
+            (["--target", "rtx-ada", "--no-plugin"], "takes no plugins"),
+            (["--plugin", "x.so", "--no-plugin"], "contradict each other"),
+            (["--target", "rtx-ada", "--batch", "1..9"], "outside 1..8"),
+            (["--target", "rtx-ada", "--batch", "2..4", "--opt-batch", "1"], "outside the batches"),
+            (["--target", "rtx-ada", "--batch", "few"], "is not understood"),
+            (["--target", "rtx-ada", "--workspace", "0"], "not between 1 and"),
         ],
     )
-    def test_bad_targets(self, folder: Path, arguments: list[str], says: str) -> None:
+    def test_bad_calls(self, folder: Path, arguments: list[str], says: str) -> None:
         before = names_in(folder)
-        done = shell("engine", folder, *arguments)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(done.stderr.splitlines()) == 1
-        assert says in done.stderr
+        result = CliRunner().invoke(app, ["build", str(folder), *arguments])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert len(result.stderr.splitlines()) == 1
+        assert says in result.stderr
         assert names_in(folder) == before
 
     @pytest.mark.parametrize("verdict", ["failed", "not proven"])
@@ -437,7 +472,7 @@ class TestCommandLine:
 
     def refused(self, folder: Path, says: str) -> None:
         before = names_in(folder) if folder.exists() else set()
-        result = CliRunner().invoke(app, ["engine", str(folder), "--target", "rtx-ada"])
+        result = CliRunner().invoke(app, ["build", str(folder), "--target", "rtx-ada"])
         assert (result.exit_code, result.stdout) == (2, "")
         assert len(result.stderr.splitlines()) == 1
         assert says in result.stderr

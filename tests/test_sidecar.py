@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driver_double import driver
 
 from simprune_deploy.engine import gpu
 from simprune_deploy.engine.sidecar import (
@@ -212,31 +212,11 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.find_gpu()
 
 
-DRIVER = """
-#include <stdio.h>
-int cuInit(unsigned flags) { (void)flags; return CODE; }
-int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
-int cuDeviceGetName(char* name, int size, int d)
-{ (void)d; snprintf(name, size, "Orin"); return 0; }
-int cuDeviceTotalMem_v2(unsigned long* bytes, int d) { (void)d; *bytes = 7ul << 30; return 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int d)
-{ (void)d; *value = attribute == 75 ? 8 : attribute == 76 ? 7 : -1; return 0; }
-int cuDriverGetVersion(int* version) { *version = 12060; return 0; }
-int cuGetErrorName(int code, const char** name)
-{ *name = code == 100 ? "CUDA_ERROR_NO_DEVICE" : 0; return *name ? 0 : 1; }
-"""
-
-
 @pytest.mark.parametrize("code", [0, 100, 4])
 def test_what_a_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """A library with the driver's C interface, as in cuda.h, stands for the driver."""
-    (tmp_path / "driver.c").write_text(DRIVER, encoding="utf-8")
-    library = tmp_path / "libdriver.so"
-    flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-DCODE={code}"]
-    subprocess.run(["cc", *flags, str(tmp_path / "driver.c"), "-o", str(library)], check=True)
-    monkeypatch.setattr(gpu, "DRIVER", str(library))
+    monkeypatch.setattr(gpu, "DRIVER", str(driver(tmp_path, (8, 7), code, 12060)))
     if code == 0:
-        assert gpu.find_gpu() == gpu.Gpu("Orin", (8, 7), "12.6", 7 << 30)
+        assert gpu.find_gpu() == gpu.Gpu("GPU double", (8, 7), "12.6", 7 << 30)
         return
     said = {100: "CUDA_ERROR_NO_DEVICE", 4: "error 4"}[code]
     with pytest.raises(gpu.NoGpuError, match=f"^no GPU was found: the driver says {said}$"):

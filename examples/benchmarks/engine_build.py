@@ -17,8 +17,8 @@ from pathlib import Path
 import timm
 
 import simprune_deploy as sd
-from simprune_deploy.bundle import build_engines
 from simprune_deploy.engine.targets import find_targets
+from simprune_deploy.engines import build_ahead
 
 DEMO = Path(__file__).parents[1] / "fashion_mnist" / "vit"
 TARGETS = ("rtx-ada", "rtx,dgx-spark")
@@ -43,12 +43,12 @@ def measure(title: str, source: object, layers: list[int], tokens: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             sd.export(pruned, Path(folder) / "model", verify=False)
             for names in TARGETS:
-                (engine,) = build_engines(Path(folder) / "model", find_targets(names))
+                (engine,) = build_ahead(Path(folder) / "model", find_targets(names))
                 onnx = (Path(folder) / "model" / "model.onnx").stat().st_size
                 print(
                     f"| {title} | {kept} | {names} | {onnx / 1e6:.1f} "
-                    f"| {engine.facts['engine']['bytes'] / 1e6:.1f} "
-                    f"| {engine.facts['seconds']:.1f} |"
+                    f"| {engine.facts.engine.bytes / 1e6:.1f} "
+                    f"| {engine.facts.seconds:.1f} |"
                 )
                 sys.stdout.flush()
 

@@ -12,8 +12,8 @@ import typer
 
 from simprune_deploy import __version__
 from simprune_deploy.cli import (
+    build,
     bundle,
-    engine,
     export,
     inspect,
     plugin,
@@ -37,9 +37,9 @@ app.add_typer(plugin.plugin_app, name="plugin")
 
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
-app.command("engine")(engine.engine)
+app.command("build")(build.build)
 app.command("bundle")(bundle.bundle)
-app.command("targets")(engine.list_targets)
+app.command("targets")(build.list_targets)
 app.command("sweep")(sweep.sweep)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)

@@ -44,7 +44,7 @@ class State:
 
 def engine_targets(text: str) -> list[Target]:
     """Return the targets of --target; refuse here, before any work, what cannot be built here."""
-    from simprune_deploy.engine.rtx import check_targets
+    from simprune_deploy.engine.builders import check_targets
     from simprune_deploy.engine.targets import find_targets
 
     targets = find_targets(text)
@@ -86,6 +86,16 @@ def parse_numbers(text: str, what: str, example: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise SimpruneError(f"{what} {text!r} is not understood: write {example}") from None
+
+
+def parse_batch(text: str) -> tuple[int, int]:
+    low, separator, high = text.partition("..")
+    try:
+        return int(low), int(high if separator else low)
+    except ValueError:
+        raise SimpruneError(
+            f"--batch {text!r} is not understood: write 1..8, or one number for a fixed batch"
+        ) from None
 
 
 def print_json(value: Any) -> None:

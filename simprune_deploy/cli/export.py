@@ -16,6 +16,7 @@ from simprune_deploy.cli.common import (
     TrustPickle,
     errors,
     load_model,
+    parse_batch,
     parse_numbers,
     print_json,
     split_targets,
@@ -25,7 +26,7 @@ from simprune_deploy.errors import SimpruneError
 if TYPE_CHECKING:
     from simprune_deploy.checkpoint import Checkpoint
     from simprune_deploy.device_bundle import DeviceBundle
-    from simprune_deploy.engine.rtx import BuiltEngine
+    from simprune_deploy.engine.build import BuiltEngine
     from simprune_deploy.engine.targets import Target
     from simprune_deploy.triton import TritonModel
 
@@ -125,6 +126,12 @@ def export(
         bool,
         typer.Option("--triton", help="After the proof, write a Triton model repository too."),
     ] = False,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine", help="After the proof, build a TensorRT engine for the GPU of this machine."
+        ),
+    ] = False,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--output", help="Folder to write.  [default: NAME-pruned]"),
@@ -163,7 +170,7 @@ def export(
         PruneConfig(**{name: changes[name] for name in simple if name in changes})
         check_precision(precision)
         check_input(input_form)
-        batch_range = _parse_batch(batch)
+        batch_range = parse_batch(batch)
         folder = output or Path(f"{_stem(model)}-pruned")
         check_destination(folder, force, MANIFEST)
         if images is not None and no_verify:
@@ -179,6 +186,10 @@ def export(
             from simprune_deploy.triton import check_batch
 
             check_batch(batch_range)
+        if engine:
+            from simprune_deploy.engines import check_can_build_here
+
+            check_can_build_here(precision)
 
         from simprune_deploy import bundle
         from simprune_deploy.report.terminal import progress
@@ -218,8 +229,10 @@ def export(
 
                 step("writing the Triton repository")
                 served = write_repository(result.folder)
-            if targets and accepted:
-                engines = _build_engines_after_export(result.folder, targets, per_target, step)
+            if (targets or engine) and accepted:
+                engines = _build_engines_after_export(
+                    result.folder, targets, per_target, engine, step
+                )
             bundled = None
             if devices and accepted:
                 bundled = _bundle_after_export(result.folder, devices, force, step)
@@ -229,7 +242,7 @@ def export(
                 "verdict": verdict.to_dict() if verdict else None,
                 "manifest": result.manifest,
             }
-            if targets:
+            if targets or engine:
                 answer["engines"] = [each.to_dict() for each in engines or []]
             if triton:
                 answer["triton"] = served.to_dict() if served else None
@@ -240,7 +253,7 @@ def export(
             _print_export(result, checkpoint)
             if engines is not None:
                 _print_engines(engines)
-            elif targets:
+            elif targets or engine:
                 typer.echo("no engine was built: the export is not proven")
             if served is not None:
                 _print_served(served)
@@ -255,16 +268,25 @@ def export(
 
 
 def _build_engines_after_export(
-    folder: Path, targets: list[Target], per_target: bool, progress: Callable[[str], None]
+    folder: Path,
+    targets: list[Target],
+    per_target: bool,
+    here: bool,
+    progress: Callable[[str], None],
 ) -> list[BuiltEngine]:
-    from simprune_deploy.bundle import build_engines
+    from simprune_deploy.engines import build_ahead, build_here
 
     try:
-        return build_engines(folder, targets, per_target=per_target, progress=progress)
+        engines = []
+        if targets:
+            engines += build_ahead(folder, targets, per_target=per_target, progress=progress)
+        if here:
+            engines.append(build_here(folder, progress=progress))
+        return engines
     except SimpruneError as error:
         # the export is whole and may have taken long: it stays
         raise SimpruneError(
-            f"{error} (the export in {folder} is complete; `simprune-deploy engine {folder}` "
+            f"{error} (the export in {folder} is complete; `simprune-deploy build {folder}` "
             "builds its engines)"
         ) from error
 
@@ -292,7 +314,7 @@ def _print_bundle(bundle: DeviceBundle) -> None:
 
 
 def _print_engines(engines: list[BuiltEngine]) -> None:
-    from simprune_deploy.report.terminal import print_engines
+    from simprune_deploy.report.engines import print_engines
 
     typer.echo()
     print_engines(engines)
@@ -352,13 +374,3 @@ def _parse_tokens(text: str | None) -> str | int | list[int] | None:
         return text
     counts = parse_numbers(text, "--tokens", "'dynamic', a number, or one per layer: 150,110,80")
     return counts[0] if len(counts) == 1 else counts
-
-
-def _parse_batch(text: str) -> tuple[int, int]:
-    low, separator, high = text.partition("..")
-    try:
-        return int(low), int(high if separator else low)
-    except ValueError:
-        raise SimpruneError(
-            f"--batch {text!r} is not understood: write 1..8, or one number for a fixed batch"
-        ) from None

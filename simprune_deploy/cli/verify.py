@@ -24,7 +24,10 @@ ACCURACY = "Accuracy check, with --data"
 def verify(
     target: Annotated[
         Path,
-        typer.Argument(help="Exported folder, or its model.onnx; with --data also a checkpoint."),
+        typer.Argument(
+            help="Exported folder, its model.onnx, or one of its engines; with --data also a "
+            "checkpoint."
+        ),
     ],
     reference: Annotated[
         Optional[str],  # noqa: UP045
@@ -34,6 +37,18 @@ def verify(
     images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Pictures, with --reference.  [default: some that come along]"),
+    ] = None,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine", help="Run the folder's engine, on the GPU here, not ONNX Runtime."
+        ),
+    ] = False,
+    plugin: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Library of the plugin in the engine.  [default: as in build]", show_default=False
+        ),
     ] = None,
     pretrained: Pretrained = False,
     trust_pickle: TrustPickle = False,
@@ -148,8 +163,11 @@ def verify(
             "max_unreadable": max_unreadable,
         }
         if data is not None:
-            if images is not None:
-                raise SimpruneError("--images is for the proof, --data for the accuracy: drop one")
+            if images is not None or engine or plugin is not None:
+                raise SimpruneError(
+                    "--images, --engine and --plugin are for the proof, --data for the accuracy: "
+                    "drop one"
+                )
             common = (target, reference, arch, pretrained, trust_pickle, as_json, data)
             check_accuracy(Request(*common, **of_accuracy))  # type: ignore[arg-type]
             return
@@ -168,7 +186,14 @@ def verify(
             model = None
             if reference is not None:
                 model = _reference_of(target, reference, arch, pretrained, trust_pickle)
-            verdict = bundle.verify(target, reference=model, images=images, progress=step)
+            verdict = bundle.verify(
+                target,
+                reference=model,
+                images=images,
+                engine=engine,
+                plugin=plugin,
+                progress=step,
+            )
         if as_json:
             print_json(verdict.to_dict())
         else:
@@ -182,9 +207,12 @@ def _reference_of(
 ) -> Any:
     """Load the PyTorch model and prune it as the exported file says it was pruned."""
     from simprune_deploy.bundle import MODEL
+    from simprune_deploy.engine import ENGINE_SUFFIX
     from simprune_deploy.onnx.metadata import load_graph, read_facts
     from simprune_deploy.pruning.model import PrunedViT
 
+    if target.suffix == ENGINE_SUFFIX:
+        target = target.absolute().parent.parent
     facts = read_facts(load_graph(target / MODEL if target.is_dir() else target))
     height, width = facts.image_size
     size = height if height == width else (height, width)

@@ -84,7 +84,7 @@ def _trtexec_lines(
 
     `early` is the model for those that look at a file's functions before their plugins.
     """
-    from simprune_deploy.engine.rtx import optimization_profile
+    from simprune_deploy.engine.profile import optimization_profile
     from simprune_deploy.onnx.metadata import read_facts
 
     first = load_targets().plugin_replaces_function_from.value

@@ -195,7 +195,8 @@ def examine_folder(folder: Path, facts: Facts, versions: dict[str, str]) -> Iter
         facts: Of this machine's GPU.
         versions: Of each flavour of TensorRT that is installed.
     """
-    from simprune_deploy.bundle import ENGINES, MANIFEST, read_manifest
+    from simprune_deploy.bundle import MANIFEST, read_manifest
+    from simprune_deploy.engine import ENGINES
 
     if not folder.is_dir():
         raise SimpruneError(f"{folder} is not a folder: give one that `simprune-deploy` wrote")

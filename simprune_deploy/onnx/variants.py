@@ -46,10 +46,16 @@ def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
         values = (node.input[0], node.input[1], node.output[2], node.output[3])
         for what, value in zip(DIAGNOSTICS, values, strict=True):
             name = diagnostic_name(layer, what)
-            main.node.append(helper.make_node("Identity", [value], [name], name=name))
-            kind = _element_type(copy, value) if what == "tokens" else None
-            fixed = TensorProto.FLOAT if what == "log_size" else TensorProto.INT64
-            main.output.append(helper.make_tensor_value_info(name, kind or fixed, None))
+            kind = TensorProto.FLOAT if what == "log_size" else TensorProto.INT64
+            if what == "tokens":
+                kind = _element_type(copy, value)
+            if kind == TensorProto.BFLOAT16:  # numpy has none: float32 holds the same numbers
+                kind = TensorProto.FLOAT
+                show = helper.make_node("Cast", [value], [name], name=name, to=kind)
+            else:
+                show = helper.make_node("Identity", [value], [name], name=name)
+            main.node.append(show)
+            main.output.append(helper.make_tensor_value_info(name, kind, None))
     return copy
 
 

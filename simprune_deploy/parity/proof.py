@@ -1,12 +1,12 @@
-"""Is the ONNX model the PyTorch model? Run both, ask every question, give a verdict."""
+"""Is the exported model the PyTorch model? Run both, ask every question, give a verdict."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +14,14 @@ import onnx
 
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.metadata import Facts, read_facts
-from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
-from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics, with_function
+from simprune_deploy.onnx.variants import pruned_layers
+from simprune_deploy.parity.backends import Backend, OnnxRuntimeBackend
 from simprune_deploy.parity.checks import (
     Pruning,
     check_batch_invariance,
     check_decisions,
     check_outputs,
     check_pruning,
-    check_range,
     check_top1,
     images_with_same_decisions,
 )
@@ -32,12 +31,12 @@ from simprune_deploy.parity.runners import (
     Inputs,
     Run,
     TorchRunner,
-    onnxruntime_runner,
     quiet_polygraphy,
     run,
 )
 from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.parity.verdict import Check, Verdict
+from simprune_deploy.parity.versions import package_version
 
 if TYPE_CHECKING:
     from simprune_deploy.images import ImageSet
@@ -58,14 +57,16 @@ def prove_against_torch(
     model: PrunedViT,
     images: ImageSet,
     progress: Progress = lambda step: None,
+    backend: Backend | None = None,
 ) -> tuple[Verdict, Golden]:
-    """Compare a graph in ONNX Runtime with the model it was exported from, in PyTorch.
+    """Compare a graph with the model it was exported from, in PyTorch.
 
     Args:
         graph: From :func:`simprune_deploy.onnx.exporter.export_onnx`.
         model: The reference.
         images: As the graph takes them: normalised unless the graph normalises, or uint8.
         progress: Called with a word on what runs next.
+        backend: What runs the graph. Default: ONNX Runtime.
 
     Returns:
         The verdict, and golden cases for other machines.
@@ -73,7 +74,8 @@ def prove_against_torch(
     facts = read_facts(graph)
     if model.config != facts.pruning and facts.pruning.layers:
         raise SimpruneError("the reference is pruned otherwise than the exported model says it is")
-    inputs = _inputs(facts, images.pixels)
+    backend = backend or OnnxRuntimeBackend(graph, facts)
+    inputs = _inputs(facts, images.pixels, backend.batch)
     layers = pruned_layers(graph)
     normalize = (facts.mean, facts.std) if facts.export["normalize"] else None
     runner = TorchRunner(model, facts.output, facts.export["softmax"], normalize, facts.takes_uint8)
@@ -85,7 +87,7 @@ def prove_against_torch(
             reference = run(runner, inputs, inputs.mixed(), layers)
     finally:
         model.train(was_training)
-    name = f"PyTorch {_version('torch')} (CPU)"
+    name = f"PyTorch {package_version('torch') or 'of unknown version'} (CPU)"
     reference = Run(name, reference.outputs, reference.records)
     described = {
         "source": images.source,
@@ -93,7 +95,7 @@ def prove_against_torch(
         "skipped": [list(pair) for pair in images.skipped],
     }
     if facts.precision == "fp32":
-        verdict, _ = _prove(graph, facts, reference, inputs, described, progress)
+        verdict, _ = _prove(graph, facts, reference, inputs, described, progress, backend)
         return verdict, golden_of(inputs, reference)
 
     def told(decided: Run) -> Run:
@@ -102,28 +104,32 @@ def prove_against_torch(
         progress("PyTorch, told the decisions")
         return replay(runner, decided, inputs, f"{name}, told the decisions")
 
-    verdict, used = _prove(graph, facts, reference, inputs, described, progress, told)
+    verdict, used = _prove(graph, facts, reference, inputs, described, progress, backend, told)
     return verdict, golden_of(inputs, used)
 
 
 def prove_against_golden(
-    graph: onnx.ModelProto, golden: Golden, progress: Progress = lambda step: None
+    graph: onnx.ModelProto,
+    golden: Golden,
+    progress: Progress = lambda step: None,
+    backend: Backend | None = None,
 ) -> Verdict:
-    """Compare a graph in ONNX Runtime with golden cases. Needs no torch."""
+    """Compare a graph with golden cases, in ONNX Runtime by default. Needs no torch."""
     facts = read_facts(graph)
+    backend = backend or OnnxRuntimeBackend(graph, facts)
     _check_shape(facts, golden.images)
     _check_golden(facts, golden)
     inputs = Inputs(
         golden.images,
         golden.thresholds,
-        facts.batch,
+        backend.batch,
         bool(facts.export["runtime_threshold"]),
     )
     described = {"source": "golden cases", "images": len(golden.images), "skipped": []}
-    return _prove(graph, facts, golden.reference, inputs, described, progress)[0]
+    return _prove(graph, facts, golden.reference, inputs, described, progress, backend)[0]
 
 
-def _inputs(facts: Facts, pixels: Any) -> Inputs:
+def _inputs(facts: Facts, pixels: Any, batch: tuple[int, int]) -> Inputs:
     """Return the images, twice over if each can have a threshold of its own."""
     _check_shape(facts, pixels)
     config = facts.pruning
@@ -133,7 +139,7 @@ def _inputs(facts: Facts, pixels: Any) -> Inputs:
         own = config.threshold + np.linspace(*SPREAD, len(pixels), dtype=np.float32)
         thresholds = np.concatenate([thresholds, np.clip(own, -1, 2).astype(np.float32)])
         pixels = np.concatenate([pixels, pixels])
-    return Inputs(pixels, thresholds, facts.batch, runtime)
+    return Inputs(pixels, thresholds, batch, runtime)
 
 
 def _check_shape(facts: Facts, pixels: Any) -> None:
@@ -169,6 +175,7 @@ def _prove(
     inputs: Inputs,
     described: dict[str, Any],
     progress: Progress,
+    backend: Backend,
     told: Callable[[Run], Run] | None = None,
 ) -> tuple[Verdict, Run]:
     """Ask every question; `told` gives the reference's answer to decisions that are not its own.
@@ -176,16 +183,15 @@ def _prove(
     Also returns the reference that the outputs were compared with.
     """
     layers = pruned_layers(graph)
-    precision = facts.precision
     pruning = Pruning(
         facts.pruning,
         facts.num_prefix_tokens,
         facts.num_tokens,
         facts.depth,
         facts.block,
-        precision,
+        facts.precision,
     )
-    environment = _environment(reference.name, facts)
+    environment = _environment(reference.name, facts.precision, backend)
     graph_check = check_graph(graph, facts)
     if not graph_check.passed:
         # what follows reads the graph by its description: it would mean nothing
@@ -193,43 +199,27 @@ def _prove(
         names = ("outputs", "top1", "decisions", "batch_invariance", "pruning")
         checks = (graph_check, *(Check(name, None, skipped) for name in names))
         return Verdict(checks, environment, described), reference
-    # ONNX Runtime has no plugin for a file that leaves the operator to one
-    runnable = with_function(graph)
-    # and its CPU provider no bfloat16 kernels
-    if precision == "bf16":
-        runnable = emulated(runnable, precision)
-    with quiet_polygraphy():
-        progress("ONNX Runtime")
-        shipped = run(
-            onnxruntime_runner(runnable.SerializeToString(), "onnxruntime"),
-            inputs,
-            inputs.mixed(),
-            [],
-        )
-        progress("ONNX Runtime, with its decisions shown")
-        shown = onnxruntime_runner(with_diagnostics(runnable).SerializeToString(), "onnxruntime")
-        diagnosed = run(shown, inputs, inputs.mixed(), layers)
+    with quiet_polygraphy(), _explained(backend):
+        progress(backend.title)
+        shipped = run(backend.shipped(), inputs, inputs.mixed(), [], facts.output)
+        progress(f"{backend.title}, with its decisions shown")
+        shown = backend.diagnosed()
+        diagnosed = run(shown, inputs, inputs.mixed(), layers, facts.output)
         alone = None
         if inputs.batch[1] > 1:
-            progress("ONNX Runtime, every image alone")
-            alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers)
+            progress(f"{backend.title}, every image alone")
+            alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers, facts.output)
         compared = told(diagnosed) if told is not None else reference
-        extra: tuple[Check, ...] = ()
-        if precision == "fp16":
-            progress("ONNX Runtime, every float16 tensor measured")
-            extra = (check_range(_ranges(runnable, precision, inputs), LARGEST_FLOAT16),)
-        elif precision == "bf16":
-            extra = (Check("run", None, NOT_RUN),)
-        if not facts.has_function:
-            extra = (*extra, Check("plugin", None, NO_PLUGIN))
+        tolerance = pruning.tolerance
+        extra = backend.checks(inputs, shipped, diagnosed, tolerance, progress)
         progress("comparison")
         same = images_with_same_decisions(compared, diagnosed)
+        same &= backend.vouched(shipped, diagnosed, tolerance)
         invariance = (
             check_batch_invariance(alone, diagnosed, pruning)
             if alone is not None
             else Check("batch_invariance", None, "the model takes one image at a time")
         )
-        tolerance = pruning.tolerance
         outputs = check_outputs(compared, shipped, same, tolerance)
         if told is not None:
             outputs = _with_own_decisions(outputs, reference, shipped)
@@ -245,30 +235,15 @@ def _prove(
     return Verdict(checks, environment, described), compared
 
 
-NOT_RUN = (
-    "the bfloat16 file itself was not run: ONNX Runtime's CPU provider has no bfloat16 kernels. "
-    "What ran is the same graph with every bfloat16 tensor held in float32 and rounded"
-)
+@contextlib.contextmanager
+def _explained(backend: Backend) -> Iterator[None]:
+    """Let what a runtime could not do be one line."""
+    from polygraphy.exception import PolygraphyException
 
-NO_PLUGIN = (
-    "the file leaves the operator to a plugin, and none was run here: what ran is the same graph "
-    "with the operator's function put back"
-)
-
-
-def _ranges(graph: onnx.ModelProto, precision: str, inputs: Inputs) -> dict[str, float]:
-    """Return the largest magnitude over all images of every narrow tensor.
-
-    Runtimes may widen float16 to float32 between operators, and so hide what leaves it; here
-    every tensor is rounded.
-    """
-    measured, names = with_ranges(graph, precision)
-    largest = np.zeros(len(names), np.float32)
-    with onnxruntime_runner(measured.SerializeToString(), "ranges") as runner:
-        for chunk in inputs.mixed():
-            found = runner.infer(inputs.feed(chunk, inputs.runtime_threshold))["ranges"]
-            largest = np.maximum(largest, np.array(found))
-    return dict(zip(names, largest.tolist(), strict=True))
+    try:
+        yield
+    except PolygraphyException as error:
+        raise backend.explain(error) from error
 
 
 def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:
@@ -288,32 +263,12 @@ def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:
     return dataclasses.replace(check, summary=text, numbers={**check.numbers, **numbers})
 
 
-def _environment(reference: str, facts: Facts) -> dict[str, Any]:
-    how = ["CPU"]
-    if facts.precision == "bf16":
-        how.append("emulating bfloat16")
-    if not facts.has_function:
-        how.append("function put back")
+def _environment(reference: str, precision: str, backend: Backend) -> dict[str, Any]:
     return {
         "reference": reference,
-        "precision": facts.precision,
-        "runtime": f"ONNX Runtime {_version('onnxruntime')} ({', '.join(how)})",
-        "polygraphy": _version("polygraphy"),
+        "precision": precision,
+        **backend.environment(),
+        "polygraphy": package_version("polygraphy"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "gpu": "none used",
     }
-
-
-def _version(package: str) -> str:
-    return package_version(package) or "of unknown version"
-
-
-def package_version(package: str) -> str | None:
-    """Return the installed version of a package or of its ``-gpu`` twin, or None."""
-    for name in (package, f"{package}-gpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None

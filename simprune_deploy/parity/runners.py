@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -137,20 +138,34 @@ class Run:
     records: dict[int, list[PruneRecord]]
 
 
-def run(runner: BaseRunner, inputs: Inputs, chunks: list[list[int]], layers: list[int]) -> Run:
-    """Run batches of images through a Polygraphy runner and take them apart again."""
+def run(
+    runner: BaseRunner,
+    inputs: Inputs,
+    chunks: list[list[int]],
+    layers: list[int],
+    output: str | None = None,
+) -> Run:
+    """Run batches of images through a Polygraphy runner and take them apart again.
+
+    Args:
+        runner: What runs.
+        inputs: The images.
+        chunks: Their numbers, by batch.
+        layers: The prune layers whose decisions it shows.
+        output: The output to keep. Default: the first.
+    """
     with_threshold = isinstance(runner, TorchRunner) or inputs.runtime_threshold
     feeds = [inputs.feed(chunk, with_threshold) for chunk in chunks]
     results = Comparator.run([runner], data_loader=feeds)[runner.name]
     outputs: dict[int, Array] = {}
     records: dict[int, dict[int, PruneRecord]] = {layer: {} for layer in layers}
     for chunk, result in zip(chunks, results, strict=True):
-        names = list(result)
-        arrays = {name: np.array(result[name]) for name in names}
+        arrays = {name: np.array(result[name]) for name in result}
+        main = arrays[output or next(iter(arrays))]
         for row, image in enumerate(chunk):
             if image in outputs:
                 continue
-            outputs[image] = arrays[names[0]][row]
+            outputs[image] = main[row]
             for layer in layers:
                 values = {what: arrays[diagnostic_name(layer, what)][row] for what in DIAGNOSTICS}
                 limit = float(inputs.thresholds[image])
@@ -167,14 +182,18 @@ def run(runner: BaseRunner, inputs: Inputs, chunks: list[list[int]], layers: lis
 def quiet_polygraphy() -> Iterator[None]:
     """Keep the logs of Polygraphy and ONNX Runtime off the terminal: the verdict says it all.
 
-    Errors still show. (ONNX Runtime warns of every float16 operator that it cannot fold.)
+    ONNX Runtime's errors still show (it warns of every float16 operator that it cannot fold);
+    Polygraphy's are raised, and would only be told twice.
     """
-    import onnxruntime
-
     warnings, errors = 2, 3
-    onnxruntime.set_default_logger_severity(errors)
+    _set_onnxruntime_severity(errors)
     try:
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             yield
     finally:
-        onnxruntime.set_default_logger_severity(warnings)
+        _set_onnxruntime_severity(warnings)
+
+
+def _set_onnxruntime_severity(severity: int) -> None:
+    with contextlib.suppress(ModuleNotFoundError):  # engines are run without it
+        importlib.import_module("onnxruntime").set_default_logger_severity(severity)

@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 
 from simprune_deploy.errors import SimpruneError
+from simprune_deploy.plugin import ABI_VERSION
 from simprune_deploy.plugin.info import LibraryInfo, read_info
 from simprune_deploy.pruning.config import REDUCTIONS, SELECTIONS
-
-ABI_VERSION = 1
-"""The version of the C interface that this module speaks."""
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The types of tokens that the kernels take, and simprune.h's number for each."""

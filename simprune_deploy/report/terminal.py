@@ -12,7 +12,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from simprune_deploy.doctor import Finding
-    from simprune_deploy.engine.rtx import BuiltEngine
     from simprune_deploy.engine.targets import Targets
     from simprune_deploy.parity.verdict import Verdict
     from simprune_deploy.plugin.info import LibraryInfo
@@ -180,23 +179,3 @@ def print_targets(known: Targets) -> None:
     for source, number in numbers.items():
         console.print(escape(f"[{number}] {source}"), style="dim", highlight=False)
     console.print(f"Compared with these on {known.checked}.", style="dim", highlight=False)
-
-
-def print_engines(engines: list[BuiltEngine]) -> None:
-    """Print what was built, for which GPUs, and how far it was checked."""
-    console = Console()
-    for engine in engines:
-        facts = engine.facts
-        when = "was there already" if engine.cached else f"{facts['seconds']:.1f} s"
-        print_facts(
-            console,
-            {
-                "engine": f"{engine.path} ({facts['engine']['bytes'] / 1e6:.1f} MB, {when})",
-                "for": f"{_text(facts['targets'])} (SM {_text(facts['compute_capabilities'])})",
-                "TensorRT-RTX": f"{facts['version']}; an engine runs with this version only",
-                "precision": facts["precision"],
-                "status": facts["status"],
-                "checked": facts["checked"],
-                "not checked": facts["not_checked"],
-            },
-        )

@@ -1,0 +1,294 @@
+"""Engines from an exported ONNX file: for named GPUs ahead of time, or for the GPU of this machine.
+
+TensorRT-RTX compiles for GPUs that are not there; TensorRT tunes on the one that is. What they
+have in common, which is nearly all, is here; what differs is in flavours.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import simprune_deploy
+from simprune_deploy.engine import ENGINES, flavours
+from simprune_deploy.engine.builders import Builder, check_precision
+from simprune_deploy.engine.process import Progress, run_worker
+from simprune_deploy.engine.profile import optimization_profile
+from simprune_deploy.engine.sidecar import (
+    TENSORRT,
+    TENSORRT_RTX,
+    EngineFacts,
+    FileStamp,
+    read_sidecar,
+    sidecar_of,
+)
+from simprune_deploy.engine.trtexec import trtexec_line
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import as_user_error, staged_file, write_json
+
+if TYPE_CHECKING:
+    import onnx
+
+TIMING_CACHE = "timing.cache"
+STRIPPED = "model-plugin.onnx"
+"""The model without the operator's function, for TensorRT before 10.7."""
+
+NOT_CHECKED = {
+    TENSORRT: "its outputs and its speed: `simprune-deploy verify FOLDER --engine` runs it",
+    TENSORRT_RTX: (
+        "its code and weights, its outputs and its speed: these need one of the GPUs it is for"
+    ),
+}
+
+
+def _silent(step: str) -> None:
+    """Ignore progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose.
+
+    Attributes:
+        batch: A part of the batches that the graph takes. Default: all of them.
+        opt_batch: The batch to tune for. Default: the smallest.
+        workspace_mib: A limit on the workspace in MiB. Default: all memory there is.
+        force: Build again what is there already. Default False.
+    """
+
+    batch: tuple[int, int] | None = None
+    opt_batch: int | None = None
+    workspace_mib: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 1 << 20:
+            raise SimpruneError(
+                f"--workspace {self.workspace_mib} is not between 1 and {1 << 20} MiB"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """An engine file with its sidecar.
+
+    Attributes:
+        path: The engine.
+        facts: What the sidecar says.
+        cached: It was there already, built from the same things, and was left as it is.
+        trtexec: The line of trtexec that builds the same; None where trtexec cannot.
+    """
+
+    path: Path
+    facts: EngineFacts
+    cached: bool
+    trtexec: str | None
+
+    @property
+    def sidecar(self) -> Path:
+        return sidecar_of(self.path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON types."""
+        return {
+            "path": str(self.path),
+            "cached": self.cached,
+            "trtexec": self.trtexec,
+            **self.facts.to_dict(),
+        }
+
+
+def build_engine(
+    model: Path,
+    builder: Builder,
+    options: EngineOptions | None = None,
+    *,
+    of: str = "pruned",
+    progress: Progress = _silent,
+) -> BuiltEngine:
+    """Build one engine of an exported model, into ``engines`` beside it.
+
+    Args:
+        model: An ONNX file that this tool exported.
+        builder: From :func:`ahead_of_time` or :func:`for_this_gpu`.
+        options: Default: :class:`EngineOptions`'s defaults.
+        of: "pruned", the model as it is; "dense", without pruning; "diagnosis", with its
+            decisions as outputs.
+        progress: Called with a word on each step.
+
+    Returns:
+        The engine. It has not been run.
+
+    Raises:
+        SimpruneError: the model cannot be built, with the builder's own last error.
+    """
+    from simprune_deploy.onnx.dense import dense
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics
+
+    options = options or EngineOptions()
+    graph = load_graph(model)
+    facts = read_facts(graph)
+    if of == "dense":
+        graph = dense(graph)
+    elif of == "diagnosis":
+        graph = with_diagnostics(graph)
+    check_precision(facts.precision, builder)
+    if not prune_nodes(graph):
+        builder = dataclasses.replace(builder, plugin=None)
+    wanted = {
+        "flavour": builder.flavour,
+        "version": builder.version,
+        "compute_capabilities": tuple(f"{a}.{b}" for a, b in builder.compute_capabilities),
+        "targets": builder.targets,
+        "gpu": builder.gpu.name if builder.gpu else None,
+        "plugin": FileStamp.of(builder.plugin) if builder.plugin else None,
+        "onnx": FileStamp.of(model),
+        "of": of,
+        "precision": facts.precision,
+        "profile": optimization_profile(graph, facts.batch, options.batch, options.opt_batch),
+        "workspace_mib": options.workspace_mib,
+    }
+    path = model.parent / ENGINES / builder.engine_name(of)
+    with _made(path.parent), _variant(graph, model, of, builder) as parsed:
+        line = _trtexec(builder, parsed, path, wanted, of)
+        found = None if options.force else _read_matching(path, wanted)
+        if found is not None:
+            return BuiltEngine(path, found, cached=True, trtexec=line)
+        return BuiltEngine(path, _build(parsed, path, builder, wanted, progress), False, line)
+
+
+@contextlib.contextmanager
+def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> Iterator[Path]:
+    """Yield the file to parse: the model, or a copy in the form that is wanted.
+
+    The copy without the function stays, so that trtexec can be given it; others go.
+    """
+    from simprune_deploy.onnx import variants
+
+    strip = bool(
+        builder.plugin
+        and graph.functions
+        and flavours.reads_function_first(builder.flavour, builder.version)
+    )
+    restore = builder.plugin is None and not graph.functions and variants.prune_nodes(graph)
+    if of == "pruned" and strip and (model.parent / STRIPPED).is_file():
+        yield model.parent / STRIPPED
+        return
+    if of == "pruned" and not strip and not restore:
+        yield model
+        return
+    if strip:
+        graph = variants.without_function(graph)
+    elif restore:
+        graph = variants.with_function(graph)
+    name = f"model-{of}.onnx" if of != "pruned" else STRIPPED if strip else "model-function.onnx"
+    path = model.parent / ENGINES / name
+    kept = False
+    try:
+        with staged_file(path) as staging:
+            staging.write_bytes(graph.SerializeToString())
+        yield path
+        kept = name == STRIPPED
+    finally:
+        if not kept:
+            path.unlink(missing_ok=True)
+
+
+def _trtexec(
+    builder: Builder, parsed: Path, path: Path, wanted: dict[str, Any], of: str
+) -> str | None:
+    if builder.flavour != TENSORRT or of != "pruned":
+        return None
+    return trtexec_line(
+        builder.version,
+        parsed,
+        path,
+        wanted["profile"],
+        plugin=builder.plugin,
+        workspace_mib=wanted["workspace_mib"],
+        timing_cache=path.parent / TIMING_CACHE,
+    )
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, and take it away again if the block fails and left it empty."""
+    existed = folder.is_dir()
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise as_user_error(error, folder) from error
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _read_matching(engine: Path, wanted: dict[str, Any]) -> EngineFacts | None:
+    """Return the sidecar of an engine that is whole and was built from the very same things."""
+    try:
+        facts = read_sidecar(engine)
+    except SimpruneError:
+        return None
+    return facts if all(getattr(facts, name) == value for name, value in wanted.items()) else None
+
+
+def _build(
+    parsed: Path, path: Path, builder: Builder, wanted: dict[str, Any], progress: Progress
+) -> EngineFacts:
+    started = time.monotonic()
+    cache = path.parent / TIMING_CACHE if builder.flavour == TENSORRT else None
+    with staged_file(path) as staging, _staged_cache(cache) as timings:
+        request = {
+            "flavour": builder.flavour,
+            "model": str(parsed.absolute()),
+            "output": str(staging.absolute()),
+            "capabilities": builder.compute_capabilities if builder.gpu is None else [],
+            "plugin": str(builder.plugin.absolute()) if builder.plugin else None,
+            "profile": wanted["profile"],
+            "workspace_mib": wanted["workspace_mib"],
+            "timing_cache": timings,
+        }
+        answer = run_worker(request, builder.title, path, progress)
+        facts = EngineFacts(
+            **wanted,
+            cuda=builder.gpu.cuda if builder.gpu else None,
+            engine=FileStamp.of(staging, path.name),
+            status=answer["status"],
+            checked=answer["checked"],
+            not_checked=NOT_CHECKED[builder.flavour],
+            versions={
+                "simprune-deploy": simprune_deploy.__version__,
+                "polygraphy": answer["polygraphy"],
+            },
+            seconds=round(time.monotonic() - started, 2),
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+    # an engine without its sidecar, should this be interrupted, is built again the next time
+    with staged_file(sidecar_of(path)) as staging:
+        write_json(staging, facts.to_dict())
+    return facts
+
+
+@contextlib.contextmanager
+def _staged_cache(cache: Path | None) -> Iterator[dict[str, str] | None]:
+    """Yield where the worker reads the timing cache and where it writes it; keep what it wrote."""
+    if cache is None:
+        yield None
+        return
+    new = cache.with_name(f".{cache.name}.new")
+    try:
+        yield {"load": str(cache.absolute()), "save": str(new.absolute())}
+        if new.is_file():
+            new.replace(cache)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""What differs between TensorRT 10.0 to 11.x and TensorRT-RTX 1.x: here, and nowhere else.
+
+| | TensorRT 10 | TensorRT 11 | TensorRT-RTX 1 |
+|---|---|---|---|
+| strongly typed networks | by a flag | always; the flag changes nothing | always |
+| what an engine is built for | the GPU here | the GPU here | the compute capabilities named |
+| our plugin | yes | yes | never: parsing its node aborts |
+| our function, plugin registered | first until 10.6 | after the plugin | compiled |
+| timing cache | yes | yes | nothing is timed |
+
+Nothing of TensorRT is imported until a function is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.engine.sidecar import NAMES, TENSORRT, TENSORRT_RTX, Capability
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.plugin.toolchain import on_jetson
+
+MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}
+PLUGIN_BEFORE_FUNCTION = (10, 7)
+"""From this TensorRT on a registered plugin is preferred to a function in the file."""
+
+RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
+CREATOR = ("SimilarityPrune", "1", "")  # name, version, namespace
+
+
+def install_command(flavour: str) -> str:
+    """Return the command that installs a flavour."""
+    if flavour == TENSORRT_RTX:
+        return "pip install tensorrt-rtx"
+    if on_jetson():
+        return (
+            "sudo apt-get install nvidia-jetpack, and a virtual environment made with "
+            "--system-site-packages"
+        )
+    return "pip install tensorrt"
+
+
+def load_module(flavour: str) -> Any:
+    """Import a flavour's Python module.
+
+    Raises:
+        SimpruneError: it is not installed, does not load, or is too old.
+    """
+    name = MODULES[flavour]
+    install = install_command(flavour)
+    try:
+        trt = importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise SimpruneError(
+            f"{name}, which builds and runs the engines, is not installed: {install}"
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise SimpruneError(f"{name} does not load ({error}): {install}") from error
+    if numbers(trt.__version__) < OLDEST[flavour]:
+        oldest = ".".join(map(str, OLDEST[flavour]))
+        raise SimpruneError(
+            f"{NAMES[flavour]} {trt.__version__} is too old: engines of this project begin with "
+            f"{oldest}"
+            + (" (JetPack 6 on a Jetson)" if flavour == TENSORRT else f": {install} --upgrade")
+        )
+    return trt
+
+
+def numbers(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version."""
+    major, minor = [*version.split("."), "0"][:2]
+    return int(major), int(minor)
+
+
+def choose_for_polygraphy(flavour: str) -> None:
+    """Make Polygraphy use a flavour, in this process and in those that it starts.
+
+    Raises:
+        SimpruneError: Polygraphy was imported already and has chosen the other.
+    """
+    wanted = flavour == TENSORRT_RTX
+    chosen = sys.modules.get("polygraphy.config")
+    if chosen is not None and bool(chosen.USE_TENSORRT_RTX) != wanted:
+        raise SimpruneError(
+            f"Polygraphy was already imported in this process, for the other flavour than "
+            f"{NAMES[flavour]}: set {RTX_VARIABLE}={int(wanted)} before the program starts"
+        )
+    os.environ[RTX_VARIABLE] = str(int(wanted))
+
+
+def needs_strong_typing_flag(flavour: str, version: str) -> bool:
+    """Whether a network has to be asked to be strongly typed."""
+    return flavour == TENSORRT and numbers(version)[0] < 11
+
+
+def reads_function_first(flavour: str, version: str) -> bool:
+    """Whether the function has to leave the file for the plugin to be used."""
+    return flavour == TENSORRT and numbers(version) < PLUGIN_BEFORE_FUNCTION
+
+
+def network_loader(trt: Any, flavour: str, model: str) -> Any:
+    """Return Polygraphy's loader of a strongly typed network."""
+    from polygraphy.backend.trt import NetworkFromOnnxPath
+
+    typed = needs_strong_typing_flag(flavour, trt.__version__)
+    return NetworkFromOnnxPath(model, strongly_typed=typed)
+
+
+def config_maker(
+    trt: Any,
+    flavour: str,
+    capabilities: list[Capability],
+    profile: Any,
+    monitor: Any,
+    workspace_mib: int | None,
+    timing_cache: bytes | None,
+) -> Callable[..., Any]:
+    """Return what makes a builder configuration from a builder and a network.
+
+    Args:
+        trt: The flavour's module.
+        flavour: Which it is.
+        capabilities: For TensorRT-RTX, the GPUs to build for.
+        profile: Polygraphy's profile.
+        monitor: An IProgressMonitor.
+        workspace_mib: A limit on the workspace. None: TensorRT's own, all memory there is.
+        timing_cache: An earlier build's, b"" to begin one, None to do without.
+    """
+    limits = {trt.MemoryPoolType.WORKSPACE: workspace_mib << 20} if workspace_mib else None
+    common = {"profiles": [profile], "progress_monitor": monitor, "memory_pool_limits": limits}
+    if flavour == TENSORRT_RTX:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        create = CreateConfigRTX(compute_capabilities=capabilities, **common)
+    else:
+        from polygraphy.backend.trt import CreateConfig
+
+        create = CreateConfig(**common)
+
+    def make(builder: Any, network: Any) -> Any:
+        config = create(builder, network)
+        # TF32 rounds float32 products to 10 bits: similarities are float32, whatever the rest is
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if timing_cache is not None and flavour == TENSORRT:
+            _set_timing_cache(config, timing_cache)
+        return config
+
+    return make
+
+
+def _set_timing_cache(config: Any, data: bytes) -> None:
+    """Give the builder an earlier build's timings; those of another GPU or version are left."""
+    for each in (data, b""):
+        cache = config.create_timing_cache(each)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def timing_cache_of(config: Any) -> bytes:
+    """Return what the builder has timed; b"" if nothing."""
+    cache = config.get_timing_cache()
+    return bytes(cache.serialize()) if cache is not None else b""
+
+
+def load_plugin(trt: Any, flavour: str, library: Path) -> None:
+    """Register the plugin of a library with TensorRT, for building and for running.
+
+    Raises:
+        SimpruneError: TensorRT does not take it, or it is TensorRT-RTX.
+    """
+    if flavour == TENSORRT_RTX:
+        raise SimpruneError(
+            "TensorRT-RTX takes no plugins, and aborts on one: it compiles the ONNX function"
+        )
+    registry = trt.get_plugin_registry()
+    handle = registry.load_library(str(library.absolute()))
+    if handle is None or registry.get_creator(*CREATOR) is None:
+        raise SimpruneError(
+            f"TensorRT {trt.__version__} does not take the plugin of {library}: build it here with "
+            "`simprune-deploy plugin build`"
+        )
+
+
+def error_logger(trt: Any, errors: list[str]) -> Any:
+    """Return a logger for a runtime that appends the errors it is told, each as one line."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def device_memory(engine: Any) -> int:
+    """Return how many bytes a context of an engine takes for what lies between its layers."""
+    # the first is new in 10.1, and the second is gone in 11
+    size = getattr(engine, "device_memory_size_v2", None)
+    return int(engine.device_memory_size if size is None else size)

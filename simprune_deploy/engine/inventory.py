@@ -1,0 +1,94 @@
+"""The engines of an exported folder, and which of them fits this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
+from simprune_deploy.engine.builders import this_machine
+from simprune_deploy.engine.libraries import find_library
+from simprune_deploy.engine.sidecar import EngineFacts, Here, misfit, read_sidecar
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundEngine:
+    """An engine that lies somewhere.
+
+    Attributes:
+        path: The file.
+        facts: What its sidecar says; None if that cannot be read.
+        problem: Why it cannot be used here, as a sentence; None if it can.
+    """
+
+    path: Path
+    facts: EngineFacts | None
+    problem: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON types, with whether it fits this machine."""
+        facts = self.facts.to_dict() if self.facts else {}
+        return {**facts, "fits_this_machine": self.problem is None, "problem": self.problem}
+
+
+def examine_engine(path: Path, plugin: Path | None = None) -> FoundEngine:
+    """Read what an engine is, and whether it fits this machine and the model beside it.
+
+    Args:
+        path: The engine file.
+        plugin: The plugin's library. Default: looked for as ``build`` does.
+    """
+    try:
+        facts = read_sidecar(path)
+        problem = misfit(facts, _here(facts, path, plugin))
+    except SimpruneError as error:
+        return FoundEngine(path, None, str(error))
+    if problem is not None:
+        return FoundEngine(path, facts, f"{path.name} {problem}")
+    model = path.parent.parent / facts.onnx.file
+    if model.is_file() and sha256(model) != facts.onnx.sha256:
+        return FoundEngine(
+            path,
+            facts,
+            f"{path.name} was built from another {model.name} than {model}: build again",
+        )
+    return FoundEngine(path, facts, None)
+
+
+def _here(facts: EngineFacts, path: Path, plugin: Path | None) -> Here:
+    library = None
+    if facts.plugin is not None:
+        library = find_library(path.parent.parent, plugin)
+    return this_machine(facts.flavour, library)
+
+
+def engines_in(folder: Path, plugin: Path | None = None) -> list[FoundEngine]:
+    """Return the engines of an exported folder, by name."""
+    paths = sorted((folder / ENGINES).glob(f"*{ENGINE_SUFFIX}"))
+    return [examine_engine(path, plugin) for path in paths if not path.name.startswith(".")]
+
+
+def choose_engine(folder: Path, plugin: Path | None = None) -> FoundEngine:
+    """Return the engine of a folder's model that fits this machine.
+
+    Raises:
+        SimpruneError: there is none, or several, with the reasons.
+    """
+    found = [each for each in engines_in(folder, plugin) if _is_of_the_model(each)]
+    fitting = [each for each in found if each.problem is None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(str(each.path) for each in fitting)
+        raise SimpruneError(f"several engines fit this machine: name one of {names}")
+    if not found:
+        raise SimpruneError(f"{folder} has no engines: `simprune-deploy build {folder}` makes one")
+    problems = "; ".join(f"{each.problem}" for each in found)
+    raise SimpruneError(f"no engine in {folder / ENGINES} can be used here: {problems}")
+
+
+def _is_of_the_model(found: FoundEngine) -> bool:
+    return found.facts is None or found.facts.of == "pruned"

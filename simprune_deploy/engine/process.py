@@ -1,0 +1,98 @@
+"""Runs worker.py, which builds one engine, as a process of its own.
+
+For three reasons: Polygraphy chooses between TensorRT and TensorRT-RTX once, when it is imported,
+and the proof may have imported it already; the builder is C++ that can abort on a graph it does
+not like, and that must not take the command line with it; and Ctrl-C reaches Python only between
+its calls, while a process can be ended at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.engine.sidecar import NAMES
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import as_user_error
+
+WORKER = [sys.executable, "-m", "simprune_deploy.engine.worker"]
+
+Progress = Callable[[str], None]
+
+
+def run_worker(
+    request: dict[str, Any], title: str, path: Path, progress: Progress
+) -> dict[str, Any]:
+    """Build what a request asks for and return the worker's answer.
+
+    Args:
+        request: As worker.py takes it.
+        title: The GPUs it is for, for messages.
+        path: The engine to be, for messages.
+        progress: Called with a word on each of the builder's phases.
+
+    Raises:
+        SimpruneError: it was not built, with the builder's own last error.
+    """
+    progress(f"building for {title}")
+    errors: list[str] = []
+    answer: dict[str, Any] = {}
+    code = 0
+    with contextlib.closing(_worker_lines(request)) as lines:
+        for line in lines:
+            kind, _, rest = line.partition(" ")
+            if kind == "simprune:step":
+                progress(f"building for {title}: {rest}")
+            elif kind == "simprune:answer":
+                answer = json.loads(rest)
+            elif kind == "simprune:exit":
+                code = int(rest)
+            elif line.startswith("[E]"):
+                errors.append(line[len("[E]") :].strip())
+    if "status" in answer:
+        return answer
+    if answer.get("errno"):
+        raise as_user_error(OSError(answer["errno"], os.strerror(answer["errno"])), path)
+    said = errors[-1] if errors else answer.get("error", "")
+    if code < 0 and not said:
+        name = signal.Signals(-code).name
+        memory = ": it may have run out of memory" if -code == signal.SIGKILL else ""
+        said = f"the builder was ended by {name}{memory}"
+    raise SimpruneError(
+        f"{NAMES[request['flavour']]} cannot build {Path(request['model']).name} for {title}: "
+        f"{said[:400] or f'it gave no reason (exit code {code})'}"
+    )
+
+
+def _worker_lines(request: dict[str, Any]) -> Generator[str, None, None]:
+    """Run the worker and yield what it says; whatever ends this ends the worker too."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as stdin:
+        json.dump(request, stdin)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            WORKER,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.rstrip("\n")
+        yield f"simprune:exit {process.wait()}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()

@@ -1,0 +1,47 @@
+"""The ``trtexec`` line that does what a build does, for those who prefer it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from simprune_deploy.engine.flavours import needs_strong_typing_flag
+from simprune_deploy.engine.sidecar import TENSORRT, Profile
+
+
+def trtexec_line(
+    version: str,
+    graph: Path,
+    engine: Path,
+    profile: Profile,
+    *,
+    plugin: Path | None = None,
+    workspace_mib: int | None = None,
+    timing_cache: Path | None = None,
+) -> str:
+    """Return the line for a shell, of NVIDIA's ``trtexec`` of the same TensorRT.
+
+    Args:
+        version: TensorRT's; ``--stronglyTyped`` belongs to 10, and 11 always is.
+        graph: The ONNX file to parse.
+        engine: The file to write.
+        profile: As in the sidecar; shapes are given only where one is free.
+        plugin: The plugin's library. None: the graph needs none.
+        workspace_mib: The limit on the workspace. None: no limit.
+        timing_cache: The file of earlier timings. None: without.
+    """
+    parts = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}"]
+    if plugin is not None:
+        parts.append(f"--dynamicPlugins={plugin}")
+    if needs_strong_typing_flag(TENSORRT, version):
+        parts.append("--stronglyTyped")
+    parts.append("--noTF32")
+    free = {name: each for name, each in profile.items() if each["min"] != each["max"]}
+    for which in ("min", "opt", "max") if free else ():
+        shapes = [f"{name}:{'x'.join(map(str, each[which]))}" for name, each in free.items()]
+        parts.append(f"--{which}Shapes={','.join(shapes)}")
+    if workspace_mib is not None:
+        parts.append(f"--memPoolSize=workspace:{workspace_mib}")
+    if timing_cache is not None:
+        parts.append(f"--timingCacheFile={timing_cache}")
+    return shlex.join([*parts, "--skipInference"])

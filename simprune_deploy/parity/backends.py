@@ -1,0 +1,251 @@
+"""What runs a graph in a proof: ONNX Runtime on the CPU, or engines on a GPU.
+
+The proof asks every backend the same: the outputs of the graph as it ships, and the outputs and
+decisions of the same graph with its decisions shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from simprune_deploy.engine import flavours
+from simprune_deploy.engine.profile import batch_of
+from simprune_deploy.engine.sidecar import EngineFacts
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
+from simprune_deploy.onnx.variants import with_diagnostics, with_function
+from simprune_deploy.parity.checks import MAX_TURNED, check_range
+from simprune_deploy.parity.decisions import Array
+from simprune_deploy.parity.runners import Inputs, Run, onnxruntime_runner
+from simprune_deploy.parity.tolerance import Tolerance
+from simprune_deploy.parity.verdict import Check
+from simprune_deploy.parity.versions import package_version
+
+if TYPE_CHECKING:
+    import onnx
+    from polygraphy.backend.base import BaseRunner
+
+Progress = Callable[[str], None]
+
+
+class Backend(Protocol):
+    """Runs a graph for a proof.
+
+    Attributes:
+        title: What runs, for progress.
+        batch: The smallest and the largest batch that it takes.
+    """
+
+    title: str
+    batch: tuple[int, int]
+
+    def environment(self) -> dict[str, Any]:
+        """Return what ran on what: "runtime", "gpu", and more."""
+
+    def shipped(self) -> BaseRunner:
+        """Return a runner of the graph as it ships."""
+
+    def diagnosed(self) -> BaseRunner:
+        """Return a runner of the graph that also shows its decisions."""
+
+    def vouched(self, shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Array:
+        """Return bool[n]: the images for which the decisions shown are those of the outputs."""
+
+    def checks(
+        self, inputs: Inputs, shipped: Run, diagnosed: Run, tolerance: Tolerance, progress: Progress
+    ) -> tuple[Check, ...]:
+        """Ask what only this backend has to be asked."""
+
+    def explain(self, error: Exception) -> SimpruneError:
+        """Say in one line why it could not run."""
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on the CPU.
+
+    Args:
+        graph: The graph as it ships.
+        facts: Its own.
+    """
+
+    title = "ONNX Runtime"
+
+    def __init__(self, graph: onnx.ModelProto, facts: Facts) -> None:
+        self._facts = facts
+        self.batch = facts.batch
+        # it has no plugin for a file that leaves the operator to one
+        self._graph = with_function(graph)
+        # and its CPU provider no bfloat16 kernels
+        bf16 = facts.precision == "bf16"
+        self._runnable = emulated(self._graph, "bf16") if bf16 else self._graph
+
+    def environment(self) -> dict[str, Any]:
+        how = ["CPU"]
+        if self._facts.precision == "bf16":
+            how.append("emulating bfloat16")
+        if not self._facts.has_function:
+            how.append("function put back")
+        version = package_version("onnxruntime") or "of unknown version"
+        return {"runtime": f"ONNX Runtime {version} ({', '.join(how)})", "gpu": "none used"}
+
+    def shipped(self) -> BaseRunner:
+        return onnxruntime_runner(self._runnable.SerializeToString(), "onnxruntime")
+
+    def diagnosed(self) -> BaseRunner:
+        shown = with_diagnostics(self._runnable)
+        return onnxruntime_runner(shown.SerializeToString(), "onnxruntime")
+
+    def vouched(self, shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Array:
+        return np.ones(len(shipped.outputs), bool)  # the same kernels in the same order
+
+    def checks(
+        self, inputs: Inputs, shipped: Run, diagnosed: Run, tolerance: Tolerance, progress: Progress
+    ) -> tuple[Check, ...]:
+        found = []
+        if self._facts.precision == "fp16":
+            progress("ONNX Runtime, every float16 tensor measured")
+            found.append(check_range(self._ranges(inputs), LARGEST_FLOAT16))
+        elif self._facts.precision == "bf16":
+            found.append(Check("run", None, NOT_RUN))
+        if not self._facts.has_function:
+            found.append(Check("plugin", None, NO_PLUGIN))
+        return tuple(found)
+
+    def _ranges(self, inputs: Inputs) -> dict[str, float]:
+        """Return the largest magnitude over all images of every narrow tensor.
+
+        Runtimes may widen float16 to float32 between operators, and so hide what leaves it; here
+        every tensor is rounded.
+        """
+        measured, names = with_ranges(self._graph, self._facts.precision)
+        largest = np.zeros(len(names), np.float32)
+        with onnxruntime_runner(measured.SerializeToString(), "ranges") as runner:
+            for chunk in inputs.mixed():
+                found = runner.infer(inputs.feed(chunk, inputs.runtime_threshold))["ranges"]
+                largest = np.maximum(largest, np.array(found))
+        return dict(zip(names, largest.tolist(), strict=True))
+
+    def explain(self, error: Exception) -> SimpruneError:
+        return SimpruneError(f"ONNX Runtime cannot run the graph: {_one_line(error)}")
+
+
+NOT_RUN = (
+    "the bfloat16 file itself was not run: ONNX Runtime's CPU provider has no bfloat16 kernels. "
+    "What ran is the same graph with every bfloat16 tensor held in float32 and rounded"
+)
+
+NO_PLUGIN = (
+    "the file leaves the operator to a plugin, and none was run here: what ran is the same graph "
+    "with the operator's function put back"
+)
+
+
+class EngineBackend:
+    """Two engines on the GPU: the one that ships, and one of the graph with its decisions shown.
+
+    Args:
+        shipped, diagnosis: The engine files.
+        facts: What the sidecar of the first says.
+        plugin: The library with the plugin that is in them. None: there is none.
+        gpu: What the GPU is called, for the verdict.
+    """
+
+    def __init__(
+        self, shipped: Path, diagnosis: Path, facts: EngineFacts, plugin: Path | None, gpu: str
+    ) -> None:
+        self._shipped, self._diagnosis, self._facts = shipped, diagnosis, facts
+        self._plugin, self._gpu = plugin, gpu
+        self._errors: list[str] = []
+        self.title = facts.title
+        self.batch = batch_of(facts.profile)
+
+    def environment(self) -> dict[str, Any]:
+        facts = self._facts
+        return {
+            "runtime": f"{facts.title} on {self._gpu}, {facts.engine.file}",
+            "gpu": self._gpu,
+            "engine": {"file": facts.engine.file, "sha256": facts.engine.sha256},
+            "plugin": {"file": facts.plugin.file, "sha256": facts.plugin.sha256}
+            if facts.plugin
+            else None,
+            "decisions_from": (
+                f"{self._diagnosis.name}: a second engine of the same graph, with its decisions as "
+                "outputs; the outputs are the shipped engine's"
+            ),
+        }
+
+    def shipped(self) -> BaseRunner:
+        return self._runner(self._shipped)
+
+    def diagnosed(self) -> BaseRunner:
+        return self._runner(self._diagnosis)
+
+    def _runner(self, engine: Path) -> BaseRunner:
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+
+        trt = flavours.load_module(self._facts.flavour)
+        runtime = trt.Runtime(flavours.error_logger(trt, self._errors))
+        if self._plugin is not None:
+            flavours.load_plugin(trt, self._facts.flavour, self._plugin)
+        loaded = EngineFromBytes(engine.read_bytes(), runtime=runtime)()
+        return TrtRunner(loaded, name=engine.name)
+
+    def vouched(self, shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Array:
+        return images_alike(shipped, diagnosed, tolerance)
+
+    def checks(
+        self, inputs: Inputs, shipped: Run, diagnosed: Run, tolerance: Tolerance, progress: Progress
+    ) -> tuple[Check, ...]:
+        found = [check_same_engine(shipped, diagnosed, tolerance)]
+        if self._facts.precision == "fp16":
+            found.append(Check("range", None, NOT_MEASURED))
+        return tuple(found)
+
+    def explain(self, error: Exception) -> SimpruneError:
+        why = self._errors[-1] if self._errors else _one_line(error)
+        return SimpruneError(f"{self._facts.title} cannot run {self._facts.engine.file}: {why}")
+
+
+NOT_MEASURED = (
+    "what lies between an engine's layers is not seen; the proof in ONNX Runtime measures every "
+    "float16 tensor of the graph"
+)
+
+
+def images_alike(shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Array:
+    """Return bool[n]: the images to which two engines of one graph give the same outputs."""
+    limit = tolerance.largest(diagnosed.outputs)
+    apart = np.abs(shipped.outputs - diagnosed.outputs).reshape(len(shipped.outputs), -1).max(1)
+    return np.asarray(apart <= limit)  # not where it is NaN
+
+
+def check_same_engine(shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Check:
+    """Ask whether the engine that shows its decisions stands for the one that ships.
+
+    A builder fuses and orders each graph by itself, so that a close call may fall otherwise in
+    one of them. Such an image is counted as one with other decisions.
+    """
+    alike = images_alike(shipped, diagnosed, tolerance)
+    apart = np.abs(shipped.outputs - diagnosed.outputs)
+    passed = bool(np.isfinite(apart).all() and alike.mean() >= 1 - MAX_TURNED)
+    return Check(
+        "same_engine",
+        passed,
+        f"the engine that shows its decisions gives the shipped one's outputs on {alike.sum()} of "
+        f"{len(alike)} images",
+        {
+            "images": len(alike),
+            "alike": int(alike.sum()),
+            "tolerance": tolerance.largest(diagnosed.outputs),
+            "largest_difference": float(apart.max()) if np.isfinite(apart).all() else None,
+        },
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
