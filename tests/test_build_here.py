@@ -173,6 +173,17 @@ class TestBuild:
         assert read_sidecar(path).plugin is None
         assert "--dynamicPlugins" not in result.stdout
 
+    def test_the_unpruned_model(self, machine: Machine, folder: Path) -> None:
+        """It needs no plugin, and none is looked for."""
+        machine("10.3.0")
+        engine = build_here(folder, of="dense")
+        assert engine.path.name == "model-dense-trt-sm87.engine"
+        asked = read_record(engine.path)
+        assert (asked["operator"], asked["plugins"]) == ("none", [])
+        assert asked["inputs"]["images"] == ["FLOAT", -1, 1, 28, 28]
+        assert (engine.facts.of, engine.facts.plugin, engine.trtexec) == ("dense", None, None)
+        assert not list((folder / "engines").glob("*.onnx"))
+
     def test_the_timing_cache_is_kept_and_used(
         self, machine: Machine, folder: Path, plugin_library: Path
     ) -> None:
