@@ -180,7 +180,7 @@ class TestBuild:
         assert engine.path.name == "model-dense-trt-sm87.engine"
         asked = read_record(engine.path)
         assert (asked["operator"], asked["plugins"]) == ("none", [])
-        assert asked["inputs"]["images"] == ["FLOAT", -1, 1, 28, 28]
+        assert asked["inputs"] == {"images": ["FLOAT", -1, 1, 28, 28]}
         assert (engine.facts.of, engine.facts.plugin, engine.trtexec) == ("dense", None, None)
         assert not list((folder / "engines").glob("*.onnx"))
 
