@@ -373,7 +373,7 @@ class TestRefused:
     def test_a_folder_of_a_newer_version(self, machine: Machine, folder: Path) -> None:
         machine("10.3.0")
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        text = json.dumps({**manifest, "format": manifest["format"] + 1})
+        text = json.dumps({**manifest, "format": 99})
         (folder / "manifest.json").write_text(text, encoding="utf-8")
         refused("update simprune-deploy", "build", folder)
 

@@ -205,10 +205,11 @@ def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
 )
 def test_tensorrt_rtx_builds_it(graph: onnx.ModelProto, tmp_path: Path) -> None:
     """The float16 form, by the very worker that `export --target` uses."""
-    from simprune_deploy.engine.rtx import build_engines
+    from simprune_deploy.engine.build import build_engine
+    from simprune_deploy.engine.builders import ahead_of_time
 
     path = tmp_path / "model.onnx"
     onnx.save(narrowed(graph, "fp16"), path)
-    (engine,) = build_engines(path, tmp_path / "engines", find_targets("rtx-ada"))
+    engine = build_engine(path, ahead_of_time(find_targets("rtx-ada"))[0])
     assert engine.path.stat().st_size > 0
-    assert engine.facts["profile"]["images"]["max"] == [4, 128, 128, 3]
+    assert engine.facts.profile["images"]["max"] == [4, 128, 128, 3]
