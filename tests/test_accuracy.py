@@ -226,9 +226,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The demo against its dense self on 200 images, everything written."""
+    """The demo against its dense self on 120 images, everything written."""
     folder = tmp_path_factory.mktemp("check")
-    result = call("verify", exported, "--data", DATA, "--limit", 200, "--max-drop", "4%",
+    result = call("verify", exported, "--data", DATA, "--limit", 120, "--max-drop", "4%",
                   "--min-agreement", "0.9", "--junit", folder / "j.xml", "--markdown",
                   folder / "m.md", "--save-baseline", folder / "base.json", "--json")  # fmt: skip
     return result, folder
@@ -243,18 +243,18 @@ def test_the_demo_against_its_dense_self(first: Any, exported: Path) -> None:
     import torch
 
     with np.load(DATA) as data:
-        taken = np.arange(200) * 3000 // 200
+        taken = np.arange(120) * 3000 // 120
         grey, labels = data["images"][taken], data["labels"][taken]
     pixels = torch.from_numpy((grey[:, None].astype(np.float32) / 255 - 0.286) / 0.353)
     vit = sd.load(DEMO / "vit")
     with torch.inference_mode():
         dense = vit(pixels).argmax(1).numpy()
         pruned = sd.prune(vit, threshold=0.9, layers=[1, 3, 4]).eval()(pixels).argmax(1).numpy()
-    assert values["accuracy"] == pytest.approx((pruned == labels).mean(), abs=1.01 / 200)
-    assert values["reference_accuracy"] == pytest.approx((dense == labels).mean(), abs=1.01 / 200)
+    assert values["accuracy"] == pytest.approx((pruned == labels).mean(), abs=1.01 / 120)
+    assert values["reference_accuracy"] == pytest.approx((dense == labels).mean(), abs=1.01 / 120)
     agreement = values["checks"][1]["found"]["estimate"]
-    assert agreement == pytest.approx((pruned == dense).mean(), abs=1.01 / 200)
-    assert values["data"]["images"] == 200
+    assert agreement == pytest.approx((pruned == dense).mean(), abs=1.01 / 120)
+    assert values["data"]["images"] == 120
     assert ElementTree.parse(folder / "j.xml").getroot().get("failures") == "0"
     assert "Accuracy check: passed" in (folder / "m.md").read_text()
     stored = json.loads((folder / "base.json").read_text())
@@ -265,21 +265,21 @@ def test_the_stored_baseline_is_compared_with(first: Any, exported: Path) -> Non
     _, folder = first
     base = folder / "base.json"
     common = (exported, "--data", DATA, "--baseline", base)
-    again = call("verify", *common, "--limit", 200, "--min-agreement", "98%")
+    again = call("verify", *common, "--limit", 120, "--min-agreement", "98%")
     assert again.exit_code == 0, again.output
-    assert "same class on 200 of 200 images (100.00%)" in again.stdout
+    assert "same class on 120 of 120 images (100.00%)" in again.stdout
     assert "of other images" in refusal(*common, "--limit", 40, "--min-agreement", "98%")
     # the same model in PyTorch has the same weights; retrained ones are others
-    checkpoint = call("verify", DEMO / "vit", "--data", DATA, "--limit", 200, "--baseline", base,
+    checkpoint = call("verify", DEMO / "vit", "--data", DATA, "--limit", 120, "--baseline", base,
                       "--max-drop", "9%", "--save-baseline", base)  # fmt: skip
     assert (checkpoint.exit_code, "--force" in checkpoint.stderr) == (2, True)
-    checkpoint = call("verify", DEMO / "vit", "--data", DATA, "--limit", 200, "--baseline", base,
+    checkpoint = call("verify", DEMO / "vit", "--data", DATA, "--limit", 120, "--baseline", base,
                       "--max-drop", "9%")  # fmt: skip
     assert checkpoint.exit_code == 0, checkpoint.output
     values = json.loads(base.read_text())
     values["weights"]["pos_embed"] *= 1.1
     base.write_text(json.dumps(values))
-    assert "--retrained" in refusal(*common, "--limit", 200, "--min-agreement", "98%")
+    assert "--retrained" in refusal(*common, "--limit", 120, "--min-agreement", "98%")
 
 
 def test_onnx_against_pytorch_as_pruned_and_dense(exported: Path) -> None:

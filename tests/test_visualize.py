@@ -223,9 +223,15 @@ def test_a_folder_of_pictures_is_written_whole(from_torch: Any) -> None:
 
 
 def test_an_export_shows_what_pytorch_shows(from_torch: Any, tmp_path: Path) -> None:
+    """Also one that takes images as a camera gives them."""
     _, numbers = from_torch
     pruned = sd.prune(sd.load(DEMO / "vit"), threshold=0.9, layers=[1, 3, 4])
-    sd.export(pruned, tmp_path / "export", sd.ExportOptions(batch=(1, 4)), verify=False)
+    sd.export(
+        pruned,
+        tmp_path / "export",
+        sd.ExportOptions(batch=(1, 4), input="uint8-nhwc"),
+        verify=False,
+    )
     common = (tmp_path / "export", DEMO / "test_slice.npz", "--limit", 5)
     shown = call("visualize", *common, "-o", tmp_path / "pictures", "--json")
     assert shown.exit_code == 0, shown.output

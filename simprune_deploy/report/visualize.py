@@ -12,7 +12,12 @@ import numpy as np
 
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import staged_folder, write_json
-from simprune_deploy.images import PictureLoader, Preprocessing, UnusableImageError
+from simprune_deploy.images import (
+    PictureLoader,
+    Preprocessing,
+    UnusableImageError,
+    as_uint8_nhwc,
+)
 from simprune_deploy.report.clusters import Clusters, check_sizes, compose, grid_of
 from simprune_deploy.report.pictures import (
     THUMB,
@@ -195,7 +200,7 @@ def write_pictures(
             if not inputs:
                 continue
             pixels = np.stack(inputs)
-            run = _run(model, pixels if model.normalises else wanted.normalise(pixels))
+            run = _run(model, _as_input(model, wanted, pixels))
             for index, (name, picture) in enumerate(zip(names, shown, strict=True)):
                 layers = _clusters(run, index, facts)
                 says = _says(facts, run.outputs[index])
@@ -231,6 +236,13 @@ def write_pictures(
         }
         write_json(staging / NUMBERS, numbers)
     return numbers
+
+
+def _as_input(model: Pictured, wanted: Preprocessing, pixels: np.ndarray) -> np.ndarray:
+    """Return float32[n, C, H, W] in [0, 1] as the model takes it."""
+    if model.facts.takes_uint8:
+        return as_uint8_nhwc(pixels)
+    return pixels if model.normalises else wanted.normalise(pixels)
 
 
 def _run(model: Pictured, images: np.ndarray) -> Run:

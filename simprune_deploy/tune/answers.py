@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from simprune_deploy.tune.datasets import DataSet
 
 BATCH = 32
-NEVER = 1.5
-"""A threshold at which nothing is pruned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +118,10 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
     threshold = facts.pruning.threshold if facts.export["runtime_threshold"] else None
     what = f"{path}, pruned at {facts.pruning.threshold:g}" if facts.pruning.layers else str(path)
     if dense:
-        what = f"{path}, without its pruning"
-        if threshold is None:
-            raise SimpruneError(
-                f"the threshold of {path} is fixed: give --reference MODEL, its checkpoint"
-            )
-        threshold = NEVER
+        from simprune_deploy.onnx.dense import dense as without_pruning
+
+        what, threshold = f"{path}, without its pruning", None
+        graph = without_pruning(graph)
     bf16 = facts.precision == "bf16"
     runnable = emulated(graph, "bf16") if bf16 else graph
     how = "CPU, emulating bfloat16" if bf16 else "CPU"
