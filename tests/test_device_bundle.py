@@ -659,5 +659,7 @@ class TestCommandLine:
         monkeypatch.setitem(sys.modules, "jinja2", None)
         with pytest.raises(SimpruneError, match="jinja2, which writes the README") as raised:
             cli_export._bundle_after_export(copy, find_targets("orin-nx"), False, lambda _: None)
-        assert f"the export in {copy} is complete; `simprune-deploy bundle {copy}" in str(raised)
+        assert f"the export in {copy} is complete; `simprune-deploy bundle {copy}" in str(
+            raised.value
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
