@@ -54,7 +54,7 @@ MODEL = ROOT / "examples" / "fashion_mnist" / "vit"
 IMAGES = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"
 LAYERS = (1, 3, 4)
 HIGH, LOW = Setting("ours", 0.9, LAYERS), Setting("ours", 0.8, LAYERS)
-COUNT = 96
+COUNT = 48
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ class Shards(LocalRunner):
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simprune_deploy.tune.sweep.SHARD_IMAGES", 32)
+    monkeypatch.setattr("simprune_deploy.tune.sweep.SHARD_IMAGES", 16)
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(
@@ -397,7 +397,7 @@ def test_a_grid_is_all_combinations_without_repeats() -> None:
 
 def test_the_command_writes_and_prints_its_table(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    options = ["--data", IMAGES, "--limit", 64, "--timing", 20, "-o", folder]
+    options = ["--data", IMAGES, "--limit", 48, "--timing", 10, "-o", folder]
     code, out, err = call("sweep", MODEL, "--thresholds", "0.9,0.8", *options)
     assert code == 0, err
     assert "0.9" in out

@@ -78,7 +78,18 @@ def sweep(
         Optional[str],  # noqa: UP045
         typer.Option(help="'dynamic', or counts as in export: dynamic;64.  [default: dynamic]"),
     ] = None,
-    backend: BackendName = "onnxruntime",
+    backend: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="What runs the model: onnxruntime, torch, engine.  [default: onnxruntime, with "
+            "--compare torch]",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Baselines too, at the same token counts, in PyTorch."),
+    ] = False,
     limit: Limit = None,
     classes: Classes = None,
     no_labels: NoLabels = False,
@@ -121,19 +132,24 @@ def sweep(
         wanted = DataOptions(limit, not no_labels, classes, parse_share(max_unreadable))
         folder = output or Path(f"{stem_of(model)}-sweep")
         check_store(folder, resume, force)
+        if compare and backend not in (None, "torch"):
+            raise SimpruneError(f"--compare runs in PyTorch, not {backend}: leave --backend out")
+        name = backend or ("torch" if compare else "onnxruntime")
 
-        from simprune_deploy.tune.backends import backend_of
+        from simprune_deploy.tune.backends import backend_of, compared
 
         with progress_bar(enabled=not as_json) as bar, joined(ray) as runner:
             bar.begin("loading the model and the list of pictures", 1)
             subject = load_subject(model, arch, pretrained, trust_pickle)
             settings = settings_for(subject, grid, asked)
+            if compare:
+                settings = compared(settings)
             options = SweepOptions(batch_for(subject, batch), timing)
             pictures = open_data(data, subject.facts, wanted)
             started = start_sweep(
                 subject,
                 pictures,
-                backend_of(backend, subject, options.batch),
+                backend_of(name, subject, options.batch),
                 folder,
                 options,
                 resume=resume,

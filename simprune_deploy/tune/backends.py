@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from simprune_deploy.errors import SimpruneError
-from simprune_deploy.tune.evaluate import Executor, Runnable
-from simprune_deploy.tune.results import OURS, Setting
+from simprune_deploy.images import as_uint8_nhwc
+from simprune_deploy.tune.evaluate import Executor, Runnable, by_graph
+from simprune_deploy.tune.results import BASELINES, OURS, Setting
 from simprune_deploy.tune.subject import Subject
 
 if TYPE_CHECKING:
@@ -33,8 +34,11 @@ class Backend(Protocol):
     name: str
     facts: dict[str, Any]
 
+    def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
+        """Return the settings in groups that one runnable serves."""
+
     def prepare(self, group: Sequence[Setting]) -> Runnable:
-        """Return a runnable for settings that differ only in threshold, and the dense model."""
+        """Return a runnable for a group, and for the dense model."""
 
     def alone(self, group: Sequence[Setting], purpose: str) -> Runnable:
         """Return one that runs nothing but the model, to measure its "time" or its "memory"."""
@@ -93,6 +97,9 @@ class OnnxBackend:
             else "exported for this sweep, one for all thresholds, and not proven: `export` proves",
         }
 
+    def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
+        return by_graph(settings)
+
     def prepare(self, group: Sequence[Setting]) -> OnnxRunnable:
         return self._runnable(dataclasses.replace(group[0], threshold=None))
 
@@ -120,6 +127,7 @@ class OnnxBackend:
             prefix=facts.num_prefix_tokens,
             normalise=None if facts.export["normalize"] else _mean_and_std(facts),
             batch=facts.batch,
+            takes_uint8=facts.takes_uint8,
         )
 
 
@@ -135,6 +143,29 @@ def configured(model: PrunedViT, setting: Setting) -> PrunedViT:
         reduction=setting.reduction,
         tokens="dynamic" if setting.tokens is None else setting.tokens,
     )
+
+
+def ours_of(setting: Setting) -> Setting:
+    """Return the setting of ours whose token counts a baseline takes."""
+    return Setting(OURS, setting.threshold, setting.layers)
+
+
+def compared(settings: Sequence[Setting]) -> list[Setting]:
+    """Return each setting followed by the baselines at its token counts.
+
+    Raises:
+        SimpruneError: none of the settings is the operator's usual form, with counts of its own.
+    """
+    usual = [each for each in settings if each == ours_of(each)]
+    if not usual:
+        raise SimpruneError(
+            "--compare takes the token counts of selection cover, reduction merge and dynamic "
+            "tokens: sweep these too"
+        )
+    return [
+        *settings,
+        *(dataclasses.replace(each, method=name) for each in usual for name in BASELINES),
+    ]
 
 
 MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
@@ -168,6 +199,7 @@ class OnnxRunnable:
         prefix: Number of prefix tokens.
         normalise: Mean and deviation, where the graph does not normalise.
         batch: Smallest and largest batch that the graph takes.
+        takes_uint8: Whether images are uint8[B, H, W, C]. Default False.
         purpose: "count" (the graph also gives the patches kept, the default), "time", or "memory"
             (memory is freed as soon as it can be, so that its peak shows).
     """
@@ -179,6 +211,7 @@ class OnnxRunnable:
     prefix: int
     normalise: MeanAndStd | None
     batch: tuple[int, int]
+    takes_uint8: bool = False
     purpose: str = "count"
 
     def open(self) -> Executor:
@@ -221,7 +254,8 @@ class _OnnxExecutor:
         count, low = len(pixels), self.spec.batch[0]
         # a graph of a fixed batch gets the last picture again, as often as one is missing
         filled = np.concatenate([pixels, np.repeat(pixels[-1:], max(0, low - count), 0)])
-        feeds = {"images": normalised(filled, self.spec.normalise)}
+        images = normalised(filled, self.spec.normalise)
+        feeds = {"images": as_uint8_nhwc(images) if self.spec.takes_uint8 else images}
         if threshold is not None:
             feeds["threshold"] = np.array([threshold], np.float32)
         return [array[:count] for array in session.run(names, feeds)]
@@ -250,6 +284,9 @@ class TorchBackend:
         self.subject = subject
         self.facts = {"backend": self.name, "runtime": f"PyTorch {_version('torch')} (CPU)"}
 
+    def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
+        return [list(settings)] if settings else []
+
     def prepare(self, group: Sequence[Setting]) -> Runnable:
         assert self.subject.model is not None
         return TorchRunnable(
@@ -275,6 +312,8 @@ class TorchRunnable:
 class _TorchExecutor:
     def __init__(self, spec: TorchRunnable) -> None:
         self.spec = spec
+        self.pixels: np.ndarray | None = None
+        self.kept: dict[Setting, Any] = {}
         spec.model.eval()
 
     def dense(self, pixels: np.ndarray) -> np.ndarray:
@@ -287,14 +326,29 @@ class _TorchExecutor:
     def pruned(self, setting: Setting, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        if setting.method != OURS:
-            raise SimpruneError(f"method {setting.method!r} is unknown")
-        model = configured(self.spec.model, setting)
-        traces: list[Any] = []
+        from simprune_deploy.tune.baselines import Baseline, kept_counts
+
         with torch.inference_mode():
+            if setting.method != OURS:
+                counts = self._counts_of_ours(setting, pixels)
+                model = configured(self.spec.model, ours_of(setting))
+                run = Baseline(setting.method).run(model, self._images(pixels), counts)
+                return run.outputs.numpy(), run.kept.numpy()
+            model = configured(self.spec.model, setting)
+            traces: list[Any] = []
             outputs = model(self._images(pixels), traces=traces).numpy()
-        counts = [trace.assignment.amax(1).numpy() + 1 for trace in traces]
-        return outputs, np.stack(counts, 1) - model.num_prefix_tokens
+            kept = kept_counts(traces, model.num_prefix_tokens)
+        if self.pixels is not pixels:
+            self.pixels, self.kept = pixels, {}
+        self.kept[setting] = kept
+        return outputs, kept.numpy()
+
+    def _counts_of_ours(self, setting: Setting, pixels: np.ndarray) -> Any:
+        """Return what ours keeps of these pictures: where it just ran on them, from that run."""
+        ours = ours_of(setting)
+        if self.pixels is not pixels or ours not in self.kept:
+            self.pruned(ours, pixels)
+        return self.kept[ours]
 
     def _images(self, pixels: np.ndarray) -> Any:
         import torch

@@ -70,6 +70,7 @@ class Tuned:
             "threshold": f"{self.pruning['threshold']:g}",
             "prunes before blocks": self.pruning["layers"],
             **self._of_cell(self.found.cell),
+            "confidence from": PAIRED_METHOD if self.found.drop else "no labels",
             "evaluated": f"{len(self.found.cells)} settings on {self.found.cell.images:,} images",
             "patches that static engines need": "; ".join(
                 f"{'/'.join(map(str, each.tokens))} ({each.share:.0%} of the images keep more)"
@@ -89,7 +90,7 @@ class Tuned:
             drop = drop_of(cell, confidence)
             facts["accuracy"] = (
                 f"{cell.top1:.2%}, a drop of {drop.estimate:.2%} ({drop.low:.2%} to "
-                f"{drop.high:.2%} with {confidence:.0%} confidence; {PAIRED_METHOD})"
+                f"{drop.high:.2%} with {confidence:.0%} confidence)"
             )
         if cell.agreement is not None:
             facts["same as dense"] = f"{cell.agreement:.2%}"

@@ -27,13 +27,12 @@ from simprune_deploy.tune.evaluate import (
     Shard,
     ShardResult,
     Tally,
-    by_graph,
     evaluate_shard,
     opened,
     shards_of,
     total,
 )
-from simprune_deploy.tune.results import Cell, ClassResult, Setting, SweepResult
+from simprune_deploy.tune.results import BASELINES, OURS, Cell, ClassResult, Setting, SweepResult
 from simprune_deploy.tune.store import Store, open_store
 from simprune_deploy.tune.subject import Subject
 
@@ -151,7 +150,7 @@ class Sweep:
         Raises:
             SimpruneError: too many pictures cannot be read, or the model's outputs are no numbers.
         """
-        groups = by_graph(settings)
+        groups = self.backend.groups(settings)
         work = [(group, self._missing([DENSE_SETTING, *group])) for group in groups]
         waiting = sum(s.stop - s.start for _, shards in work for s in shards for _ in s.settings)
         self.bar.begin("images", waiting)
@@ -195,7 +194,7 @@ class Sweep:
 
     def time(self, settings: Sequence[Setting]) -> list[Cell]:
         """Return cells that hold nothing but latency and memory: no picture is counted."""
-        self._time(by_graph(settings))
+        self._time(self.backend.groups(settings))
         found = [(each, self.store.timings[each]) for each in settings]
         return [
             Cell(
@@ -209,7 +208,8 @@ class Sweep:
         ]
 
     def _time(self, groups: Sequence[Sequence[Setting]]) -> None:
-        waiting = [[s for s in group if s not in self.store.timings] for group in groups]
+        known = self.store.timings
+        waiting = [[s for s in group if s.method == OURS and s not in known] for group in groups]
         waiting = [group for group in waiting if group]
         if not waiting:
             return
@@ -264,6 +264,11 @@ class Sweep:
         not_measured = []
         if not self.options.timing:
             not_measured.append("latency and peak memory: --timing 0")
+        elif any(setting.method in BASELINES for setting in settings):
+            not_measured.append(
+                "the baselines' latency: they are written to compare accuracy at the same token "
+                "counts, not for speed"
+            )
         return SweepResult(
             model=self.subject.to_dict(),
             data=self.described_data(),
