@@ -25,7 +25,12 @@ INK = "#24292f"
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart, on white and on black
 OUR_COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#8c6bb1")
-BASELINE_COLOURS = {"random": "#999999", "saint": "#e69f00", "tome": "#d55e00"}
+BASELINE_COLOURS = {
+    "random": "#999999",
+    "redundancy": "#7f4f24",
+    "saint": "#e69f00",
+    "tome": "#d55e00",
+}
 OTHER_COLOUR = "#cc79a7"
 MARKERS = "oDs^vPX"
 LABELLED_POINTS = 12

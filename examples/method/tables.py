@@ -1,0 +1,111 @@
+"""Write the tables of docs/method.md from the CSV files beside it.
+
+    python examples/method/tables.py
+
+A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
+("cosine", "accuracy") and for the curves "value" or "lead". ``--check`` only compares, and fails if
+a number in the page is not that of its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tracks import RESULTS
+
+TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.S)
+Rows = list[dict[str, str]]
+
+
+def curve_values(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every threshold, a column for every method."""
+    return by_threshold(rows, lambda row: number(row[measure], measure))
+
+
+def curve_leads(rows: Rows, measure: str) -> list[list[str]]:
+    """As :func:`curve_values`: ours minus the method, with its interval."""
+    others = [row for row in rows if row["method"] != "ours"]
+    return by_threshold(others, lambda row: difference(row, f"{measure} lead", measure))
+
+
+def by_threshold(rows: Rows, text: Callable[[dict[str, str]], str]) -> list[list[str]]:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [["threshold", "tokens", *methods]]
+    for threshold in dict.fromkeys(row["threshold"] for row in rows):
+        found = {row["method"]: row for row in rows if row["threshold"] == threshold}
+        tokens = f"{float(found[methods[0]]['tokens']):.0%}"
+        lines.append([threshold, tokens, *(text(found[method]) for method in methods)])
+    return lines
+
+
+def choices(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every variant, a column for every share of tokens: gain with its interval."""
+    rows = [row for row in rows if row["measure"] == measure]
+    shares = list(dict.fromkeys(row["tokens"] for row in rows))
+    lines = [["variant", *(f"{float(share):.0%} of tokens" for share in shares)]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = [row for row in rows if row["variant"] == variant]
+        if variant == "default":
+            cells = [number(row["value"], measure) for row in found]
+        else:
+            cells = [difference(row, "gain", measure) for row in found]
+        lines.append([variant, *cells])
+    return lines
+
+
+def number(text: str, measure: str) -> str:
+    return f"{float(text):.1%}" if measure == "accuracy" else f"{float(text):.4f}"
+
+
+def difference(row: dict[str, str], key: str, measure: str) -> str:
+    """Write a difference and its interval; an asterisk if the interval does not hold zero."""
+    values = [row[key], row[f"{key} low"], row[f"{key} high"]]
+    if "" in values:
+        return "not reached"
+    middle, low, high = map(float, values)
+    sure = " *" if low > 0 or high < 0 else ""
+    if measure == "accuracy":
+        return f"{middle:+.1%} ({low:+.1%} to {high:+.1%}){sure}"
+    return f"{middle:+.4f} ({low:+.4f} to {high:+.4f}){sure}"
+
+
+def make_table(folder: Path, name: str, what: str) -> str:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    measure, _, form = what.partition(" ")
+    maker = {"value": curve_values, "lead": curve_leads, "": choices}[form]
+    head, *lines = maker(rows, measure)
+    rule = ["---"] * len(head)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def filled(page: str, folder: Path) -> str:
+    """Return the page with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + make_table(folder, match[2], match[3]) + match[4]
+
+    return TABLE.sub(table, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", type=Path, default=RESULTS.parent / "method.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    before = args.page.read_text(encoding="utf-8")
+    after = filled(before, args.results)
+    if args.check:
+        return int(before != after)
+    args.page.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

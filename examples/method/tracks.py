@@ -1,0 +1,156 @@
+"""The two real tracks of docs/method.md, and how settings are measured and compared on them.
+
+* ``fashion``: the Fashion-MNIST classifier of ``examples/fashion_mnist`` on its labelled images.
+* ``photographs``: the DINOv2-layout ViT-S/14 that ``examples/real_weights.py`` makes, at 224
+  pixels, on its 20 ImageNet photographs and the 8 that come with the package. It has no
+  classifier: what is measured is the cosine of the final class token to the unpruned model's.
+
+Everything runs in PyTorch on one CPU thread, with fixed seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from rich.progress import track as progress
+
+import simprune_deploy as sd
+from simprune_deploy.errors import SimpruneError
+from simprune_deploy.files import staged_file
+from simprune_deploy.images import Preprocessing, load_folder, sample_images
+from simprune_deploy.pruning.cost import spread_over_blocks
+from simprune_deploy.pruning.model import PrunedViT
+
+EXAMPLES = Path(__file__).parent.parent
+RESULTS = EXAMPLES.parent / "docs" / "method"
+TRACKS = ("fashion", "photographs")
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """A model, its images, and what the unpruned model says of them.
+
+    Attributes:
+        name: "fashion" or "photographs".
+        vit: The unpruned timm model.
+        images: float32[n, C, H, W], normalised.
+        labels: int64[n], or None.
+        dense: The unpruned model's outputs, [n, D].
+        batch: Images that run together.
+    """
+
+    name: str
+    vit: timm.models.VisionTransformer
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    dense: torch.Tensor
+    batch: int
+
+    def every(self, step: int) -> Track:
+        """The track with every so manieth image."""
+        labels = None if self.labels is None else self.labels[::step]
+        fewer = {
+            "images": self.images[::step],
+            "labels": labels,
+            "dense": self.dense[::step],
+        }
+        return dataclasses.replace(self, **fewer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One setting, image by image.
+
+    Attributes:
+        tokens: float64[n], the share of the unpruned model's tokens that the blocks processed.
+        cosine: float64[n], of the output to the unpruned model's.
+        right: bool[n], whether the class is the label; None without labels.
+        same: bool[n], whether the class is the unpruned model's; None without a classifier.
+    """
+
+    tokens: np.ndarray
+    cosine: np.ndarray
+    right: np.ndarray | None
+    same: np.ndarray | None
+
+
+def load_track(name: str, images: int, weights: Path) -> Track:
+    """Load a track's model and its first `images` images, and run the unpruned model."""
+    torch.set_num_threads(1)
+    if name == "fashion":
+        vit = sd.load(EXAMPLES / "fashion_mnist" / "vit").eval()
+        with np.load(EXAMPLES / "fashion_mnist" / "test_slice.npz") as data:
+            levels = data["images"][:images, None].astype(np.float32)
+            labels = torch.from_numpy(data["labels"][:images].astype(np.int64))
+        pixels = Preprocessing.of_model(vit).normalise(levels / 255)
+        batch = 50
+    else:
+        folder = weights / "vit_small_dinov2_focus"
+        if not folder.is_dir():
+            raise SimpruneError(
+                f"{folder} is missing: run `python examples/real_weights.py {weights}` first"
+            )
+        vit = sd.load(folder, img_size=224).eval()
+        preprocessing = Preprocessing.of_model(vit)
+        imagenet = load_folder(weights / "photographs", preprocessing).pixels
+        pixels = np.concatenate([imagenet, sample_images(preprocessing).pixels])[:images]
+        labels, batch = None, 1
+    tensor = torch.from_numpy(pixels)
+    with torch.inference_mode():
+        dense = torch.cat([vit(chunk) for chunk in tensor.split(batch)])
+    return Track(name, vit, tensor, labels, dense, batch)
+
+
+def tokens_share(model: PrunedViT, kept: torch.Tensor) -> np.ndarray:
+    """Return float64[n], the share of tokens processed, from int64[n, L] patches kept."""
+    layers, depth = model.config.layers, len(model.vit.blocks)
+    prefix, total = model.num_prefix_tokens, model.num_tokens
+    rows = [[prefix + k for k in row] for row in kept.tolist()]
+    shares = [np.mean(spread_over_blocks(total, layers, row, depth)) / total for row in rows]
+    return np.array(shares)
+
+
+def summarise(track: Track, outputs: torch.Tensor, tokens: np.ndarray) -> Measured:
+    """Compare outputs [n, D] with the unpruned model's and the labels."""
+    cosine = torch.cosine_similarity(outputs.double(), track.dense.double(), dim=1).numpy()
+    if track.labels is None:
+        return Measured(tokens, cosine, None, None)
+    classes = outputs.argmax(1)
+    right, same = classes == track.labels, classes == track.dense.argmax(1)
+    return Measured(tokens, cosine, right.numpy(), same.numpy())
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int) -> np.ndarray:
+    """Return the bounds [2, ...] of 95 % of a statistic over resampled images (percentiles).
+
+    Both settings of a difference see the same resampled images: the comparison is paired.
+    """
+    rng = np.random.default_rng(0)
+    found = [statistic(rng.integers(images, size=images)) for _ in range(RESAMPLES)]
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    return np.quantile(np.stack(found), tails, axis=0)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write rows of equal keys; the file appears whole or not at all."""
+    with (
+        staged_file(path) as staging,
+        staging.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def steps(items: Sequence[object], what: str) -> Iterable:
+    """Go through items with a progress bar on stderr where it is a terminal."""
+    return progress(items, description=what, disable=not sys.stderr.isatty(), transient=True)
