@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import plugin_build
 import pytest
@@ -39,6 +40,42 @@ def made(make: Callable[[], Path]) -> Path:
 def tensorrt_headers() -> Path:
     """Return a folder of TensorRT's headers."""
     return made(plugin_build.tensorrt_headers)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the stand-in for CUDA, with an Orin in place of this machine's GPU."""
+    import running_double
+
+    from simprune_deploy.benchmark import on_engines
+    from simprune_deploy.engine import builders, cuda
+    from simprune_deploy.engine.gpu import Gpu
+
+    found = running_double.Cuda(12_060)
+    monkeypatch.setattr(cuda, "_bindings", lambda: found)
+
+    def orin() -> Gpu:
+        return Gpu("Orin", (8, 7), "12.6", 8 << 30)
+
+    for module in (builders, cuda, on_engines):
+        monkeypatch.setattr(module, "find_gpu", orin)
+    monkeypatch.setattr("cuda.core.utils.StridedMemoryView", running_double.View)
+    return found
+
+
+@pytest.fixture(scope="session")
+def deciding_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo model, exported and proven: run-time threshold, batch 1..4, assignments."""
+    import simprune_deploy as sd
+
+    folder = tmp_path_factory.mktemp("deciding") / "out"
+    vit = sd.load(plugin_build.ROOT / "examples" / "fashion_mnist" / "vit")
+    pruned = sd.prune(vit, threshold=0.9, layers=[1, 3])
+    options = sd.ExportOptions(runtime_threshold=True, batch=(1, 4), emit_assignments=True)
+    result = sd.export(pruned, folder, options)
+    assert result.verdict is not None
+    assert result.verdict.status == "proven"
+    return folder
 
 
 @pytest.fixture(scope="session")

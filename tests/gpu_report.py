@@ -20,7 +20,9 @@ NOT_YET = "**Not yet run on a GPU.**"
 STAGES = {
     "build": "the library for this GPU is built, or the one that SIMPRUNE_LIBRARY names is taken",
     "tests": "`tests/test_gpu_kernels.py`: the kernels and the plugin's `enqueue` on directed "
-    "cases against the definition and the PyTorch operator; streams, CUDA graphs, no waiting",
+    "cases against the definition and the PyTorch operator; streams, CUDA graphs, no waiting; "
+    "`tests/test_gpu_engines.py`, where TensorRT or TensorRT-RTX is installed: engines built, run "
+    "through the runtime and held to PyTorch's golden cases, with and without CUDA graphs",
     "sanitizer": "compute-sanitizer: memcheck, racecheck, initcheck and synccheck over the small "
     "cases and `enqueue`",
     "benchmark": "`examples/benchmarks/gpu_kernels.py`: times beside floors, PyTorch and ToMe; "

@@ -145,14 +145,21 @@ def cpp_example(tensorrt: Path) -> Path:
     """Build examples/cpp, linked with a lean runtime of TensorRT, and return the build folder."""
     _need(toolchain.find_cmake, toolchain.check_host_compiler, toolchain.find_nvcc)
     (library,) = (tensorrt / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
-    settings = {
-        "TENSORRT_INCLUDE": str(tensorrt_headers()),
-        "TENSORRT_LIBRARY": str(library),
-        "JSON_INCLUDE": str(json_headers()),
-    }
+    headers = tensorrt_headers()
+    settings = {"JSON_INCLUDE": str(json_headers()), "TENSORRT_NAMES": "nvinfer_lean"}
+
+    def build(folder: Path) -> None:
+        # as TensorRT's own archive has it
+        root = folder / "tensorrt"
+        (root / "lib").mkdir(parents=True)
+        (root / "include").symlink_to(headers)
+        for name in (library.name, "libnvinfer_lean.so"):
+            (root / "lib" / name).symlink_to(library)
+        _run_cmake(CPP_EXAMPLE, folder, {"TENSORRT_ROOT": str(root), **settings})
+
     sources = [path.read_bytes() for path in sorted(CPP_EXAMPLE.iterdir())]
-    key = [json.dumps(settings).encode(), _versions(), *sources]
-    return cached("cpp-example", key, lambda folder: _run_cmake(CPP_EXAMPLE, folder, settings))
+    key = [json.dumps([settings, str(library), str(headers)]).encode(), _versions(), *sources]
+    return cached("cpp-example", key, build)
 
 
 def _run_cmake(source: Path, folder: Path, settings: dict[str, str], *targets: str) -> None:

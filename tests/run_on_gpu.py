@@ -254,8 +254,10 @@ def pytest_command(context: Context, junit: Path, selection: str) -> list[str]:
         chosen = ["-m", "gpu", *(["-k", selection] if selection else [])]
     # addopts names --strict-markers, which needs every pytest plugin that the project tests with
     quiet = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    tests = str(ROOT / "tests" / "test_gpu_kernels.py")
-    return [sys.executable, "-m", "pytest", *quiet, f"--junitxml={junit}", *chosen, tests]
+    tests = [str(ROOT / "tests" / "test_gpu_kernels.py")]
+    if not context.rehearsal:
+        tests.append(str(ROOT / "tests" / "test_gpu_engines.py"))
+    return [sys.executable, "-m", "pytest", *quiet, f"--junitxml={junit}", *chosen, *tests]
 
 
 def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:

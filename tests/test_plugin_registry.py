@@ -216,6 +216,25 @@ def test_it_creates_none_from_bad_fields(
         assert case["stderr"] == []
 
 
+def test_a_program_may_load_several_engines_with_the_plugin(
+    registry: Registry, library: Path
+) -> None:
+    """NVIDIA's registries refuse a library that they have; ours loads it once."""
+    if registry.folder is None:
+        pytest.skip("TensorRT-RTX takes no plugins")
+    program = (
+        "import importlib, sys; from pathlib import Path\n"
+        "from simprune_deploy.engine.flavours import load_plugin\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "trt = importlib.import_module(sys.argv[2])\n"
+        "for _ in range(2): load_plugin(trt, 'tensorrt', Path(sys.argv[3]))\n"
+        "assert trt.get_plugin_registry().load_library(sys.argv[3]) is None\n"
+    )
+    command = [sys.executable, "-c", program, str(registry.folder), registry.module, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def installed_rtx() -> Path:
     spec = importlib.util.find_spec("tensorrt_rtx")
     if spec is None or spec.origin is None:

@@ -32,9 +32,9 @@ from rich.table import Table
 import simprune_deploy as sd
 from simprune_deploy.images import Preprocessing, load_folder, sample_images
 from simprune_deploy.onnx.exporter import export_onnx
-from simprune_deploy.onnx.metadata import Facts, read_facts
+from simprune_deploy.onnx.metadata import read_facts
 from simprune_deploy.onnx.variants import diagnostic_name, with_diagnostics
-from simprune_deploy.pruning.cost import block_flops, spread_over_blocks
+from simprune_deploy.pruning.cost import allowed_speedup, spread_over_blocks
 
 NOTHING_PRUNED = 1.1
 
@@ -61,12 +61,6 @@ def in_turn(calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
             call()
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def allowed_speedup(facts: Facts, tokens_by_block: list[float], patch_pixels: int) -> float:
-    embed = 2 * facts.num_patches * patch_pixels * facts.embed_dim
-    dense = embed + facts.depth * block_flops(facts.block, facts.num_tokens)
-    return dense / (embed + sum(block_flops(facts.block, n) for n in tokens_by_block))
 
 
 def main() -> None:
@@ -98,7 +92,7 @@ def main() -> None:
         pictures = (
             load_folder(args.images, preprocessing) if args.images else sample_images(preprocessing)
         )
-        patch_pixels = facts.channels * size * size // facts.num_patches
+        embed = 2 * facts.channels * size * size * facts.embed_dim
         for batch in map(int, args.batch.split(",")):
             rounds = max(3, args.rounds // (1 if size * batch < 1000 else 3))
             images = np.resize(pictures.pixels, (batch, *pictures.pixels.shape[1:]))
@@ -121,7 +115,7 @@ def main() -> None:
                     a / b for a, b in zip(times["dense"], times["pruned"], strict=True)
                 )
                 nothing = threshold == NOTHING_PRUNED
-                allowed = allowed_speedup(facts, by_block, patch_pixels)
+                allowed = allowed_speedup(facts.block, facts.num_tokens, by_block, embed)
                 table.add_row(
                     str(size), str(batch), f"{threshold}",
                     f"{sum(by_block) / len(by_block) / facts.num_tokens:.2f}",

@@ -12,6 +12,7 @@ import typer
 
 from simprune_deploy import __version__
 from simprune_deploy.cli import (
+    bench,
     build,
     bundle,
     export,
@@ -37,6 +38,7 @@ app.add_typer(plugin.plugin_app, name="plugin")
 
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("build")(build.build)
 app.command("bundle")(bundle.bundle)
 app.command("targets")(build.list_targets)

@@ -30,6 +30,9 @@ PLUGIN_BEFORE_FUNCTION = (10, 7)
 """From this TensorRT on a registered plugin is preferred to a function in the file."""
 
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
+_LOADED: set[tuple[str, str]] = set()
+"""Module and library: a registry refuses a library that it has, and keeps it with the process."""
+
 CREATOR = ("SimilarityPrune", "1", "")  # name, version, namespace
 
 
@@ -177,6 +180,9 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
         raise SimpruneError(
             "TensorRT-RTX takes no plugins, and aborts on one: it compiles the ONNX function"
         )
+    key = (trt.__name__, str(library.resolve()))
+    if key in _LOADED:
+        return
     registry = trt.get_plugin_registry()
     handle = registry.load_library(str(library.absolute()))
     if handle is None or registry.get_creator(*CREATOR) is None:
@@ -184,6 +190,7 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
             f"TensorRT {trt.__version__} does not take the plugin of {library}: build it here with "
             "`simprune-deploy plugin build`"
         )
+    _LOADED.add(key)
 
 
 def error_logger(trt: Any, errors: list[str]) -> Any:

@@ -35,6 +35,23 @@ def flops_share(shape: BlockShape, dense_tokens: int, tokens_by_block: Sequence[
     return pruned / (len(tokens_by_block) * block_flops(shape, dense_tokens))
 
 
+def allowed_speedup(
+    shape: BlockShape, dense_tokens: int, tokens_by_block: Sequence[float], embed_flops: float
+) -> float:
+    """Return how much faster token counts allow a model to be: its dense FLOPs over the pruned.
+
+    Args:
+        shape: Of a block.
+        dense_tokens: Before any pruning.
+        tokens_by_block: What every block sees.
+        embed_flops: Of the patch embedding, which both do alike.
+
+    The prune layers' own work is not in it: a measured speed-up has to earn it back.
+    """
+    dense = embed_flops + len(tokens_by_block) * block_flops(shape, dense_tokens)
+    return dense / (embed_flops + sum(block_flops(shape, tokens) for tokens in tokens_by_block))
+
+
 def spread_over_blocks(
     dense_tokens: int, layers: Sequence[int], kept: Sequence[float], depth: int
 ) -> list[float]:

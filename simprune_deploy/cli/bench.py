@@ -1,0 +1,90 @@
+"""``bench``: how fast an exported model is beside the same model without pruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from simprune_deploy.cli.common import Json, errors, print_json
+from simprune_deploy.errors import SimpruneError
+
+
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Exported folder.")],
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="engine: TensorRT on the GPU here; onnxruntime: the ONNX file on the CPU."
+        ),
+    ] = "engine",
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Images in a batch.  [default: the smallest that the export takes]"),
+    ] = None,
+    thresholds: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="LIST",
+            help="0.95,0.9,0.8: for exports with a run-time threshold.  [default: the model's]",
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Timed runs of each model, at least.")] = 100,
+    warm_up: Annotated[int, typer.Option(help="Runs of each model before that.")] = 10,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of pictures.  [default: the golden cases]"),
+    ] = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of ONNX Runtime.  [default: the cores there are to use]"),
+    ] = None,
+    plugin: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The plugin's library, for engines.  [default: as in build]"),
+    ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph", help="Replay engines as CUDA graphs: the dense one, and fixed tokens."
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build the engines again that are there already.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time an exported model and the same model without pruning, side by side."""
+    with errors():
+        from simprune_deploy.benchmark import BenchOptions, benchmark
+        from simprune_deploy.report.bench import print_benchmark
+        from simprune_deploy.report.terminal import progress
+
+        options = BenchOptions(
+            backend=backend,
+            batch=batch,
+            thresholds=_numbers(thresholds) if thresholds is not None else (),
+            iterations=iterations,
+            warm_up=warm_up,
+            images=images,
+            threads=threads,
+            plugin=plugin,
+            cuda_graph=cuda_graph,
+            force=force,
+        )
+        with progress(enabled=not as_json) as step:
+            report = benchmark(folder, options, progress=step)
+        if as_json:
+            print_json(report)
+        else:
+            print_benchmark(report)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SimpruneError(
+            f"--thresholds {text!r} is not understood: write 0.95,0.9,0.8"
+        ) from None
