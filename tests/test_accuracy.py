@@ -265,10 +265,10 @@ def test_the_stored_baseline_is_compared_with(first: Any, exported: Path) -> Non
     _, folder = first
     base = folder / "base.json"
     common = (exported, "--data", DATA, "--baseline", base)
-    again = call("verify", *common, "--limit", 120, "--min-agreement", "98%")
+    again = call("verify", *common, "--limit", 120, "--min-agreement", "95%")
     assert again.exit_code == 0, again.output
     assert "same class on 120 of 120 images (100.00%)" in again.stdout
-    assert "of other images" in refusal(*common, "--limit", 40, "--min-agreement", "98%")
+    assert "of other images" in refusal(*common, "--limit", 40, "--min-agreement", "95%")
     # the same model in PyTorch has the same weights; retrained ones are others
     checkpoint = call("verify", DEMO / "vit", "--data", DATA, "--limit", 120, "--baseline", base,
                       "--max-drop", "9%", "--save-baseline", base)  # fmt: skip
@@ -279,7 +279,7 @@ def test_the_stored_baseline_is_compared_with(first: Any, exported: Path) -> Non
     values = json.loads(base.read_text())
     values["weights"]["pos_embed"] *= 1.1
     base.write_text(json.dumps(values))
-    assert "--retrained" in refusal(*common, "--limit", 120, "--min-agreement", "98%")
+    assert "--retrained" in refusal(*common, "--limit", 120, "--min-agreement", "95%")
 
 
 def test_onnx_against_pytorch_as_pruned_and_dense(exported: Path) -> None:
@@ -289,6 +289,28 @@ def test_onnx_against_pytorch_as_pruned_and_dense(exported: Path) -> None:
     assert pruned["checks"][0]["found"]["estimate"] >= 59 / 60
     assert "pruned at 0.9 (PyTorch" in pruned["reference"]
     assert "dense (PyTorch" in json.loads(call(*common).stdout)["reference"]
+
+
+def test_an_engine_is_asked_in_place_of_the_graph(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: ONNX Runtime stands in the engine's place; the way to it is tested."""
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.parity.backends import OnnxRuntimeBackend
+
+    graph = load_graph(exported / "model.onnx")
+    backend = OnnxRuntimeBackend(graph, read_facts(graph))
+    environment = {"runtime": "TensorRT on a double", "gpu": "none"}
+    monkeypatch.setattr(backend, "environment", lambda: environment)
+    monkeypatch.setattr(
+        "simprune_deploy.engines.choose_backend", lambda target, plugin, progress: (backend, target)
+    )
+    result = call("verify", exported, "--engine", "--data", DATA, "--limit", 40,
+                  "--min-agreement", "80%", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert "TensorRT on a double" in values["candidate"]
+    assert "without its pruning" in values["reference"]
 
 
 def test_a_check_that_fails_or_cannot_tell_has_exit_code_1(exported: Path, tmp_path: Path) -> None:

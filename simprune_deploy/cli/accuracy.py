@@ -22,7 +22,7 @@ AGAINST = ("dense", "pruned")
 class Request:
     """What the options of ``verify`` say of the check; :mod:`simprune_deploy.cli.verify` has help.
 
-    The first seven are of every verification, the rest of the accuracy check.
+    The first nine are of every verification, the rest of the accuracy check.
     """
 
     target: Path
@@ -31,6 +31,8 @@ class Request:
     pretrained: bool
     trust_pickle: bool
     as_json: bool
+    engine: bool
+    plugin: Path | None
     data: Path
     max_drop: str | None
     min_agreement: str | None
@@ -167,31 +169,45 @@ def _check_request(request: Request, limits: Limits | None) -> None:
 
 def _contestants(request: Request, compared: bool) -> list[Contestant]:
     """Return the model, and behind it the one to compare with unless that is a baseline."""
-    from simprune_deploy.tune.answers import open_export, open_model
+    from simprune_deploy.engine import ENGINE_SUFFIX
+    from simprune_deploy.tune.answers import open_engine, open_export, open_model
 
     target = str(request.target)
     if not request.target.exists() and not request.pretrained:
         raise SimpruneError(f"{target} does not exist: give an exported folder or a checkpoint")
+    if request.engine or request.target.suffix == ENGINE_SUFFIX:
+        first = open_engine(request.target, request.plugin)
+        folder = request.target
+        if folder.suffix == ENGINE_SUFFIX:
+            folder = folder.absolute().parent.parent
+        return _with_other(request, first, folder, compared)
     exported = _is_export(request.target)
     if exported and request.reference is None and (request.arch or request.trust_pickle):
         raise SimpruneError("--arch and --trust-pickle are for checkpoints, and none is given")
-    wants_dense = compared and request.baseline is None and request.reference is None
     if exported:
         first = open_export(request.target)
-        if wants_dense:
-            if not first.facts.pruning.layers:
-                raise SimpruneError(f"{target} {NOTHING_PRUNED}")
-            return [first, open_export(request.target, dense=True)]
-    else:
-        model = _pruned(request, target)
-        first = open_model(target, model)
-        if wants_dense:
-            if not model.config.layers:
-                raise SimpruneError(f"{target} {NOTHING_PRUNED}")
-            return [first, open_model(target, _without_pruning(model))]
+        return _with_other(request, first, request.target, compared)
+    model = _pruned(request, target)
+    first = open_model(target, model)
+    if compared and request.baseline is None and request.reference is None:
+        if not model.config.layers:
+            raise SimpruneError(f"{target} {NOTHING_PRUNED}")
+        return [first, open_model(target, _without_pruning(model))]
+    return _with_other(request, first, request.target, compared)
+
+
+def _with_other(
+    request: Request, first: Contestant, folder: Path, compared: bool
+) -> list[Contestant]:
+    """Return the model with what it is compared with; without --reference the dense graph."""
+    from simprune_deploy.tune.answers import open_export, open_model
+
     if not compared or request.baseline is not None:
         return [first]
-    assert request.reference is not None
+    if request.reference is None:
+        if not first.facts.pruning.layers:
+            raise SimpruneError(f"{folder} {NOTHING_PRUNED}")
+        return [first, open_export(folder, dense=True)]
     if _is_export(Path(request.reference)):
         if request.against == "pruned":
             raise SimpruneError(

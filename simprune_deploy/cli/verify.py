@@ -163,12 +163,12 @@ def verify(
             "max_unreadable": max_unreadable,
         }
         if data is not None:
-            if images is not None or engine or plugin is not None:
-                raise SimpruneError(
-                    "--images, --engine and --plugin are for the proof, --data for the accuracy: "
-                    "drop one"
-                )
-            common = (target, reference, arch, pretrained, trust_pickle, as_json, data)
+            if images is not None:
+                raise SimpruneError("--images is for the proof, --data for the accuracy: drop one")
+            common = (
+                *(target, reference, arch, pretrained, trust_pickle, as_json),
+                *(engine, plugin, data),
+            )
             check_accuracy(Request(*common, **of_accuracy))  # type: ignore[arg-type]
             return
         changed = of_accuracy | {"against": against != "dense"}

@@ -1,7 +1,7 @@
 """What models answer to a data set: one class for every picture.
 
-A model is an exported graph in ONNX Runtime, or a checkpoint in PyTorch. Both are asked batch by
-batch in one pass over the pictures, so that memory does not grow with them.
+A model is an exported graph in ONNX Runtime, an engine of it, or a checkpoint in PyTorch. They are
+asked batch by batch in one pass over the pictures, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -134,6 +134,35 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
         runner=runner,
         batch=facts.batch,
         threshold=threshold,
+        normalises=bool(facts.export["normalize"]),
+    )
+
+
+def open_engine(
+    path: Path, plugin: Path | None, progress: Callable[[str], None] = lambda step: None
+) -> Contestant:
+    """Return the engine of an exported folder for the GPU of this machine, or a named engine of it.
+
+    Raises:
+        SimpruneError: there is none, or it does not fit this machine.
+    """
+    from simprune_deploy.bundle import MODEL
+    from simprune_deploy.engines import choose_backend
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.parity.runners import quiet_polygraphy
+
+    backend, target = choose_backend(path, plugin, progress)
+    graph = load_graph(target / MODEL if target.is_dir() else target)
+    facts = read_facts(graph)
+    with quiet_polygraphy():
+        runner = backend.shipped()
+    return Contestant(
+        title=f"{path}, pruned at {facts.pruning.threshold:g} ({backend.environment()['runtime']})",
+        facts=facts,
+        weights=_norms_of_graph(graph),
+        runner=runner,
+        batch=backend.batch,
+        threshold=facts.pruning.threshold if facts.export["runtime_threshold"] else None,
         normalises=bool(facts.export["normalize"]),
     )
 
