@@ -34,7 +34,8 @@ from simprune_deploy.bundle import read_manifest
 from simprune_deploy.cli import app
 from simprune_deploy.cli import export as cli_export
 from simprune_deploy.device_bundle import DeviceBundle, library, make_bundle, own_wheel
-from simprune_deploy.engine.targets import Release, find_targets
+from simprune_deploy.engine import flavours, libraries
+from simprune_deploy.engine.targets import Release, find_targets, load_targets, version_numbers
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
 from simprune_deploy.onnx.variants import prune_nodes, with_function
@@ -149,6 +150,8 @@ class TestClaims:
     def test_each_release_gets_the_model_that_its_tensorrt_needs(self, made: DeviceBundle) -> None:
         targets = {each["name"]: each for each in made.manifest["bundle"]["targets"]}
         assert set(targets) == {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"}
+        first = version_numbers(load_targets().plugin_replaces_function_from.value)
+        assert first == flavours.PLUGIN_BEFORE_FUNCTION  # as `build` on the device decides
         agx = targets["jetson-agx-orin"]
         assert (agx["sm"], agx["cpu"]) == ("87", "aarch64")
         taken = {each["tensorrt"]: each["model"] for each in agx["releases"]}
@@ -302,7 +305,11 @@ class TestOnTheDevice:
         assert "pip install -r requirements.txt " in readme
         commands = re.findall(r"^(simprune-deploy [^#\n]*?) *#", readme, re.M)
         assert [command.split()[1] for command in commands] == ["build", "verify", "bench"]
-        for command in ("--help", "verify --help", "inspect --help"):
+        lines = re.findall(r"^trtexec .*$", readme, re.M)
+        assert ["--onnx=model-plugin.onnx" in line for line in lines] == [True, False, False]
+        assert ["--stronglyTyped" in line for line in lines] == [True, True, False]
+        assert all("--maxShapes=images:8x1x28x28" in line for line in lines)
+        for command in ("--help", "build --help", "verify --help", "inspect --help"):
             done = device("simprune-deploy", *command.split())
             assert done.returncode == 0, done.stderr
 
@@ -395,7 +402,8 @@ class TestLibrary:
         assert [each["library"] for each in nano] == expected
         assert f"{PREBUILT}: not loaded and not run" in about["not_checked"]
         readme = (made.folder / "README.md").read_text(encoding="utf-8")
-        assert f"simprune-deploy build . --plugin {PREBUILT}" in readme
+        assert f"A compiled plugin is in this bundle: `{PREBUILT}`" in readme
+        assert libraries.PREBUILT.as_posix() == PREBUILT  # where `build` looks
         assert run("verify", made.folder)[0] == 0
 
     @pytest.mark.parametrize(

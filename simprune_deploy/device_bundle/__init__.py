@@ -27,7 +27,9 @@ from simprune_deploy.bundle import (
 from simprune_deploy.device_bundle.archive import write_archive
 from simprune_deploy.device_bundle.library import check_library, fit, sm_of
 from simprune_deploy.device_bundle.own_wheel import write_own_wheel
-from simprune_deploy.device_bundle.texts import STRIPPED, write_texts
+from simprune_deploy.device_bundle.texts import write_texts
+from simprune_deploy.engine import libraries
+from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.targets import Target, load_targets, short_names, version_numbers
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import check_destination, sha256, staged_file, staged_folder, write_json
@@ -38,7 +40,7 @@ from simprune_deploy.plugin.toolchain import OLDEST_TENSORRT
 if TYPE_CHECKING:
     import onnx
 
-PREBUILT = "plugin/prebuilt/libsimprune_plugin.so"
+PREBUILT = libraries.PREBUILT.as_posix()
 
 Progress = Callable[[str], None]
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import simprune_deploy
 from simprune_deploy.bundle import MODEL
 from simprune_deploy.device_bundle.own_wheel import EXTRAS
+from simprune_deploy.engine.build import STRIPPED
+from simprune_deploy.engine.libraries import LIBRARY, PLUGIN_FOLDER
 from simprune_deploy.engine.targets import load_targets, version_numbers
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.plugin.toolchain import OLDEST_TENSORRT
@@ -17,7 +19,6 @@ from simprune_deploy.plugin.toolchain import OLDEST_TENSORRT
 if TYPE_CHECKING:
     import onnx
 
-STRIPPED = "model-plugin.onnx"
 README, REQUIREMENTS, BUILD = "README.md", "requirements.txt", "plugin/build.sh"
 
 
@@ -85,6 +86,7 @@ def _trtexec_lines(
     `early` is the model for those that look at a file's functions before their plugins.
     """
     from simprune_deploy.engine.profile import optimization_profile
+    from simprune_deploy.engine.trtexec import trtexec_line
     from simprune_deploy.onnx.metadata import read_facts
 
     first = load_targets().plugin_replaces_function_from.value
@@ -94,22 +96,19 @@ def _trtexec_lines(
         versions |= {version_numbers(each) if each else None for each in found}
     versions = {each for each in versions if each is None or each >= OLDEST_TENSORRT}
     profile = optimization_profile(graph, read_facts(graph).batch)
-    free = {name: each for name, each in profile.items() if each["min"] != each["max"]}
-    shapes = "".join(
-        f" --{which}Shapes="
-        + ",".join(f"{name}:{'x'.join(map(str, each[which]))}" for name, each in free.items())
-        for which in ("min", "opt", "max")
-        if free
-    )
-    plugin = " --dynamicPlugins=plugin/libsimprune_plugin.so"
     lines = []
-    for title, model, typed, low, high in (
-        (f"Before TensorRT {first}", early, True, (0,), version_numbers(first)),
-        (f"TensorRT {first} and later 10", MODEL, True, version_numbers(first), (11,)),
-        ("TensorRT 11", MODEL, False, (11,), (99,)),
+    for title, model, version, end in (
+        (f"Before TensorRT {first}", early, "10.0", version_numbers(first)),
+        (f"TensorRT {first} and later 10", MODEL, first, (11,)),
+        ("TensorRT 11", MODEL, "11.0", (12,)),
     ):
-        if any(each is None or low <= each < high for each in versions):
-            strongly = " --stronglyTyped" if typed else ""
-            line = f"trtexec --onnx={model} --saveEngine=model.plan{plugin}{strongly}{shapes}"
+        if any(each is None or version_numbers(version) <= each < end for each in versions):
+            line = trtexec_line(
+                version,
+                Path(model),
+                Path("model.plan"),
+                profile,
+                plugin=Path(PLUGIN_FOLDER, LIBRARY),
+            )
             lines.append({"title": title, "line": line})
     return lines
