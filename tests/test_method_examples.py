@@ -82,6 +82,20 @@ def test_choices(
     assert any(row["gain"] not in ("", "0.0") for row in rows[6:])
 
 
+def test_missing_weights_are_one_line(
+    scripts: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["photographs", "layers", "--weights", str(tmp_path), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["choices", *options])
+    assert scripts["tracks"].run(scripts["choices"].main) == 2
+    shown = capsys.readouterr().err
+    assert "is missing: run `python examples/real_weights.py" in shown
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_weight_the_spread_variant_is_the_operator(
     scripts: dict[str, ModuleType],
 ) -> None:

@@ -12,6 +12,7 @@ each prune layer, and every baseline keeps just as many of the same image at the
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tracks import (
     Track,
     bootstrap,
     load_track,
+    run,
     steps,
     summarise,
     tokens_share,
@@ -177,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

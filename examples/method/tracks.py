@@ -151,6 +151,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def run(main: Callable[[], None]) -> int:
+    """Run a script's main; a user's mistake is one line and an exit code."""
+    try:
+        main()
+    except SimpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def steps(items: Sequence[object], what: str) -> Iterable:
     """Go through items with a progress bar on stderr where it is a terminal."""
     return progress(items, description=what, disable=not sys.stderr.isatty(), transient=True)
