@@ -309,7 +309,7 @@ class TestOnTheDevice:
         assert ["--onnx=model-plugin.onnx" in line for line in lines] == [True, False, False]
         assert ["--stronglyTyped" in line for line in lines] == [True, True, False]
         assert all("--maxShapes=images:8x1x28x28" in line for line in lines)
-        for command in ("--help", "build --help", "verify --help", "inspect --help"):
+        for command in ("--help", "build --help", "verify --help", "bench --help"):
             done = device("simprune-deploy", *command.split())
             assert done.returncode == 0, done.stderr
 
