@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from simprune_deploy.cli.common import load_model, print_json
+from simprune_deploy.cli.sweep import parse_share
 from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def check_accuracy(request: Request) -> None:
         request.limit,
         not request.no_labels,
         request.classes,
-        parse_share(request.max_unreadable, "--max-unreadable"),
+        parse_share(request.max_unreadable),
     )
     with progress(enabled=not request.as_json) as step:
         step("loading")
@@ -119,15 +120,6 @@ def check_accuracy(request: Request) -> None:
         raise typer.Exit(1)
 
 
-def parse_share(text: str, option: str) -> float:
-    """Return the share that "0.5%" or "0.005" says."""
-    try:
-        number = float(text.strip().removesuffix("%"))
-    except ValueError:
-        raise SimpruneError(f"{option} {text!r} is no share: write 0.5% or 0.005") from None
-    return number / 100 if text.strip().endswith("%") else number
-
-
 def _limits(request: Request) -> Limits | None:
     """Return what is let pass; None if a baseline is saved and nothing compared."""
     from simprune_deploy.tune.accuracy import Limits
@@ -136,8 +128,8 @@ def _limits(request: Request) -> Limits | None:
     if drop is None and agreement is None and request.save_baseline is not None:
         return None
     return Limits(
-        None if drop is None else parse_share(drop, "--max-drop"),
-        None if agreement is None else parse_share(agreement, "--min-agreement"),
+        None if drop is None else parse_share(drop),
+        None if agreement is None else parse_share(agreement),
         request.sure,
     )
 
