@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from simprune_deploy.onnx.metadata import Facts
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What timm takes where a model does not say."""
+
 CROP_MODES = ("center", "squash", "border")
 
 PILLOW_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
@@ -123,8 +126,8 @@ class Preprocessing:
             channels=facts.channels,
             height=height,
             width=width,
-            mean=fit_to_channels(known["mean"], facts.channels),
-            std=fit_to_channels(known["std"], facts.channels),
+            mean=fit_to_channels(known.get("mean") or IMAGENET_MEAN, facts.channels),
+            std=fit_to_channels(known.get("std") or IMAGENET_STD, facts.channels),
             interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
             crop_pct=float(known.get("crop_pct") or 0.875),
             crop_mode=known.get("crop_mode") or "center",

@@ -480,3 +480,26 @@ def test_too_many_unreadable_pictures_stop_it(tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["data"]["skipped"] == [["3.png", "not a picture"]]
     assert {cell["images"] for cell in json.loads(out)["cells"]} == {19}
+
+
+def test_small_batches_and_few_pictures_can_be_timed(tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed"
+    options = ExportOptions(batch=(4, 4))
+    sd.export(sd.prune(sd.load(MODEL), threshold=0.85), fixed, options, verify=False)
+    common = ["--data", IMAGES, "--limit", 3, "--timing", 5, "--json"]
+    code, out, err = call("sweep", fixed, *common, "-o", tmp_path / "a")
+    assert code == 0, err
+    sweep = json.loads(out)
+    dense, cell = (Cell.from_dict(each) for each in sweep["cells"])
+    assert cell.setting == Setting("ours", 0.85, LAYERS)
+    assert cell.tokens_processed < dense.tokens_processed == 1
+    assert dense.milliseconds is not None
+    assert sweep["environment"]["timing"].startswith("batch 4, ")
+    error = one_line(
+        call("sweep", fixed, *common[:-1], "--thresholds", "0.9", "-o", tmp_path / "b")
+    )
+    assert "fixed at 0.85" in error
+    small = ["--backend", "torch", "--batch", 2, "--thresholds", "0.9", "-o", tmp_path / "c"]
+    code, out, err = call("sweep", MODEL, *common, *small)
+    assert code == 0, err
+    assert "a batch of 2 adds" in json.loads(out)["environment"]["timing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,9 +120,10 @@ class OnnxBackend:
             options = ExportOptions(batch=(1, self.batch), runtime_threshold=True)
             graph = export_onnx(configured(model, setting), options)
         facts = read_facts(graph)
+        pruned = graph.SerializeToString()
         return OnnxRunnable(
-            key=f"{self.subject.sha256} {setting}",
-            pruned=graph.SerializeToString(),
+            key=hashlib.sha256(pruned).hexdigest(),
+            pruned=pruned,
             dense=dense(graph).SerializeToString(),
             layers=facts.pruning.layers,
             prefix=facts.num_prefix_tokens,
@@ -290,7 +292,9 @@ class TorchBackend:
     def prepare(self, group: Sequence[Setting]) -> Runnable:
         assert self.subject.model is not None
         return TorchRunnable(
-            self.subject.sha256, self.subject.model, _mean_and_std(self.subject.facts)
+            f"{self.subject.sha256} {self.subject.facts.pruning}",
+            self.subject.model,
+            _mean_and_std(self.subject.facts),
         )
 
     def alone(self, group: Sequence[Setting], purpose: str) -> Runnable:

@@ -36,7 +36,7 @@ from simprune_deploy.tune.results import BASELINES, OURS, Cell, ClassResult, Set
 from simprune_deploy.tune.store import Store, open_store
 from simprune_deploy.tune.subject import Subject
 
-SHARD_IMAGES = 256
+SHARD_IMAGES = 64
 BATCH = 32
 
 
@@ -213,15 +213,13 @@ class Sweep:
         waiting = [group for group in waiting if group]
         if not waiting:
             return
-        batch = self.subject.facts.batch[0] if self.subject.graph is not None else 1
-        images = timing.timing_images(self.data, self.options.timing * batch)
+        batch, at_once = _timing_batch(self.subject), memory_batch(self.options.batch)
+        images = timing.timing_images(self.data, self.options.timing * batch, max(batch, at_once))
         runs = len(images) // batch
         self.bar.begin("timing", sum((len(group) + 1) * runs for group in waiting))
         for group in waiting:
             executor = opened(self.backend.alone(group, "memory"))
-            memory = timing.peak_memories(
-                executor, [DENSE_SETTING, *group], images[: max(batch, timing.MEMORY_IMAGES)]
-            )
+            memory = timing.peak_memories(executor, [DENSE_SETTING, *group], images[:at_once])
             executor = opened(self.backend.alone(group, "time"))
             times = timing.time_settings(executor, group, images, batch, self.bar.advance)
             for setting, (own, dense) in times.items():
@@ -246,7 +244,7 @@ class Sweep:
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "batch": self.options.batch,
-            "timing": _timing_text(self.store.timings, self.subject),
+            "timing": _timing_text(self.store.timings, self.subject, self.options.batch),
         }
 
     def described_data(self) -> dict[str, Any]:
@@ -281,15 +279,24 @@ class Sweep:
         )
 
 
-def _timing_text(timings: dict[Setting, timing.Timing], subject: Subject) -> str:
+def _timing_batch(subject: Subject) -> int:
+    """Return the batch that is timed: one picture, unless an exported graph takes more only."""
+    return subject.facts.batch[0] if subject.graph is not None else 1
+
+
+def memory_batch(batch: int) -> int:
+    """Return the batch whose memory is measured, where a sweep runs batches of `batch`."""
+    return min(batch, timing.MEMORY_IMAGES)
+
+
+def _timing_text(timings: dict[Setting, timing.Timing], subject: Subject, batch: int) -> str:
     if not timings:
         return "none"
     runs = sorted({each.images for each in timings.values()})
-    batch = subject.facts.batch[0] if subject.graph is not None else 1
     return (
-        f"batch {batch}, {' or '.join(f'{n:,}' for n in runs)} runs each, median of blocks of "
-        f"{timing.BLOCK}, in turn with the dense model; peak memory is what a batch of "
-        f"{max(batch, timing.MEMORY_IMAGES)} adds to the process, without weights"
+        f"batch {_timing_batch(subject)}, {' or '.join(f'{n:,}' for n in runs)} runs each, median "
+        f"of blocks of {timing.BLOCK}, in turn with the dense model; peak memory is what a batch "
+        f"of {memory_batch(batch)} adds to the process, without weights"
     )
 
 

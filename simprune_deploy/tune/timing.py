@@ -53,16 +53,23 @@ class Timing:
         return dataclasses.asdict(self)
 
 
-def timing_images(data: DataSet, count: int) -> np.ndarray:
-    """Return float32[n, C, H, W]: pictures spread evenly over the data."""
+def timing_images(data: DataSet, count: int, least: int) -> np.ndarray:
+    """Return float32[n, C, H, W]: pictures spread evenly over the data, repeated if too few.
+
+    Args:
+        data: Where they come from.
+        count: How many, if there are so many.
+        least: How many there must be.
+    """
     total = len(data)
-    wanted = min(count, total)
+    wanted = min(max(count, least), total)
     spread = dataclasses.replace(
         data,
         positions=data.positions[np.arange(wanted) * total // wanted],
         labels=None,
     )
-    return np.concatenate([batch.pixels for batch in spread.batches(0, wanted, wanted)])
+    images = np.concatenate([batch.pixels for batch in spread.batches(0, wanted, wanted)])
+    return images if len(images) >= least else np.resize(images, (least, *images.shape[1:]))
 
 
 def time_settings(
