@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -321,3 +324,18 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SimpruneError, match=match):
             DataOptions(**options)  # type: ignore[arg-type]
+
+
+def test_the_whole_test_set_becomes_one_file(
+    tmp_path: Path, pictures: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, labels = pictures
+    for name, array in (("images-idx3", images), ("labels-idx1", labels.astype(np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    script = ROOT / "examples" / "fashion_mnist" / "to_npz.py"
+    subprocess.run([sys.executable, script, tmp_path, tmp_path / "all.npz"], check=True)
+    data = open_data(tmp_path / "all.npz", facts())
+    assert data.labels is not None
+    assert data.labels.tolist() == labels.tolist()
+    assert data.classes == tuple(NAMES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,9 @@ from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
 from simprune_deploy.errors import CheckFailedError, SimpruneError
+from simprune_deploy.onnx.metadata import read_facts
+from simprune_deploy.onnx.variants import prune_nodes
+from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.tune.capacity import capacity_for, size_hints
 from simprune_deploy.tune.configuration import read_configuration
 from simprune_deploy.tune.results import Cell, Setting, load_sweep
@@ -201,6 +205,17 @@ def test_the_pages_commands_run_and_the_configuration_is_exported(
     pruning = manifest["model"]["pruning"]
     assert pruning["threshold"] == found.setting.threshold
     assert pruning["layers"] == [1, 3, 4]
+    hints = [each["opt_tokens"] for each in tuned["calibration"]["size_hints"]]
+    graph = onnx.load(tmp_path / "tuned" / "model.onnx")
+    attributes = [
+        {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        for node in prune_nodes(graph)
+    ]
+    assert [each["opt_tokens"] for each in attributes] == hints
+    assert [each["max_tokens"] for each in attributes] == [197] * 3
+    assert manifest["model"]["export"]["opt_tokens"] == hints
+    next(a for a in prune_nodes(graph)[1].attribute if a.name == "opt_tokens").i += 1
+    assert not check_graph(graph, read_facts(graph)).passed
     one_percent = tuned["calibration"]["tokens"][2]
     assert one_percent["share"] == 0.01
     assert max(one_percent["overflow"]) <= 0.01
@@ -223,7 +238,7 @@ def test_stored_cells_are_used_and_tokens_fixed(tmp_path: Path) -> None:
     assert tokens == fixed["calibration"]["tokens"][-1]["tokens"]
     assert fixed["static"]["setting"]["tokens"] == tokens
     assert all(have <= most for have, most in zip(fixed["static"]["kept"], tokens, strict=True))
-    assert read_configuration(tmp_path / "c.json")["tokens"] == tokens
+    assert read_configuration(tmp_path / "c.json")[0]["tokens"] == tokens
     code, _, err = call(*common, "-o", tmp_path / "c.json")
     assert code == 2
     assert "already exists" in err

@@ -160,10 +160,15 @@ def export(
             "multiple_of": multiple_of,
         }
         changes = {name: value for name, value in asked.items() if value is not None}
+        size_hints: tuple[int, ...] = ()
         if config is not None:
             from simprune_deploy.tune.configuration import read_configuration
 
-            changes = {**read_configuration(config), **changes}
+            tuned, hints = read_configuration(config)
+            # they are of these layers, where the image decides how many tokens stay
+            if changes.keys().isdisjoint(("layers", "tokens")) and tuned["tokens"] == "dynamic":
+                size_hints = hints
+            changes = {**tuned, **changes}
         if "threshold" in changes:
             check_threshold(changes["threshold"])
         simple = ("threshold", "selection", "reduction", "multiple_of")
@@ -208,6 +213,7 @@ def export(
                 softmax=softmax,
                 emit_assignments=emit_assignments,
                 precision=precision,
+                opt_tokens=size_hints,
             )
             checkpoint = load_model(model, arch, img_size, pretrained, trust_pickle)
             pruned = prune(checkpoint.model, **changes)

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -66,6 +66,8 @@ class ExportOptions:
             faster on a CPU. False adds them to the scores, the form that GPU kernels fuse, and
             in float32 whatever the precision. Default (None): True in "fp32", else False.
         emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
+        opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
+            prefix tokens. It changes no result. Default (): all of them.
         precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
             and outputs stay float32.
 
@@ -81,6 +83,7 @@ class ExportOptions:
     emit_assignments: bool = False
     log_size_in_keys: bool | None = None
     precision: str = "fp32"
+    opt_tokens: tuple[int, ...] = ()
     input: str = FLOAT32_NCHW
 
     def __post_init__(self) -> None:
@@ -251,6 +254,8 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     _add_function(graph, exported, options)
     if options.input == UINT8_NHWC:
         _cast_first(graph.graph)
+    if options.opt_tokens and exported.config.layers:
+        _set_size_hints(graph, exported, options.opt_tokens)
     make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
@@ -438,6 +443,18 @@ def _cast_first(graph: onnx.GraphProto) -> None:
     graph.node.insert(0, first)
 
 
+def _set_size_hints(graph: onnx.ModelProto, model: PrunedViT, hints: Sequence[int]) -> None:
+    nodes = [node for node in graph.graph.node if node.op_type == OP_TYPE]
+    low, high = model.num_prefix_tokens + 1, model.num_tokens
+    if len(hints) != len(nodes) or not all(low <= hint <= high for hint in hints):
+        raise SimpruneError(
+            f"the size hints {', '.join(map(str, hints))} must be {len(nodes)} numbers of tokens "
+            f"from {low} to {high}, one for each prune layer"
+        )
+    for node, hint in zip(nodes, hints, strict=True):
+        next(each for each in node.attribute if each.name == "opt_tokens").i = int(hint)
+
+
 def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptions) -> None:
     del graph.functions[:]
     if not model.config.layers:
@@ -455,7 +472,11 @@ def model_facts(model: PrunedViT, options: ExportOptions) -> Facts:
     return Facts(
         **describe_vit(vit),
         pruning=model.config,
-        export={**dataclasses.asdict(options), "batch": list(options.batch)},
+        export={
+            **dataclasses.asdict(options),
+            "batch": list(options.batch),
+            "opt_tokens": list(options.opt_tokens),
+        },
         output=output_names(model, options)[0],
         num_classes=int(vit.num_classes),
         num_prefix_tokens=model.num_prefix_tokens,

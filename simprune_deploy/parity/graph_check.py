@@ -48,6 +48,8 @@ def _prune_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
             "capacity": config.capacity_of(position),
             "multiple_of": config.multiple_of,
         }
+        if hints := facts.export.get("opt_tokens"):
+            wanted["opt_tokens"] = hints[position]
         for name, value in wanted.items():
             if found.get(name) != value:
                 yield f"{node.name} has {name} {found.get(name)!r}, not {value!r}"

@@ -150,8 +150,10 @@ def tuned(sweep: Sweep, found: Found, overflow: float | None, command: str) -> T
     )
 
 
-def read_configuration(path: Path) -> dict[str, Any]:
+def read_configuration(path: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return the arguments of :func:`simprune_deploy.prune` that a file of :class:`Tuned` holds.
+
+    Beside them, TensorRT's size hints for its prune layers (``ExportOptions.opt_tokens``).
 
     Raises:
         SimpruneError: it is missing, or no configuration of ours.
@@ -164,7 +166,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {values['format']}, and this version reads {FORMAT}")
         pruning = values["pruning"]
         tokens = pruning["tokens"]
-        return {
+        hints = tuple(int(each["opt_tokens"]) for each in values["calibration"]["size_hints"])
+        arguments = {
             "threshold": float(pruning["threshold"]),
             "layers": [int(layer) for layer in pruning["layers"]],
             "selection": str(pruning["selection"]),
@@ -173,6 +176,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
             "tokens": "dynamic" if tokens == "dynamic" else [int(count) for count in tokens],
             "multiple_of": int(pruning["multiple_of"]),
         }
+        return arguments, hints
     except OSError as error:
         raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
