@@ -23,6 +23,7 @@ from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.parity.backends import Backend
+    from simprune_deploy.triton import TritonModel
 
 Progress = Callable[[str], None]
 
@@ -98,6 +99,33 @@ def build_here(
         progress=progress,
     )
     return build_engine(model, builder, options, of=of, progress=progress)
+
+
+def serve_engine(
+    folder: str | Path,
+    engine: BuiltEngine,
+    *,
+    plugin: str | Path | None = None,
+    force: bool = False,
+) -> TritonModel:
+    """Write an engine that :func:`build_here` gave into the folder's Triton repository.
+
+    Args:
+        folder: The exported folder.
+        engine: Its engine.
+        plugin: The library, as it was given to :func:`build_here`. Default: looked for as there.
+        force: Replace the model if it is there already. Default False.
+
+    Raises:
+        SimpruneError: Triton cannot serve the engine, or the repository cannot be written.
+    """
+    from simprune_deploy.triton import write_repository
+
+    folder = Path(folder)
+    library = None
+    if engine.facts.plugin is not None:
+        library = find_library(folder, Path(plugin) if plugin is not None else None)
+    return write_repository(folder, engine=engine.path, plugin=library, force=force)
 
 
 def check_can_build_here(precision: str) -> None:

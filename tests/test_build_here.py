@@ -429,6 +429,37 @@ class TestRefused:
         )
 
 
+class TestTriton:
+    """The engine form of a Triton repository; no server here can load it."""
+
+    def test_build(self, machine: Machine, folder: Path, plugin_library: Path) -> None:
+        machine("11.4.1", (8, 9))
+        build = ("build", folder, "--plugin", plugin_library, "--batch", "1..4", "--triton")
+        result = call(*build, "--json")
+        assert (result.exit_code, result.stderr) == (0, "")
+        answer = json.loads(result.stdout)
+        (engine,), (model,) = answer["engines"], answer["triton"]
+        place = folder / "triton" / "demo_tensorrt"
+        assert (model["path"], model["form"]) == (str(place), "tensorrt")
+        assert model["max_batch_size"] == 4
+        assert sha256(place / "1" / "model.plan") == engine["engine"]["sha256"]
+        assert sha256(place / "plugins" / plugin_library.name) == sha256(plugin_library)
+        refused("already exists", *build)
+        again = call(*build, "--force")
+        assert again.exit_code == 0, again.stderr
+        assert "SIMPRUNE_REGISTER=1" in again.stdout
+
+    def test_without_the_plugin(self, machine: Machine, folder: Path) -> None:
+        machine("11.4.1", (8, 9))
+        result = call("build", folder, "--no-plugin", "--triton")
+        assert result.exit_code == 0, result.stderr
+        assert not (folder / "triton" / "demo_tensorrt" / "plugins").exists()
+
+    def test_not_for_tensorrt_rtx(self, folder: Path) -> None:
+        refused("Triton cannot load", "build", folder, "--target", "rtx-ada", "--triton")
+        assert not (folder / "engines").exists()
+
+
 def test_export_with_an_engine(
     machine: Machine, tmp_path: Path, plugin_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,9 +467,11 @@ def test_export_with_an_engine(
     monkeypatch.setenv("SIMPRUNE_LIBRARY", str(plugin_library))
     out = tmp_path / "out"
     result = call(
-        "export", DEMO, "--layers", "1", "--no-verify", "--engine", "--precision", "fp16", "-o", out
+        *("export", DEMO, "--layers", "1", "--no-verify", "--precision", "fp16", "-o", out),
+        *("--engine", "--triton"),
     )
     assert result.exit_code == 0, result.stderr
+    assert names_in(out / "triton") >= {"out_onnx/1/model.onnx", "out_tensorrt/1/model.plan"}
     assert "model-trt-sm89.engine" in result.stdout
     assert read_sidecar(out / "engines" / "model-trt-sm89.engine").precision == "fp16"
 

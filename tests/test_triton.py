@@ -540,7 +540,7 @@ class TestCommandLine:
     def test_export(self, tmp_path: Path) -> None:
         answer = self.export(tmp_path, "--no-verify", "--json")
         assert answer.exit_code == 0, answer.output
-        model = json.loads(answer.stdout)["triton"]
+        (model,) = json.loads(answer.stdout)["triton"]
         assert model["path"] == str(tmp_path / "demo" / "triton" / "demo_onnx")
         assert (model["form"], model["max_batch_size"], model["warmup"]) == ("onnx", 8, 0)
         assert "no warm-up" in model["notes"][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,6 +16,9 @@ from simprune_deploy.cli.common import (
     print_json,
 )
 from simprune_deploy.errors import SimpruneError
+
+if TYPE_CHECKING:
+    from simprune_deploy.triton import TritonModel
 
 
 def build(
@@ -59,15 +62,18 @@ def build(
             show_default=False,
         ),
     ] = None,
+    triton: Annotated[
+        bool, typer.Option("--triton", help="Write the engine into a Triton model repository too.")
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Build again what is there already.")
+        bool, typer.Option("--force", help="Build again, and replace, what is there already.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Build engines of an exported folder: for the GPU here, or ahead of time for other GPUs."""
     with errors():
         from simprune_deploy.engine.build import EngineOptions
-        from simprune_deploy.engines import build_ahead, build_here
+        from simprune_deploy.engines import build_ahead, build_here, serve_engine
         from simprune_deploy.report.engines import print_engines
         from simprune_deploy.report.terminal import progress
 
@@ -86,7 +92,13 @@ def build(
                 "--plugin and --no-plugin are for TensorRT, and --target builds with TensorRT-RTX, "
                 "which takes no plugins: drop one"
             )
+        if triton and target is not None:
+            raise SimpruneError(
+                "--triton serves TensorRT's engines, and --target builds TensorRT-RTX's, which "
+                "Triton cannot load: leave --target out on the machine that serves"
+            )
         targets = engine_targets(target) if target is not None else []
+        served: list[TritonModel] = []
         with progress(enabled=not as_json) as step:
             if targets:
                 engines = build_ahead(
@@ -102,10 +114,20 @@ def build(
                         progress=step,
                     )
                 ]
+                if triton:
+                    step("writing the Triton repository")
+                    served.append(serve_engine(folder, engines[0], plugin=plugin, force=force))
         if as_json:
-            print_json({"engines": [each.to_dict() for each in engines]})
+            answer: dict[str, Any] = {"engines": [each.to_dict() for each in engines]}
+            if triton:
+                answer["triton"] = [each.to_dict() for each in served]
+            print_json(answer)
         else:
             print_engines(engines)
+            for each in served:
+                from simprune_deploy.report.triton import print_model
+
+                print_model(each)
 
 
 def list_targets(as_json: Json = False) -> None:

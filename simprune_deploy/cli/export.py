@@ -228,17 +228,21 @@ def export(
                 progress=step,
             )
             verdict = result.verdict
-            engines, served = None, None
+            engines, served = None, []
             accepted = verdict is None or verdict.accepted
             if triton and accepted:
                 from simprune_deploy.triton import write_repository
 
                 step("writing the Triton repository")
-                served = write_repository(result.folder)
+                served.append(write_repository(result.folder))
             if (targets or engine) and accepted:
                 engines = _build_engines_after_export(
                     result.folder, targets, per_target, engine, step
                 )
+                if triton and engine:
+                    from simprune_deploy.engines import serve_engine
+
+                    served.append(serve_engine(result.folder, engines[-1]))
             bundled = None
             if devices and accepted:
                 bundled = _bundle_after_export(result.folder, devices, force, step)
@@ -251,7 +255,7 @@ def export(
             if targets or engine:
                 answer["engines"] = [each.to_dict() for each in engines or []]
             if triton:
-                answer["triton"] = served.to_dict() if served else None
+                answer["triton"] = [each.to_dict() for each in served]
             if devices:
                 answer["bundle"] = bundled.to_dict() if bundled else None
             print_json(answer)
@@ -261,9 +265,9 @@ def export(
                 _print_engines(engines)
             elif targets or engine:
                 typer.echo("no engine was built: the export is not proven")
-            if served is not None:
-                _print_served(served)
-            elif triton:
+            for each in served:
+                _print_served(each)
+            if triton and not served:
                 typer.echo("no Triton repository was written: the export is not proven")
             if bundled is not None:
                 _print_bundle(bundled)
