@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+# processes that run the tests; a file's tests stay together, since they share what they built
+WORKERS ?= 2
 
 .PHONY: setup demo test lint cross-tools browser test-real test-gpu benchmark clean
 
@@ -19,7 +21,7 @@ demo: setup
 	$(RUN)/python examples/demo.py
 
 test: setup lint cross-tools browser
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The Arm cross-compiler and emulator of one test, where they can be installed
 cross-tools:

@@ -10,6 +10,10 @@ from typing import Any
 import plugin_build
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # before anything imports torch: the workers share the cores, and threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 COMPILED = {
     "tensorrt_headers": 600,
     "host_library": 1200,
