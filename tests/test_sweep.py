@@ -123,9 +123,25 @@ def by_hand(data: DataSet) -> ByHand:
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_cells_say_what_a_loop_over_single_images_says(
-    backend: str, subject: Subject, data: DataSet, by_hand: ByHand, tmp_path: Path
+    backend: str,
+    subject: Subject,
+    data: DataSet,
+    by_hand: ByHand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cells = measured(subject, data, tmp_path / "s", [HIGH, LOW], backend=backend)
+    exports = []
+
+    def counted(model: Any, options: Any) -> Any:
+        exports.append(model.config)
+        return export_onnx(model, options)
+
+    monkeypatch.setattr("simprune_deploy.onnx.exporter.export_onnx", counted)
+    runner = Shards()
+    cells = measured(subject, data, tmp_path / "s", [HIGH, LOW], backend=backend, runner=runner)
+    # one graph serves all thresholds, and every shard runs once
+    assert len(exports) == (backend == "onnxruntime")
+    assert Counter(runner.done) == {(0, each): 1 for each in (DENSE_SETTING, HIGH, LOW)}
     assert [cell.setting for cell in cells] == [DENSE_SETTING, HIGH, LOW]
     labels, dense = data.labels, by_hand[DENSE_SETTING][0]
     assert labels is not None
@@ -252,23 +268,6 @@ def test_what_changed_is_not_gone_on_with(subject: Subject, data: DataSet, tmp_p
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(SimpruneError, match=r"holds no cells\.jsonl"):
         measured(subject, data, tmp_path / "mine", [HIGH], force=True)
-
-
-def test_one_graph_serves_all_thresholds_and_the_dense_model_runs_once(
-    subject: Subject, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-
-    def counted(model: Any, options: Any) -> Any:
-        made.append(model.config)
-        return export_onnx(model, options)
-
-    monkeypatch.setattr("simprune_deploy.onnx.exporter.export_onnx", counted)
-    runner = Shards()
-    settings = [dataclasses.replace(HIGH, threshold=each) for each in (0.95, 0.9, 0.8)]
-    measured(subject, data, tmp_path / "s", settings, backend="onnxruntime", runner=runner)
-    assert len(made) == 1
-    assert runner.done.count((0, DENSE_SETTING)) == 1
 
 
 def test_feature_models_and_unlabelled_data_have_no_accuracy(

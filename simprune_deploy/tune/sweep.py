@@ -7,7 +7,6 @@ stored. Where the shards run (this process, a Ray cluster) changes nothing in th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,11 @@ from typing import Any, Protocol
 
 import simprune_deploy
 from simprune_deploy.errors import SimpruneError
-from simprune_deploy.pruning.cost import block_flops
 from simprune_deploy.tune import timing
 from simprune_deploy.tune.backends import Backend
+from simprune_deploy.tune.cells import cell_of
 from simprune_deploy.tune.datasets import DataSet
 from simprune_deploy.tune.evaluate import (
-    COSINE_STEPS,
     DENSE_SETTING,
     Runnable,
     Shard,
@@ -32,7 +30,7 @@ from simprune_deploy.tune.evaluate import (
     shards_of,
     total,
 )
-from simprune_deploy.tune.results import BASELINES, OURS, Cell, ClassResult, Setting, SweepResult
+from simprune_deploy.tune.results import BASELINES, OURS, Cell, Setting, SweepResult
 from simprune_deploy.tune.store import Store, open_store
 from simprune_deploy.tune.subject import Subject
 
@@ -339,60 +337,3 @@ def start_sweep(
     identity = identity_of(subject, data, backend, options.batch)
     store = open_store(folder, identity, resume, force)
     return Sweep(subject, data, backend, store, options, runner, bar)
-
-
-def cell_of(
-    subject: Subject,
-    data: DataSet,
-    setting: Setting,
-    tally: Tally,
-    timed: timing.Timing | None,
-) -> Cell:
-    """Turn the counts of a setting into what a report shows."""
-    facts, count = subject.facts, tally.images
-    labelled, classified = data.labels is not None, facts.num_classes > 0
-    processed, flops = _cost(subject, setting, tally)
-    dense_flops = facts.depth * block_flops(facts.block, facts.num_tokens)
-    kept = [sum(patches * images for patches, images in each.items()) for each in tally.kept]
-    return Cell(
-        setting=setting,
-        images=count,
-        top1=tally.right / count if labelled else None,
-        top5=tally.right_in_5 / count if labelled and facts.num_classes > 5 else None,
-        agreement=tally.agree / count if classified else None,
-        cosine=tally.cosines / COSINE_STEPS / count,
-        worst_cosine=tally.worst_cosine,
-        tokens_processed=processed,
-        kept=tuple(each / count for each in kept),
-        gflops=flops / 1e9,
-        flops_share=flops / dense_flops,
-        milliseconds=timed.milliseconds if timed else None,
-        dense_milliseconds=timed.dense_milliseconds if timed else None,
-        peak_memory=timed.peak_memory if timed else None,
-        right_only_here=tally.right_only_here if labelled else None,
-        right_only_dense=tally.right_only_dense if labelled else None,
-        classes=tuple(
-            ClassResult(data.classes[label], *counts)
-            for label, counts in sorted(tally.classes.items())
-        ),
-    )
-
-
-def _cost(subject: Subject, setting: Setting, tally: Tally) -> tuple[float, float]:
-    """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
-    facts = subject.facts
-    stretches = _stretches(setting.layers, facts.depth)
-    per_stretch = [{facts.num_patches: tally.images}, *tally.kept]
-    tokens = flops = 0.0
-    for blocks, counts in zip(stretches, per_stretch, strict=True):
-        for patches, images in sorted(counts.items()):
-            seen = patches + facts.num_prefix_tokens
-            tokens += blocks * images * seen
-            flops += blocks * images * block_flops(facts.block, seen)
-    return tokens / (tally.images * facts.depth * facts.num_tokens), flops / tally.images
-
-
-def _stretches(layers: Sequence[int], depth: int) -> list[int]:
-    """Return how many blocks lie before the first prune layer, between them, and behind."""
-    ends = [0, *layers, depth]
-    return [after - before for before, after in itertools.pairwise(ends)]
