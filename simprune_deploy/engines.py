@@ -168,12 +168,16 @@ def choose_backend(
             built.
     """
     library = Path(plugin) if plugin is not None else None
-    found, folder = _engine_to_verify(target, library)
+    found, folder = engine_to_verify(target, library)
     return _engine_backend(found, library, progress), folder
 
 
-def _engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Path]:
-    """Return the engine that is meant, which fits this machine, and its exported folder."""
+def engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Path]:
+    """Return the engine that is meant, which fits this machine, and its exported folder.
+
+    Raises:
+        SimpruneError: there is none.
+    """
     if target.suffix != ENGINE_SUFFIX:
         folder = target if target.is_dir() else target.parent
         return choose_engine(folder, plugin), folder

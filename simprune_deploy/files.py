@@ -30,16 +30,26 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def check_destination(folder: Path, force: bool, marker: str) -> None:
+def check_destination(
+    folder: Path, force: bool, marker: str, source: str | Path | None = None
+) -> None:
     """Refuse a destination before any work is done.
 
     A folder that exists is replaced only with `force`, and only if it is empty or holds `marker`
     (the file every result of ours has): ``--force -o ~`` must not be able to lose a home folder.
+    Nor is it replaced if `source`, what the result is made of, is this folder or lies in it.
 
     Raises:
         SimpruneError: it exists and may not be replaced, or its parent cannot be written.
     """
     try:
+        if source is not None and folder.is_dir():
+            made_of = Path(source).resolve()
+            if made_of.exists() and folder.resolve() in (made_of, *made_of.parents):
+                raise SimpruneError(
+                    f"{folder} holds {source}, which this is made of, and would replace it: give "
+                    "another folder with -o"
+                )
         _check_destination(folder, force, marker)
     except OSError as error:
         raise as_user_error(error, folder) from error

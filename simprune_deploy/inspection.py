@@ -58,13 +58,18 @@ def _sizes(files: dict[str, Any]) -> dict[str, int]:
 
 
 def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
-    about = manifest["bundle"]
-    return {
-        "targets": [target["name"] for target in about["targets"]],
-        "engine": about["engine"],
-        "checked": [f"{each['what']}: {each['found']}" for each in about["checked"]],
-        "not_checked": about["not_checked"],
-    }
+    try:
+        about = manifest["bundle"]
+        return {
+            "targets": [str(target["name"]) for target in about["targets"]],
+            "engine": str(about["engine"]),
+            "checked": [f"{each['what']}: {each['found']}" for each in about["checked"]],
+            "not_checked": [str(each) for each in about["not_checked"]],
+        }
+    except (KeyError, TypeError) as error:
+        raise SimpruneError(
+            f"what {MANIFEST} says of the bundle is damaged ({error!r}): copy the bundle again"
+        ) from error
 
 
 def _describe_engines(folder: Path) -> dict[str, Any]:

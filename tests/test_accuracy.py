@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 import simprune_deploy as sd
 from simprune_deploy.cli import app
 from simprune_deploy.errors import SimpruneError
+from simprune_deploy.onnx.metadata import load_graph
+from simprune_deploy.onnx.variants import without_function
 from simprune_deploy.report.accuracy import to_junit, to_markdown
 from simprune_deploy.tune.accuracy import (
     AccuracyReport,
@@ -259,6 +261,21 @@ def test_the_demo_against_its_dense_self(first: Any, exported: Path) -> None:
     assert "Accuracy check: passed" in (folder / "m.md").read_text()
     stored = json.loads((folder / "base.json").read_text())
     assert (np.array(stored["winners"]) == pruned).mean() > 0.995
+
+
+def test_a_file_that_leaves_the_operator_to_a_plugin(exported: Path, tmp_path: Path) -> None:
+    stripped = tmp_path / "model-plugin.onnx"
+    graph = without_function(load_graph(exported / "model.onnx"))
+    stripped.write_bytes(graph.SerializeToString())
+    ask = ("--data", DATA, "--limit", 20, "--min-agreement", "0.1", "--json")
+    found = []
+    for path in (stripped, exported):
+        result = call("verify", path, *ask)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout))
+    assert found[0]["checks"] == found[1]["checks"]
+    assert "function put back" in found[0]["candidate"]
+    assert "function put back" not in found[1]["candidate"]
 
 
 def test_the_stored_baseline_is_compared_with(first: Any, exported: Path) -> None:

@@ -154,6 +154,19 @@ class TestBuild:
         assert f"--onnx={folder / STRIPPED}" in str(engine.trtexec)
         assert read_record(engine.path)["operator"] == "plugin"
 
+    def test_a_folder_that_brings_another_models_file(
+        self, machine: Machine, folder: Path, plugin_library: Path
+    ) -> None:
+        """The engine is of model.onnx, as its metadata says, and not of what lies there."""
+        machine("10.3.0")
+        graph = load_graph(folder / "model.onnx")
+        right = without_function(graph)
+        graph.graph.initializer[0].name += "x"
+        (folder / STRIPPED).write_bytes(without_function(graph).SerializeToString())
+        engine = build_here(folder, plugin=plugin_library)
+        assert f"--onnx={folder / 'engines' / STRIPPED}" in str(engine.trtexec)
+        assert onnx.load(folder / "engines" / STRIPPED) == right
+
     def test_the_library_that_came_along(
         self, machine: Machine, folder: Path, plugin_library: Path
     ) -> None:
@@ -483,7 +496,7 @@ def test_which_gpus_a_library_is_for(plugin_library: Path, sm: str, runs: bool) 
     """88 is a later 8.x, but a Jetson's code and others' are not exchanged; 103 runs 100's."""
     info = read_info(plugin_library)
     expected = runs or (sm == "88" and "86" in info.device_code.sms)
-    assert libraries.runs_on(info, sm) is expected
+    assert info.device_code.runs_on(sm) is expected
 
 
 REGISTER = """

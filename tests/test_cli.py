@@ -977,6 +977,14 @@ class TestBadDestinations:
         assert "is not a result of this tool" in line
         assert tree(tmp_path).keys() == {"photos", "photos/a.txt"}
 
+    def test_force_spares_what_the_result_is_made_of(self, tmp_path: Path) -> None:
+        for name in ("manifest.json", "model.safetensors"):
+            (tmp_path / name).write_text("{}")
+        checkpoint = tmp_path / "model.safetensors"
+        line = one_line(call("export", checkpoint, "-o", tmp_path, "--force"))
+        assert "which this is made of" in line
+        assert checkpoint.exists()
+
     def test_force_spares_links(self, source: Path, copy: Path, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to(copy)
         assert "give another one" in one_line(

@@ -524,6 +524,17 @@ class TestBadInput:
         with pytest.raises(EOFError):
             gzip.decompress((tmp_path / "cut.tar.gz").read_bytes())
 
+    def test_a_bundle_in_place_of_its_export(self, exported: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+        line = refusal("bundle", copy, "--target", ORIN, "-o", copy, "--force")
+        assert "which this is made of" in line
+        assert names_in(copy) == names_in(exported)
+
+    @pytest.mark.parametrize("about", [{"targets": 5}, {"targets": [{}]}])
+    def test_a_damaged_description(self, folder: Path, about: Any) -> None:
+        self.change(folder, lambda manifest: manifest.update(bundle=about))
+        assert "says of the bundle is damaged" in refusal("inspect", folder)
+
     def test_a_bundle_of_a_bundle(self, unpacked: Path, tmp_path: Path) -> None:
         line = refusal("bundle", unpacked, "--target", ORIN, "-o", tmp_path / "out")
         assert "is a bundle already" in line

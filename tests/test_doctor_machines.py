@@ -1,7 +1,9 @@
 """The doctor on machines that are not at hand, from what their owners have published of them.
 
-Every text of a file or a program is a copy of a published one; where it is from stands beside it.
-Machines are put together from several sources where no single one has all of it.
+Texts of files and programs are copies of published ones; where one is from stands beside it.
+Machines are put together from several sources where no single one has all of it. Composed, in the
+form that published ones have: the JetPack package's version, the line of ldconfig, and the answer
+of nvidia-smi for the RTX 4090.
 """
 
 from __future__ import annotations
@@ -237,7 +239,8 @@ class TestLibraries:
             (ORIN, (87,), None, True),
             (ORIN, (86,), None, False),
             (THOR, (110,), None, True),
-            (THOR, (101,), None, True),  # CUDA 12's name for it
+            (THOR, (101,), None, False),  # its name in CUDA 12, which no Thor has
+            (THOR, (87,), 90, True),  # a driver compiles PTX
             (THOR, (100,), None, False),
             (WITHOUT_GPU, (75,), None, True),
         ],

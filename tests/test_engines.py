@@ -194,6 +194,17 @@ class TestRealBuilds:
             engine_worker.check_engine(trt, TENSORRT_RTX, bytes(damaged))
 
 
+@pytest.mark.parametrize(("limit", "told"), [(64, True), (None, False)])
+def test_a_workspace_that_is_too_small(limit: int | None, told: bool, monkeypatch: Any) -> None:
+    said = "[E] Error Code 4: no implementation within workspace limit"
+    monkeypatch.setattr(process, "WORKER", [sys.executable, "-c", f"print({said!r})"])
+    request = {"flavour": "tensorrt", "model": "m.onnx", "workspace_mib": limit}
+    with pytest.raises(SimpruneError, match="within workspace limit") as raised:
+        process.run_worker(request, "SM 8.7", Path("m.engine"), print)
+    hint = "--workspace 64 may be too small: raise it, or leave it out"
+    assert str(raised.value).endswith(hint) is told
+
+
 OTHER: dict[str, Any] = {
     "version": "1.6.0",
     "profile": {"images": {"min": [1], "opt": [1], "max": [1]}},

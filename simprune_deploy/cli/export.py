@@ -177,7 +177,7 @@ def export(
         check_input(input_form)
         batch_range = parse_batch(batch)
         folder = output or Path(f"{_stem(model)}-pruned")
-        check_destination(folder, force, MANIFEST)
+        check_destination(folder, force, MANIFEST, model)
         if images is not None and no_verify:
             raise SimpruneError("--images is for the proof, and --no-verify skips it: drop one")
         if per_target and target is None:

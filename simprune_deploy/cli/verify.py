@@ -178,6 +178,8 @@ def verify(
         from rich.console import Console
 
         from simprune_deploy import bundle
+        from simprune_deploy.engine import ENGINE_SUFFIX
+        from simprune_deploy.engines import engine_to_verify
         from simprune_deploy.report.terminal import print_verdict, progress
 
         if reference is None and (arch or trust_pickle or pretrained):
@@ -185,6 +187,8 @@ def verify(
         with progress(enabled=not as_json) as step:
             model = None
             if reference is not None:
+                if engine or target.suffix == ENGINE_SUFFIX:
+                    engine_to_verify(target, plugin)  # before the checkpoint is loaded
                 model = _reference_of(target, reference, arch, pretrained, trust_pickle)
             verdict = bundle.verify(
                 target,

@@ -98,13 +98,18 @@ def default_output(folder: Path, targets: Sequence[Target]) -> Path:
     return folder.parent / "-".join([folder.name, *short_names(targets)])
 
 
-def check_destinations(output: Path, force: bool) -> None:
+def check_destinations(output: Path, force: bool, folder: Path | None = None) -> None:
     """Refuse a place for the folder and its archive before any work.
+
+    Args:
+        output: The bundle to be.
+        force: Replace an earlier one.
+        folder: The export that it is made of, if there is one yet.
 
     Raises:
         SimpruneError: one of them exists and may not be replaced, or cannot be written.
     """
-    check_destination(output, force, MANIFEST)
+    check_destination(output, force, MANIFEST, folder)
     archive = archive_of(output)
     if archive.is_symlink() or (archive.exists() and not archive.is_file()):
         raise SimpruneError(f"{archive} is not a file: give another place with -o")
@@ -149,7 +154,7 @@ def make_bundle(
     check_targets(targets)
     folder = Path(folder)
     output = Path(output) if output is not None else default_output(folder, targets)
-    check_destinations(output, force)
+    check_destinations(output, force, folder)
     progress("reading the export")
     exported = _read_export(folder)
     library = check_library(Path(plugin), targets) if plugin is not None else None

@@ -21,7 +21,7 @@ from simprune_deploy.engine.sidecar import (
 )
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.plugin import LIBRARY_VARIABLE, toolchain
-from simprune_deploy.plugin.info import LibraryInfo, read_info
+from simprune_deploy.plugin.info import read_info
 
 PLUGINS = (
     Path("plugin", "libsimprune_plugin.so"),
@@ -30,8 +30,6 @@ PLUGINS = (
 """Where a folder for a device has the plugin's library: compiled there, or come along."""
 
 BUILD_PLUGIN = "simprune-deploy plugin build"
-OF_A_JETSON = ("87", "101", "110")
-"""Architectures that run no code but their own: an integrated GPU takes none of a card's."""
 
 
 def examine_tools(machine: Machine) -> list[Finding]:
@@ -143,8 +141,8 @@ def examine_library(
         return dataclasses.replace(finding, state="broken", remedy=remedy, detail=one_line(error))
     detail = f"{path}: {info.device_code}"
     finding = dataclasses.replace(finding, version=info.version, detail=detail)
-    if not _has_code_for(info, facts.capability):
-        sm = "".join(map(str, facts.capability or ()))
+    sm = "".join(map(str, facts.capability or ()))
+    if sm and not info.device_code.runs_on(sm):
         detail += f", and this GPU is SM {sm}"
         remedy = f"{BUILD_PLUGIN} --arch {sm}{elsewhere}"
         return dataclasses.replace(finding, state="broken", remedy=remedy, detail=detail)
@@ -160,23 +158,6 @@ def examine_library(
             "does not register itself there (SIMPRUNE_REGISTER)"
         )
     return dataclasses.replace(finding, detail=detail)
-
-
-def _has_code_for(info: LibraryInfo, capability: tuple[int, int] | None) -> bool:
-    """Return whether a GPU can run a library's code; of a GPU that is not known, yes."""
-    if capability is None:
-        return True
-    mine = f"{capability[0]}{capability[1]}"
-    same = {mine, toolchain.THOR.get(mine, mine)}
-    if same & set(info.device_code.sms):
-        return True
-    if mine in OF_A_JETSON:
-        return False
-    # a card runs what was compiled for an earlier one of its own generation, and PTX of any
-    older = [sm for sm in info.device_code.sms if sm not in OF_A_JETSON]
-    return any(sm[:-1] == mine[:-1] and sm[-1] <= mine[-1] for sm in older) or any(
-        int(ptx) <= int(mine) for ptx in info.device_code.ptx
-    )
 
 
 def examine_named_library(facts: Facts, tensorrt: str) -> Iterator[Finding]:

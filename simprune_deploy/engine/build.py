@@ -177,14 +177,16 @@ def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> 
         and flavours.reads_function_first(builder.flavour, builder.version)
     )
     restore = builder.plugin is None and not graph.functions and variants.prune_nodes(graph)
-    if of == "pruned" and strip and (model.parent / STRIPPED).is_file():
-        yield model.parent / STRIPPED
-        return
     if of == "pruned" and not strip and not restore:
         yield model
         return
     if strip:
         graph = variants.without_function(graph)
+        brought = model.parent / STRIPPED
+        # a bundle's; what only has its name is another model, and the engine would be of that
+        if of == "pruned" and brought.is_file() and brought.read_bytes() == _bytes(graph):
+            yield brought
+            return
     elif restore:
         graph = variants.with_function(graph)
     name = f"model-{of}.onnx" if of != "pruned" else STRIPPED if strip else "model-function.onnx"
@@ -192,12 +194,16 @@ def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> 
     kept = False
     try:
         with staged_file(path) as staging:
-            staging.write_bytes(graph.SerializeToString())
+            staging.write_bytes(_bytes(graph))
         yield path
         kept = name == STRIPPED
     finally:
         if not kept:
             path.unlink(missing_ok=True)
+
+
+def _bytes(graph: onnx.ModelProto) -> bytes:
+    return graph.SerializeToString()
 
 
 def _trtexec(

@@ -27,9 +27,6 @@ LIBRARY = "libsimprune_plugin.so"
 PREBUILT = Path(PLUGIN_FOLDER, "prebuilt", LIBRARY)
 """The library that came along in a device's bundle, compiled on another machine."""
 
-_TEGRA = ("72", "87", "101", "110")
-"""Jetsons: machine code for their GPUs and for others is not exchanged."""
-
 
 def find_library(folder: Path | None, named: Path | None) -> Path | None:
     """Return the library that was named, or the folder's own, or SIMPRUNE_LIBRARY's.
@@ -107,28 +104,9 @@ def check_library(path: Path, gpu: Gpu) -> LibraryInfo:
             f"{path} was compiled with CUDA {info.cuda}, and the driver here knows CUDA "
             f"{gpu.cuda}: {again}"
         )
-    if not runs_on(info, gpu.sm):
+    if not info.device_code.runs_on(gpu.sm):
         raise SimpruneError(
             f"{path} has code for {info.device_code}, and the GPU here ({gpu.name}) is "
             f"SM {gpu.sm}: {again}"
         )
     return info
-
-
-def runs_on(info: LibraryInfo, sm: str) -> bool:
-    """Whether a library has code for a GPU.
-
-    Machine code runs on its own GPU and on later ones of the same major number, but not between
-    Jetsons and others; that with a letter (90a) only on its own. A driver compiles PTX for every
-    later GPU.
-    """
-    if sm in info.device_code.sms or any(int(each) <= int(sm) for each in _plain(info, "ptx")):
-        return True
-    return sm not in _TEGRA and any(
-        each not in _TEGRA and each[:-1] == sm[:-1] and int(each) <= int(sm)
-        for each in _plain(info, "sms")
-    )
-
-
-def _plain(info: LibraryInfo, which: str) -> list[str]:
-    return [each for each in getattr(info.device_code, which) if each.isdigit()]

@@ -68,8 +68,17 @@ def run_worker(
         said = f"the builder was ended by {name}{memory}"
     raise SimpruneError(
         f"{NAMES[request['flavour']]} cannot build {Path(request['model']).name} for {title}: "
-        f"{said[:400] or f'it gave no reason (exit code {code})'}"
+        f"{said[:400] or f'it gave no reason (exit code {code})'}{_remedy(request, errors)}"
     )
+
+
+def _remedy(request: dict[str, Any], errors: list[str]) -> str:
+    """Return the end of the message where the user's own limit may be the reason."""
+    limit = request["workspace_mib"]
+    said = " ".join(errors).lower()
+    if limit is None or not any(each in said for each in ("workspace", "outofmemory")):
+        return ""
+    return f"; --workspace {limit} may be too small: raise it, or leave it out"
 
 
 def _worker_lines(request: dict[str, Any]) -> Generator[str, None, None]:

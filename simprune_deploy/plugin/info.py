@@ -34,6 +34,9 @@ _FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
 _MOST_GPU_CODE = 1 << 16  # containers and pieces of code; ours have some dozens
 _PTX, _CUBIN = 1, 2
 _VARIANTS = {0x100000: "a", 0x200000: "f"}
+_TEGRA = ("72", "87", "101", "110")
+"""Jetsons: machine code for their GPUs and for others is not exchanged."""
+
 _NO_BYTES_IN_FILE = 8  # SHT_NOBITS, the section type of .bss
 
 
@@ -53,6 +56,21 @@ class DeviceCode:
         parts = [f"SM {', '.join(self.sms)}"] if self.sms else []
         parts += [f"PTX {', '.join(self.ptx)}"] if self.ptx else []
         return "; ".join(parts) or "none"
+
+    def runs_on(self, sm: str) -> bool:
+        """Whether there is code for a GPU, such as "87".
+
+        Machine code runs on its own GPU and on later ones of the same major number, but not between
+        Jetsons and others; that with a letter (90a) only on its own. A driver compiles PTX for
+        every later GPU.
+        """
+        if sm in self.sms or any(int(each) <= int(sm) for each in self.ptx if each.isdigit()):
+            return True
+        return sm not in _TEGRA and any(
+            each[:-1] == sm[:-1] and int(each) <= int(sm)
+            for each in self.sms
+            if each.isdigit() and each not in _TEGRA
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -28,7 +29,7 @@ def print_bundle(bundle: DeviceBundle) -> None:
     facts["checked"] = "; ".join(f"{each['what']} {each['found']}" for each in about["checked"])
     facts["not checked"] = "; ".join(about["not_checked"])
     facts["engine"] = about["engine"]
-    facts["on the device"] = f"tar -xzf {bundle.archive.name}, then its README.md"
+    facts["on the device"] = f"tar -xzf {shlex.quote(bundle.archive.name)}, then its README.md"
     print_facts(Console(), facts)
 
 

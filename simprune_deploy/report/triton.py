@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def print_model(model: TritonModel) -> None:
     """Print where the model is, how it is batched, and how a server is started on it."""
-    repository = model.path.absolute().parent
+    repository = shlex.quote(str(model.path.absolute().parent))
     batches = (
         f"1 to {model.max_batch_size} images, formed by Triton"
         if model.max_batch_size

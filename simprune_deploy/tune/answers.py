@@ -106,6 +106,7 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
     from simprune_deploy.bundle import MODEL, read_manifest
     from simprune_deploy.onnx.metadata import load_graph, read_facts
     from simprune_deploy.onnx.precision import emulated
+    from simprune_deploy.onnx.variants import prune_nodes, with_function
     from simprune_deploy.parity.runners import onnxruntime_runner, quiet_polygraphy
 
     file = path
@@ -122,9 +123,13 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
 
         what, threshold = f"{path}, without its pruning", None
         graph = without_pruning(graph)
+    put_back = bool(not graph.functions and prune_nodes(graph))
+    if put_back:  # left to a plugin, of which ONNX Runtime has none
+        graph = with_function(graph)
     bf16 = facts.precision == "bf16"
     runnable = emulated(graph, "bf16") if bf16 else graph
     how = "CPU, emulating bfloat16" if bf16 else "CPU"
+    how += ", function put back" if put_back else ""
     with quiet_polygraphy():
         runner = onnxruntime_runner(runnable.SerializeToString(), "dense" if dense else "pruned")
     return Contestant(
