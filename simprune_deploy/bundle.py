@@ -191,6 +191,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise SimpruneError(
             f"{folder} holds no {MANIFEST}: give a folder that `simprune-deploy export` wrote"
         ) from None
+    except NotADirectoryError:
+        raise SimpruneError(
+            f"{folder} is a file: give the folder that `simprune-deploy export` wrote"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SimpruneError(f"{path} is damaged ({error!r}): export again") from error
     if found not in KINDS:

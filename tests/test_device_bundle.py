@@ -39,6 +39,7 @@ from simprune_deploy.engine.targets import Release, find_targets, load_targets, 
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.files import sha256
 from simprune_deploy.onnx.variants import prune_nodes, with_function
+from simprune_deploy.parity import golden
 from simprune_deploy.plugin.build import source_files
 from simprune_deploy.plugin.info import read_info
 
@@ -506,6 +507,21 @@ class TestBadInput:
         model.rename(folder.parent / "elsewhere.onnx")
         model.symlink_to(folder.parent / "elsewhere.onnx")
         assert "is a link out of its folder" in refusal("verify", folder)
+
+    def test_a_file_in_place_of_the_folder(self, folder: Path) -> None:
+        line = refusal("bundle", folder / "model.onnx", "--target", ORIN)
+        assert "model.onnx is a file: give the folder" in line
+
+    def test_golden_cases_that_are_none(
+        self, exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "golden.npz").write_text("junk")
+        line = refusal("verify", folder / "model.onnx")
+        assert line.endswith("holds no golden cases for this model: File is not a zip file")
+        assert "pickle" not in line
+        monkeypatch.setattr(golden, "LARGEST", 1000)
+        shutil.copy(exported / "golden.npz", folder)
+        assert "and at most 1000 are read" in refusal("verify", folder / "model.onnx")
 
     def test_a_huge_manifest(self, folder: Path) -> None:
         with (folder / "manifest.json").open("r+") as file:

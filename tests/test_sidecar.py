@@ -131,6 +131,13 @@ class TestRefused:
             ("profile", {"images": {"min": [1]}}),
             ("profile", {"images": {"min": [-1], "opt": [1], "max": [1]}}),
             ("profile", None),
+            ("profile", {}),
+            ("profile", {"images": {"min": [1], "opt": [1], "max": [1]}, "\x1b[2J": {}}),
+            ("cuda", "twelve"),
+            ("versions", {"polygraphy": "\x1b[2J"}),
+            ("versions", 5),
+            ("workspace_mib", "64"),
+            ("seconds", None),
         ],
     )
     def test_a_value_of_the_wrong_kind(self, engine: Path, name: str, value: Any) -> None:

@@ -126,6 +126,8 @@ class EngineFacts:
         lists = {name: getattr(self, name) for name in ("compute_capabilities", "targets")}
         checked = [(name, getattr(self, name)) for name in texts]
         checked += [(name, each) for name, found in lists.items() for each in found]
+        checked += [("versions", each) for pair in self.versions.items() for each in pair]
+        checked += [("profile", each) for each in self.profile]
         for stamp in filter(None, (self.plugin, self.onnx, self.engine)):
             checked += [("file", stamp.file), ("sha256", stamp.sha256)]
             if Path(stamp.file).name != stamp.file or not isinstance(stamp.bytes, int):
@@ -142,6 +144,14 @@ class EngineFacts:
             raise ValueError("no compute capability")
         for each in lists["compute_capabilities"]:
             parse_capability(each)
+        if self.cuda is not None:
+            _major(self.cuda)
+        if not isinstance(self.workspace_mib, (int, type(None))):
+            raise ValueError(f"workspace_mib {self.workspace_mib!r}")
+        if not isinstance(self.seconds, (int, float)):
+            raise ValueError(f"seconds {self.seconds!r}")
+        if "images" not in self.profile:
+            raise ValueError("no profile of the images")
         for shapes in self.profile.values():
             for which in ("min", "opt", "max"):
                 if not all(isinstance(size, int) and size > 0 for size in shapes[which]):

@@ -13,6 +13,9 @@ from simprune_deploy.errors import SimpruneError
 from simprune_deploy.parity.decisions import Array, PruneRecord
 from simprune_deploy.parity.runners import Inputs, Run
 
+LARGEST = 1 << 30
+"""Bytes that a file may have when it is unpacked."""
+
 MAX_IMAGES = 4
 """Enough to mix a batch, small enough to ship: 2.4 MB at 224 pixels before compression."""
 
@@ -65,6 +68,10 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
         SimpruneError: the file is missing, damaged, or of a model with other prune layers.
     """
     try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(each.file_size for each in packed.infolist())
+        if size > LARGEST:
+            raise ValueError(f"unpacked it has {size} bytes, and at most {LARGEST} are read")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         images, thresholds = arrays["images"], arrays["thresholds"]
@@ -82,7 +89,10 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
         raise SimpruneError(
             f"{path} does not exist: without golden cases give the checkpoint with --reference"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, MemoryError),
+        *(zlib.error, zipfile.BadZipFile),
+    ) as error:
         raise SimpruneError(f"{path} holds no golden cases for this model: {error}") from error
     return Golden(images, thresholds, reference)
 
