@@ -67,16 +67,20 @@ Machine = Callable[..., None]
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Return what makes this a machine with a TensorRT and a GPU, both doubles."""
     monkeypatch.delenv("SIMPRUNE_LIBRARY", raising=False)
+    real = sys.modules.get("tensorrt")
 
     def become(version: str, capability: tuple[int, int] = (8, 7)) -> None:
         place = str(tensorrt_double.install(tmp_path, version))
         monkeypatch.syspath_prepend(place)
         monkeypatch.setenv("PYTHONPATH", place, prepend=":")
-        monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+        # not through monkeypatch, which would put an earlier double back
+        sys.modules.pop("tensorrt", None)
         monkeypatch.setattr(gpu, "DRIVER", str(driver(tmp_path, capability)))
 
     yield become
     sys.modules.pop("tensorrt", None)
+    if real is not None:
+        sys.modules["tensorrt"] = real
 
 
 def names_in(folder: Path) -> set[str]:

@@ -394,8 +394,12 @@ def test_a_grid_is_all_combinations_without_repeats() -> None:
             wrong.settings(12, 196)
 
 
-def test_the_command_writes_and_prints_its_table(tmp_path: Path) -> None:
+def test_the_command_writes_and_prints_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
+    # not the test runner's own
+    monkeypatch.setattr(sys, "argv", ["somewhere/simprune-deploy", "sweep", "a model"])
     options = ["--data", IMAGES, "--limit", 48, "--timing", 10, "-o", folder]
     code, out, err = call("sweep", MODEL, "--thresholds", "0.9,0.8", *options)
     assert code == 0, err
@@ -403,7 +407,7 @@ def test_the_command_writes_and_prints_its_table(tmp_path: Path) -> None:
     assert "classes matched by name" in out
     result = load_sweep(folder / "sweep.json")
     assert [cell.setting.threshold for cell in result.cells] == [None, 0.9, 0.8]
-    assert result.environment["command"].startswith("simprune-deploy ")
+    assert result.environment["command"] == "simprune-deploy sweep 'a model'"
     assert "not proven" in result.environment["graphs"]
     for cell in result.cells:
         assert cell.milliseconds is not None

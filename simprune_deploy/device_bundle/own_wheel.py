@@ -75,13 +75,14 @@ def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _metadata() -> dict[str, str]:
     """Return the files of the wheel's ``.dist-info``."""
-    try:
-        installed = metadata.distribution(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
+    # a checkout that is the working folder shows its .egg-info first, which is no wheel's metadata
+    found = metadata.distributions(name=DISTRIBUTION)
+    installed = next((each for each in found if each.read_text("METADATA")), None)
+    if installed is None:
         raise SimpruneError(
             f"{DISTRIBUTION} runs here without having been installed, so its dependencies are not "
             "known: pip install it (`pip install -e .` in a checkout)"
-        ) from None
+        )
     if installed.version != simprune_deploy.__version__:
         raise SimpruneError(
             f"{DISTRIBUTION} was installed as {installed.version} and runs as "
