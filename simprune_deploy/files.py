@@ -47,8 +47,8 @@ def check_destination(
             made_of = Path(source).resolve()
             if made_of.exists() and folder.resolve() in (made_of, *made_of.parents):
                 raise SimpruneError(
-                    f"{folder} holds {source}, which this is made of, and would replace it: give "
-                    "another folder with -o"
+                    f"{source}, which this is made of, would be replaced: give another folder "
+                    "with -o"
                 )
         _check_destination(folder, force, marker)
     except OSError as error:
