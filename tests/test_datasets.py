@@ -257,6 +257,18 @@ def test_classes_are_mapped_by_file_by_number_or_by_order(
     refused(path, "neither a number nor a name", classes=names)
 
 
+def test_a_class_that_the_list_holds_twice_is_one_class(
+    tmp_path: Path, pictures: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, labels = pictures
+    twice = [*NAMES[:9], NAMES[0]]  # its second place must not become label -1
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, classes=np.array(twice))
+    found = open_data(tmp_path / "a.npz", facts()).labels
+    assert found is not None
+    assert 9 in labels
+    assert (found == np.where(labels == 9, 0, labels)).all()
+
+
 @pytest.mark.parametrize(
     ("arrays", "match"),
     [

@@ -78,14 +78,14 @@ def map_labels(
     _check_numbers(labels, len(classes), "the data's list of classes")
     used = [classes[index] for index in np.unique(labels)]
     numbers, how = _numbers(used, classes, num_classes, names, mapping)
-    table = np.full(len(classes), -1, np.int64)
     for name, number in numbers.items():
         if not 0 <= number < num_classes:
             raise SimpruneError(
                 f"class {name!r} is number {number}, and the model's classes are 0 to "
                 f"{num_classes - 1}: {HELP}"
             )
-        table[list(classes).index(name)] = number
+    # by position: a list may hold a name twice
+    table = np.array([numbers.get(name, -1) for name in classes], np.int64)
     if names is None:
         inverse = {number: name for name, number in numbers.items()}
         shown = tuple(inverse.get(number, str(number)) for number in range(num_classes))
