@@ -228,6 +228,8 @@ class Engine:
         )
         self.inputs = {each.name: describe_value(each) for each in graph.graph.input}
         self.outputs = {each.name: describe_value(each) for each in graph.graph.output}
+        for each in self.session.get_outputs():  # a graph that shows its decisions tells no shape
+            self.outputs[each.name]["shape"] = self.outputs[each.name]["shape"] or each.shape
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors = len(self.names)
 

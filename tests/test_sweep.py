@@ -453,7 +453,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--layers", "9"], "layer 9 is outside the model's depth"),
         (["--selection", "best"], "selection 'best' is unknown"),
         (["--backend", "tpu"], "backend 'tpu' is unknown"),
-        (["--backend", "engine"], "needs a GPU"),
+        (["--backend", "engine"], "export it first, with --runtime-threshold"),
         (["--batch", "0"], "--batch 0 must be 1 or more"),
         (["--timing", "-1"], "--timing -1 must be 0"),
         (["--limit", "0"], "--limit 0 must be 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -25,7 +25,7 @@ from simprune_deploy.errors import SimpruneError
 if TYPE_CHECKING:
     from simprune_deploy.tune.results import Setting, SweepResult
     from simprune_deploy.tune.subject import Subject
-    from simprune_deploy.tune.sweep import Runner
+    from simprune_deploy.tune.sweep import Bar, Runner
 
 Data = Annotated[
     Path,
@@ -135,6 +135,7 @@ def sweep(
         if compare and backend not in (None, "torch"):
             raise SimpruneError(f"--compare runs in PyTorch, not {backend}: leave --backend out")
         name = backend or ("torch" if compare else "onnxruntime")
+        check_engines(name, model, ray)
 
         from simprune_deploy.tune.backends import backend_of, compared
 
@@ -149,7 +150,7 @@ def sweep(
             started = start_sweep(
                 subject,
                 pictures,
-                backend_of(name, subject, options.batch),
+                backend_of(name, subject, options.batch, building(bar)),
                 folder,
                 options,
                 resume=resume,
@@ -219,6 +220,19 @@ def joined(address: str | None) -> Iterator[Runner | None]:
 
     with connected(address) as runner:
         yield runner
+
+
+def check_engines(backend: str, model: str, ray: str | None) -> None:
+    """Refuse engines before any work where they cannot run."""
+    if backend == "engine":
+        from simprune_deploy.tune.engine_backend import check_engines_can_run
+
+        check_engines_can_run(Path(model), ray is not None)
+
+
+def building(bar: Bar) -> Callable[[str], None]:
+    """Return what shows the steps of a build on a bar."""
+    return lambda step: bar.begin(step, 1)
 
 
 def parse_share(text: str) -> float:

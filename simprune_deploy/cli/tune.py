@@ -22,6 +22,8 @@ from simprune_deploy.cli.sweep import (
     NoLabels,
     Ray,
     Timing,
+    building,
+    check_engines,
     command_line,
     joined,
     load_subject,
@@ -105,6 +107,7 @@ def tune(
         wanted = DataOptions(limit, not no_labels, classes, parse_share(max_unreadable))
         file = output or Path(f"{stem_of(model)}-tuned.json")
         _check_file(file, force)
+        check_engines(backend, model, ray)
 
         from simprune_deploy.tune.backends import backend_of
         from simprune_deploy.tune.configuration import tuned
@@ -120,7 +123,7 @@ def tune(
             bases = _bases(subject, layers, selection, reduction)
             options = dataclasses.replace(options, batch=batch_for(subject, batch))
             pictures = open_data(data, subject.facts, wanted)
-            measured_by = backend_of(backend, subject, options.batch)
+            measured_by = backend_of(backend, subject, options.batch, building(bar))
             sweep = start_sweep(
                 subject,
                 pictures,

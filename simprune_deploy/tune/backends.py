@@ -1,4 +1,4 @@
-"""What runs the settings of a sweep: ONNX Runtime, or PyTorch."""
+"""What runs the settings of a sweep: ONNX Runtime, PyTorch, or engines (engine_backend.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -30,10 +30,12 @@ class Backend(Protocol):
     Attributes:
         name: As in --backend.
         facts: What a report says of it.
+        no_memory: Why the memory of a run cannot be measured. None: it can.
     """
 
     name: str
     facts: dict[str, Any]
+    no_memory: str | None
 
     def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
         """Return the settings in groups that one runnable serves."""
@@ -45,13 +47,20 @@ class Backend(Protocol):
         """Return one that runs nothing but the model, to measure its "time" or its "memory"."""
 
 
-def backend_of(name: str, subject: Subject, batch: int) -> Backend:
+def _silent(step: str) -> None:
+    """Ignore progress."""
+
+
+def backend_of(
+    name: str, subject: Subject, batch: int, progress: Callable[[str], None] = _silent
+) -> Backend:
     """Return the backend of a name.
 
     Args:
         name: One of :data:`BACKENDS`.
         subject: The model.
         batch: The largest batch it will be given.
+        progress: Called with a word on each step where engines have to be built.
 
     Raises:
         SimpruneError: it is unknown, or cannot run this model here.
@@ -71,9 +80,9 @@ def backend_of(name: str, subject: Subject, batch: int) -> Backend:
             )
         return TorchBackend(subject)
     if name == "engine":
-        raise SimpruneError(
-            "--backend engine needs a GPU and its engine: sweep with onnxruntime here"
-        )
+        from simprune_deploy.tune.engine_backend import EngineBackend
+
+        return EngineBackend(subject, progress)
     raise SimpruneError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
 
 
@@ -87,6 +96,7 @@ class OnnxBackend:
     """ONNX Runtime on the CPU. A checkpoint is exported once for all thresholds of a group."""
 
     name = "onnxruntime"
+    no_memory: str | None = None
 
     def __init__(self, subject: Subject, batch: int) -> None:
         self.subject, self.batch = subject, batch
@@ -281,6 +291,7 @@ class TorchBackend:
     """PyTorch on the CPU: ours, and the methods it is compared with."""
 
     name = "torch"
+    no_memory: str | None = None
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject

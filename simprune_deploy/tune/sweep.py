@@ -216,13 +216,15 @@ class Sweep:
         runs = len(images) // batch
         self.bar.begin("timing", sum((len(group) + 1) * runs for group in waiting))
         for group in waiting:
-            executor = opened(self.backend.alone(group, "memory"))
-            memory = timing.peak_memories(executor, [DENSE_SETTING, *group], images[:at_once])
+            memory: dict[Setting, int | None] = {}
+            if self.backend.no_memory is None:
+                executor = opened(self.backend.alone(group, "memory"))
+                memory = timing.peak_memories(executor, [DENSE_SETTING, *group], images[:at_once])
             executor = opened(self.backend.alone(group, "time"))
             times = timing.time_settings(executor, group, images, batch, self.bar.advance)
             for setting, (own, dense) in times.items():
-                self.store.add_timing(setting, timing.Timing(own, dense, runs, memory[setting]))
-            dense_time = timing.Timing(dense, dense, runs, memory[DENSE_SETTING])
+                self.store.add_timing(setting, timing.Timing(own, dense, runs, memory.get(setting)))
+            dense_time = timing.Timing(dense, dense, runs, memory.get(DENSE_SETTING))
             self.store.add_timing(DENSE_SETTING, dense_time)
 
     def tally(self, setting: Setting) -> Tally:
@@ -242,8 +244,25 @@ class Sweep:
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "batch": self.options.batch,
-            "timing": _timing_text(self.store.timings, self.subject, self.options.batch),
+            "timing": self._timing_text(),
         }
+
+    def _timing_text(self) -> str:
+        timings = self.store.timings
+        if not timings:
+            return "none"
+        runs = sorted({each.images for each in timings.values()})
+        if self.backend.no_memory is None:
+            memory = (
+                f"peak memory is what a batch of {memory_batch(self.options.batch)} adds to the "
+                "process, without weights"
+            )
+        else:
+            memory = f"peak memory is not measured: {self.backend.no_memory}"
+        return (
+            f"batch {_timing_batch(self.subject)}, {' or '.join(f'{n:,}' for n in runs)} runs "
+            f"each, median of blocks of {timing.BLOCK}, in turn with the dense model; {memory}"
+        )
 
     def described_data(self) -> dict[str, Any]:
         """Return what the data is, and which pictures could not be read."""
@@ -287,17 +306,6 @@ def memory_batch(batch: int) -> int:
     return min(batch, timing.MEMORY_IMAGES)
 
 
-def _timing_text(timings: dict[Setting, timing.Timing], subject: Subject, batch: int) -> str:
-    if not timings:
-        return "none"
-    runs = sorted({each.images for each in timings.values()})
-    return (
-        f"batch {_timing_batch(subject)}, {' or '.join(f'{n:,}' for n in runs)} runs each, median "
-        f"of blocks of {timing.BLOCK}, in turn with the dense model; peak memory is what a batch "
-        f"of {memory_batch(batch)} adds to the process, without weights"
-    )
-
-
 def shard_size(batch: int) -> int:
     """Return how many pictures a shard holds: whole batches, whoever runs them."""
     return max(1, SHARD_IMAGES // batch) * batch
@@ -310,6 +318,7 @@ def identity_of(subject: Subject, data: DataSet, backend: Backend, batch: int) -
         "model": subject.sha256,
         "data": data.identity,
         "runtime": backend.facts["runtime"],
+        "set of engines": backend.facts.get("set of engines"),
         "batch size": batch,
         "proportional attention": pruning.proportional_attention,
         "multiple of": pruning.multiple_of,
