@@ -598,6 +598,10 @@ class TestBadInput:
         (tmp_path / "mine" / "file").write_text("mine")
         line = refusal(*call[:-1], tmp_path / "mine", "--force")
         assert "holds no manifest.json, so it is not a result of this tool" in line
+        another = Path(shutil.copytree(exported, tmp_path / "another"))
+        line = refusal(*call[:-1], another, "--force")
+        assert "is an exported folder and no bundle" in line
+        assert names_in(another) == names_in(exported)
 
     @pytest.mark.parametrize("step", ["write_own_wheel", "write_archive", "write_texts"])
     def test_no_space(

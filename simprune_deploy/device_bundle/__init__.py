@@ -27,7 +27,7 @@ from simprune_deploy.bundle import (
 from simprune_deploy.device_bundle.archive import write_archive
 from simprune_deploy.device_bundle.library import check_library, fit, sm_of
 from simprune_deploy.device_bundle.own_wheel import write_own_wheel
-from simprune_deploy.device_bundle.texts import write_texts
+from simprune_deploy.device_bundle.texts import README, write_texts
 from simprune_deploy.engine import libraries
 from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.targets import Target, load_targets, short_names, version_numbers
@@ -110,6 +110,9 @@ def check_destinations(output: Path, force: bool, folder: Path | None = None) ->
         SimpruneError: one of them exists and may not be replaced, or cannot be written.
     """
     check_destination(output, force, MANIFEST, folder)
+    if (output / MANIFEST).is_file() and not (output / README).is_file():
+        # --force is for a bundle that is made again, not for an export and its engines
+        raise SimpruneError(f"{output} is an exported folder and no bundle: give another -o DIR")
     archive = archive_of(output)
     if archive.is_symlink() or (archive.exists() and not archive.is_file()):
         raise SimpruneError(f"{archive} is not a file: give another place with -o")
