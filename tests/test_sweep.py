@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import simprune_deploy as sd
 from simprune_deploy.cli import app
+from simprune_deploy.cli.sweep import settings_for
 from simprune_deploy.errors import SimpruneError
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
 from simprune_deploy.onnx.variants import (
@@ -45,7 +46,7 @@ from simprune_deploy.tune.evaluate import (
     total,
 )
 from simprune_deploy.tune.grid import Grid, parse_thresholds
-from simprune_deploy.tune.results import Cell, Setting, load_sweep
+from simprune_deploy.tune.results import OURS, Cell, Setting, load_sweep
 from simprune_deploy.tune.subject import Subject, subject_of_model
 from simprune_deploy.tune.sweep import LocalRunner, SweepOptions, start_sweep
 
@@ -421,6 +422,21 @@ def test_the_command_writes_and_prints_its_table(
     code, out, err = call("sweep", MODEL, "--thresholds", "0.9,0.8", *options, "--resume", "--json")
     assert code == 0, err
     assert [Cell.from_dict(cell) for cell in json.loads(out)["cells"]] == list(result.cells)
+
+
+def test_a_checkpoint_that_was_saved_pruned_keeps_what_is_not_asked_for() -> None:
+    grid = Grid(thresholds="0.9,0.8")
+    pruned = sd.prune(sd.load(str(MODEL)), layers=[1], reduction="drop")
+    subject = subject_of_model("saved", pruned)
+    usual = Setting(OURS, 0.9, (1,), "cover", "drop")
+    both = [usual, dataclasses.replace(usual, threshold=0.8)]
+    assert settings_for(subject, grid, {}) == both
+    asked = {"layers": "2", "reductions": "merge"}
+    (found, _) = settings_for(subject, dataclasses.replace(grid, **asked), asked)
+    assert found == Setting(OURS, 0.9, (2,), "cover", "merge")
+    fixed = subject_of_model("saved", sd.prune(pruned, tokens=60))
+    assert settings_for(fixed, grid, {})[0].tokens == (60,)
+    assert settings_for(fixed, dataclasses.replace(grid, tokens="dynamic"), {"tokens": ""}) == both
 
 
 def test_an_export_is_swept_as_it_is(

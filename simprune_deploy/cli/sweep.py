@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -23,6 +23,7 @@ from simprune_deploy.cli.common import (
 from simprune_deploy.errors import SimpruneError
 
 if TYPE_CHECKING:
+    from simprune_deploy.tune.grid import Grid
     from simprune_deploy.tune.results import Setting, SweepResult
     from simprune_deploy.tune.subject import Subject
     from simprune_deploy.tune.sweep import Bar, Runner
@@ -64,7 +65,9 @@ def sweep(
     ] = None,
     layers: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="'auto', or sets of blocks: 3,6,9;2,5,8.  [default: auto]"),
+        typer.Option(
+            help="'auto', or sets of blocks: 3,6,9;2,5,8.  [default: the model's, or auto]"
+        ),
     ] = None,
     selection: Annotated[
         Optional[str],  # noqa: UP045
@@ -257,12 +260,25 @@ def load_subject(model: str, arch: str | None, pretrained: bool, trust_pickle: b
     return subject_of_model(model, load_model(model, arch, None, pretrained, trust_pickle).model)
 
 
-def settings_for(subject: Subject, grid: Any, asked: dict[str, str]) -> list[Setting]:
-    """Return the settings of the grid; of an export only its thresholds can be chosen."""
-    if subject.graph is None:
-        return grid.settings(subject.facts.depth, subject.facts.num_patches)
+def settings_for(subject: Subject, grid: Grid, asked: dict[str, str]) -> list[Setting]:
+    """Return the settings of the grid; of an export only its thresholds can be chosen.
+
+    What was not asked for is as the checkpoint has it, if it was saved pruned.
+    """
     import dataclasses
 
+    if subject.graph is None:
+        own = subject.facts.pruning
+        saved = {
+            "layers": ",".join(map(str, own.layers)),
+            "selections": own.selection,
+            "reductions": own.reduction,
+        }
+        if own.capacities and "layers" not in asked:
+            saved["tokens"] = ",".join(map(str, own.capacities))
+        left = {name: value for name, value in saved.items() if value and name not in asked}
+        grid = dataclasses.replace(grid, **left)
+        return grid.settings(subject.facts.depth, subject.facts.num_patches)
     from simprune_deploy.tune.grid import parse_thresholds
 
     if fixed := sorted(asked.keys() - {"thresholds"}):

@@ -173,8 +173,10 @@ def _fitting(cells: Sequence[Cell], width: int) -> tuple[list[Column], list[str]
 
 def not_measured(result: SweepResult) -> list[str]:
     """Return what the sweep has no numbers for, in words."""
+    classes = result.model.get("num_classes") != 0
+    why = "the images have no labels" if classes else "the model has no classes"
     absent = {
-        "accuracy: the images have no labels": lambda cell: cell.top1,
+        f"accuracy: {why}": lambda cell: cell.top1,
         "agreement: the model has no classes": lambda cell: cell.agreement,
         "cosine": lambda cell: cell.cosine,
         "GFLOPs": lambda cell: cell.gflops,
