@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
 
@@ -60,6 +61,12 @@ def test_pages_name_only_commands_and_options_that_exist(page: Path) -> None:
             assert command in options, line
             used = set(re.findall(r"(?<!\S)(--[a-z-]+)", rest.split("#")[0]))
             assert used <= options[command], line
+
+
+def test_help_shows_the_defaults_that_it_tells() -> None:
+    said = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
+    for default in ("0.85", "auto", "cover", "merge", "dynamic", "1..8"):
+        assert f"[default: {default}]" in said
 
 
 def test_every_option_is_documented() -> None:
