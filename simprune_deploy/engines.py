@@ -17,7 +17,6 @@ from simprune_deploy.engine.builders import ahead_of_time, check_precision, for_
 from simprune_deploy.engine.gpu import find_gpu
 from simprune_deploy.engine.inventory import FoundEngine, choose_engine, examine_engine
 from simprune_deploy.engine.libraries import check_can_be_made, find_library
-from simprune_deploy.engine.profile import batch_of
 from simprune_deploy.engine.targets import Target
 from simprune_deploy.errors import SimpruneError
 
@@ -204,11 +203,7 @@ def _engine_backend(found: FoundEngine, plugin: Path | None, progress: Progress)
     folder = found.path.absolute().parent.parent
     library = find_library(folder, plugin) if facts.plugin is not None else None
     gpu = find_gpu()
-    options = EngineOptions(
-        batch=batch_of(facts.profile),
-        opt_batch=facts.profile["images"]["opt"][0],
-        workspace_mib=facts.workspace_mib,
-    )
+    options = EngineOptions.like(facts)
     diagnosis = build_engine(
         folder / MODEL, like(facts, gpu, library), options, of="diagnosis", progress=progress
     )

@@ -58,7 +58,7 @@ def engine_subjects(
     dense = build_engine(
         folder / MODEL,
         like(built, find_gpu(), None),
-        _same_shapes(built, options.force),
+        EngineOptions.like(built, options.force),
         of="dense",
         progress=progress,
     )
@@ -108,16 +108,6 @@ def _pruned_engine(
             "on the CPU"
         ) from error
     return built.path, built.facts
-
-
-def _same_shapes(facts: EngineFacts, force: bool) -> EngineOptions:
-    images = facts.profile["images"]
-    return EngineOptions(
-        batch=(images["min"][0], images["max"][0]),
-        opt_batch=images["opt"][0],
-        workspace_mib=facts.workspace_mib,
-        force=force,
-    )
 
 
 def _runner(engine: Engine, batches: list[Feed]) -> Runner:

@@ -18,7 +18,7 @@ import simprune_deploy
 from simprune_deploy.engine import ENGINES, flavours
 from simprune_deploy.engine.builders import Builder, check_precision
 from simprune_deploy.engine.process import Progress, run_worker
-from simprune_deploy.engine.profile import optimization_profile
+from simprune_deploy.engine.profile import batch_of, optimization_profile
 from simprune_deploy.engine.sidecar import (
     TENSORRT,
     TENSORRT_RTX,
@@ -71,6 +71,16 @@ class EngineOptions:
             raise SimpruneError(
                 f"--workspace {self.workspace_mib} is not between 1 and {1 << 20} MiB"
             )
+
+    @classmethod
+    def like(cls, facts: EngineFacts, force: bool = False) -> EngineOptions:
+        """Return the options that an engine was built with, for another form of its model."""
+        return cls(
+            batch=batch_of(facts.profile),
+            opt_batch=facts.profile["images"]["opt"][0],
+            workspace_mib=facts.workspace_mib,
+            force=force,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from simprune_deploy.engine.builders import Builder, for_this_gpu
 from simprune_deploy.engine.inventory import engines_in
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.process import Progress
-from simprune_deploy.engine.profile import batch_of
 from simprune_deploy.engine.runtime import Engine
 from simprune_deploy.engine.sidecar import TENSORRT
 from simprune_deploy.engines import build_here
@@ -169,12 +168,7 @@ def _like_the_one_there(folder: Path) -> tuple[EngineOptions, bool]:
             and facts is not None
             and (facts.of, facts.flavour) == ("pruned", TENSORRT)
         ):
-            options = EngineOptions(
-                batch=batch_of(facts.profile),
-                opt_batch=facts.profile["images"]["opt"][0],
-                workspace_mib=facts.workspace_mib,
-            )
-            return options, facts.plugin is not None
+            return EngineOptions.like(facts), facts.plugin is not None
     return EngineOptions(), True
 
 
