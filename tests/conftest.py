@@ -51,9 +51,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the stand-in for CUDA, with an Orin in place of this machine's GPU."""
     import running_double
 
-    from simprune_deploy.benchmark import on_engines
     from simprune_deploy.engine import builders, cuda
     from simprune_deploy.engine.gpu import Gpu
+    from simprune_deploy.evaluate.bench import on_engines
 
     found = running_double.Cuda(12_060)
     monkeypatch.setattr(cuda, "_bindings", lambda: found)

@@ -17,8 +17,8 @@ from pathlib import Path
 import timm
 
 import simprune_deploy as sd
+from simprune_deploy.engine.folder_engines import build_ahead
 from simprune_deploy.engine.targets import find_targets
-from simprune_deploy.engines import build_ahead
 
 DEMO = Path(__file__).parents[1] / "fashion_mnist" / "vit"
 TARGETS = ("rtx-ada", "rtx,dgx-spark")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import simprune_deploy as sd
-from simprune_deploy.images import Preprocessing, load_folder
+from simprune_deploy.common.images import Preprocessing, load_folder
 from simprune_deploy.pruning.cost import spread_over_blocks
 from simprune_deploy.pruning.model import PruneTrace
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from simprune_deploy.plugin.info import read_info
+from simprune_deploy.pruning.kernel_library import read_info
 
 PACKAGES = ("torch", "timm", "numpy")
 

@@ -49,10 +49,10 @@ from plugin_floors import (
     table_shapes,
 )
 
-from simprune_deploy.errors import CheckFailedError, SimpruneError
-from simprune_deploy.files import staged_file, write_json
-from simprune_deploy.plugin import LIBRARY_VARIABLE
-from simprune_deploy.plugin.kernels import Kernels
+from simprune_deploy.common.errors import CheckFailedError, SimpruneError
+from simprune_deploy.common.files import staged_file, write_json
+from simprune_deploy.pruning.cuda_kernels import Kernels
+from simprune_deploy.pruning.kernel_library import LIBRARY_VARIABLE
 from simprune_deploy.pruning.operator import similarity_prune
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

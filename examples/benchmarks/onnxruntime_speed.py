@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import simprune_deploy as sd
-from simprune_deploy.images import Preprocessing, load_folder, sample_images
+from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
 from simprune_deploy.onnx.exporter import export_onnx
 from simprune_deploy.onnx.metadata import read_facts
 from simprune_deploy.onnx.variants import diagnostic_name, with_diagnostics

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 import simprune_deploy as sd
-from simprune_deploy.images import Preprocessing
+from simprune_deploy.common.images import Preprocessing
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
 from simprune_deploy.onnx.precision import PRECISIONS, emulated
 

@@ -36,12 +36,12 @@ from tracks import (
 )
 
 import simprune_deploy as sd
-from simprune_deploy.files import staged_file
+from simprune_deploy.common.files import staged_file
+from simprune_deploy.evaluate.statistics import paired_drop
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace
 from simprune_deploy.report.plots import render_pareto
 from simprune_deploy.tune.baselines import Baseline, kept_counts
 from simprune_deploy.tune.results import DENSE, OURS, Cell, Setting, SweepResult
-from simprune_deploy.tune.statistics import paired_drop
 
 BASELINES = {
     "random": Baseline("random"),

@@ -22,9 +22,9 @@ import torch
 from rich.progress import track as progress
 
 import simprune_deploy as sd
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import staged_file
-from simprune_deploy.images import Preprocessing, load_folder, sample_images
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import staged_file
+from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
 from simprune_deploy.pruning.cost import spread_over_blocks
 from simprune_deploy.pruning.model import PrunedViT
 

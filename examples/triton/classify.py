@@ -20,9 +20,9 @@ import numpy as np
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from simprune_deploy.bundle import read_manifest
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.images import ImageSet, Preprocessing, as_uint8_nhwc, load_folder
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.images import ImageSet, Preprocessing, as_uint8_nhwc, load_folder
+from simprune_deploy.onnx.exported_folder import read_manifest
 
 
 def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:

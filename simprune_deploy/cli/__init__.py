@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from simprune_deploy import __version__
 from simprune_deploy.cli import (
     bench,
     build,
@@ -25,6 +24,7 @@ from simprune_deploy.cli import (
     visualize,
 )
 from simprune_deploy.cli.common import State
+from simprune_deploy.common.versions import __version__
 
 app = typer.Typer(
     name="simprune-deploy",

@@ -10,11 +10,11 @@ import typer
 
 from simprune_deploy.cli.common import load_model, print_json
 from simprune_deploy.cli.sweep import parse_share
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 if TYPE_CHECKING:
-    from simprune_deploy.tune.accuracy import Limits
-    from simprune_deploy.tune.answers import Contestant
+    from simprune_deploy.evaluate.accuracy import Limits
+    from simprune_deploy.evaluate.answers import Contestant
 
 AGAINST = ("dense", "pruned")
 
@@ -55,12 +55,12 @@ def check_accuracy(request: Request) -> None:
     """Compare, print, write what was asked for; exit with 1 if a check did not pass."""
     from rich.console import Console
 
-    from simprune_deploy.files import staged_file
+    from simprune_deploy.common.files import staged_file
+    from simprune_deploy.evaluate.accuracy import compare, load_baseline, save_baseline
+    from simprune_deploy.evaluate.answers import ask
+    from simprune_deploy.evaluate.datasets import DataOptions, open_data
     from simprune_deploy.report.accuracy import print_accuracy, to_junit, to_markdown
     from simprune_deploy.report.terminal import progress
-    from simprune_deploy.tune.accuracy import compare, load_baseline, save_baseline
-    from simprune_deploy.tune.answers import ask
-    from simprune_deploy.tune.datasets import DataOptions, open_data
 
     limits = _limits(request)
     _check_request(request, limits)
@@ -122,7 +122,7 @@ def check_accuracy(request: Request) -> None:
 
 def _limits(request: Request) -> Limits | None:
     """Return what is let pass; None if a baseline is saved and nothing compared."""
-    from simprune_deploy.tune.accuracy import Limits
+    from simprune_deploy.evaluate.accuracy import Limits
 
     drop, agreement = request.max_drop, request.min_agreement
     if drop is None and agreement is None and request.save_baseline is not None:
@@ -162,7 +162,7 @@ def _check_request(request: Request, limits: Limits | None) -> None:
 def _contestants(request: Request, compared: bool) -> list[Contestant]:
     """Return the model, and behind it the one to compare with unless that is a baseline."""
     from simprune_deploy.engine import ENGINE_SUFFIX
-    from simprune_deploy.tune.answers import open_engine, open_export, open_model
+    from simprune_deploy.evaluate.answers import open_engine, open_export, open_model
 
     target = str(request.target)
     if not request.target.exists() and not request.pretrained:
@@ -192,7 +192,7 @@ def _with_other(
     request: Request, first: Contestant, folder: Path, compared: bool
 ) -> list[Contestant]:
     """Return the model with what it is compared with; without --reference the dense graph."""
-    from simprune_deploy.tune.answers import open_export, open_model
+    from simprune_deploy.evaluate.answers import open_export, open_model
 
     if not compared or request.baseline is not None:
         return [first]
@@ -223,7 +223,7 @@ NOTHING_PRUNED = (
 
 
 def _is_export(path: Path) -> bool:
-    from simprune_deploy.bundle import MANIFEST
+    from simprune_deploy.onnx.exported_folder import MANIFEST
 
     return (path / MANIFEST).is_file() or path.suffix == ".onnx"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from simprune_deploy.cli.common import Json, errors, print_json
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 
 def bench(
@@ -57,7 +57,7 @@ def bench(
 ) -> None:
     """Time an exported model and the same model without pruning, side by side."""
     with errors():
-        from simprune_deploy.benchmark import BenchOptions, benchmark
+        from simprune_deploy.evaluate.bench import BenchOptions, benchmark
         from simprune_deploy.report.bench import print_benchmark
         from simprune_deploy.report.terminal import progress
 

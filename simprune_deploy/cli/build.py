@@ -15,10 +15,10 @@ from simprune_deploy.cli.common import (
     parse_batch,
     print_json,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 if TYPE_CHECKING:
-    from simprune_deploy.triton import TritonModel
+    from simprune_deploy.deploy.triton import TritonModel
 
 
 def build(
@@ -72,8 +72,9 @@ def build(
 ) -> None:
     """Build engines of an exported folder: for the GPU here, or ahead of time for other GPUs."""
     with errors():
+        from simprune_deploy.deploy.triton import serve_engine
         from simprune_deploy.engine.build import EngineOptions
-        from simprune_deploy.engines import build_ahead, build_here, serve_engine
+        from simprune_deploy.engine.folder_engines import build_ahead, build_here
         from simprune_deploy.report.engines import print_engines
         from simprune_deploy.report.terminal import progress
 

@@ -28,7 +28,7 @@ def bundle(
 ) -> None:
     """Pack an exported folder for a device that builds its own engine: a folder and a .tar.gz."""
     with errors():
-        from simprune_deploy.device_bundle import make_bundle
+        from simprune_deploy.deploy.bundle import make_bundle
         from simprune_deploy.engine.targets import find_targets
         from simprune_deploy.report.bundle import print_bundle
         from simprune_deploy.report.terminal import progress

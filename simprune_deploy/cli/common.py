@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 if TYPE_CHECKING:
-    from simprune_deploy.checkpoint import Checkpoint
+    from simprune_deploy.checkpoints.loading import Checkpoint
     from simprune_deploy.engine.targets import Target
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else.")]
@@ -57,7 +57,7 @@ def split_targets(text: str) -> tuple[list[Target], list[Target]]:
 
     What cannot be built here is refused here, before any work.
     """
-    from simprune_deploy.device_bundle import check_targets
+    from simprune_deploy.deploy.bundle import check_targets
     from simprune_deploy.engine.targets import find_targets
 
     targets = find_targets(text)
@@ -74,7 +74,7 @@ def load_model(
     pretrained: bool,
     trust_pickle: bool,
 ) -> Checkpoint:
-    from simprune_deploy.checkpoint import load_checkpoint
+    from simprune_deploy.checkpoints.loading import load_checkpoint
 
     return load_checkpoint(
         source, arch=arch, img_size=img_size, pretrained=pretrained, trust_pickle=trust_pickle

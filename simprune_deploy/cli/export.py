@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -21,14 +20,15 @@ from simprune_deploy.cli.common import (
     print_json,
     split_targets,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.progress import Progress
 
 if TYPE_CHECKING:
-    from simprune_deploy.checkpoint import Checkpoint
-    from simprune_deploy.device_bundle import DeviceBundle
+    from simprune_deploy.checkpoints.loading import Checkpoint
+    from simprune_deploy.deploy.bundle import DeviceBundle
+    from simprune_deploy.deploy.triton import TritonModel
     from simprune_deploy.engine.build import BuiltEngine
     from simprune_deploy.engine.targets import Target
-    from simprune_deploy.triton import TritonModel
 
 
 def export(
@@ -144,8 +144,8 @@ def export(
     """Turn a checkpoint into an ONNX model that prunes, and prove it equal to PyTorch."""
     with errors():
         # every check that needs no model comes before the model is loaded
-        from simprune_deploy.bundle import MANIFEST
-        from simprune_deploy.files import check_destination
+        from simprune_deploy.common.files import check_destination
+        from simprune_deploy.onnx.exported_folder import MANIFEST
         from simprune_deploy.onnx.metadata import check_input
         from simprune_deploy.onnx.precision import check_precision
         from simprune_deploy.pruning.config import PruneConfig, check_threshold
@@ -184,19 +184,19 @@ def export(
             raise SimpruneError("--per-target says how to build for --target: name the targets")
         targets, devices = split_targets(target) if target is not None else ([], [])
         if devices:
-            from simprune_deploy.device_bundle import check_destinations, default_output
+            from simprune_deploy.deploy.bundle import check_destinations, default_output
 
             check_destinations(default_output(folder, devices), force)
         if triton:
-            from simprune_deploy.triton import check_batch
+            from simprune_deploy.deploy.triton import check_batch
 
             check_batch(batch_range)
         if engine:
-            from simprune_deploy.engines import check_can_build_here
+            from simprune_deploy.engine.folder_engines import check_can_build_here
 
             check_can_build_here(precision)
 
-        from simprune_deploy import bundle
+        from simprune_deploy.deploy.export import export as export_folder
         from simprune_deploy.report.terminal import progress
 
         with progress(enabled=not as_json) as step:
@@ -217,7 +217,7 @@ def export(
             )
             checkpoint = load_model(model, arch, img_size, pretrained, trust_pickle)
             pruned = prune(checkpoint.model, **changes)
-            result = bundle.export(
+            result = export_folder(
                 pruned,
                 folder,
                 options,
@@ -231,7 +231,7 @@ def export(
             engines, served = None, []
             accepted = verdict is None or verdict.accepted
             if triton and accepted:
-                from simprune_deploy.triton import write_repository
+                from simprune_deploy.deploy.triton import write_repository
 
                 step("writing the Triton repository")
                 served.append(write_repository(result.folder))
@@ -240,7 +240,7 @@ def export(
                     result.folder, targets, per_target, engine, step
                 )
                 if triton and engine:
-                    from simprune_deploy.engines import serve_engine
+                    from simprune_deploy.deploy.triton import serve_engine
 
                     served.append(serve_engine(result.folder, engines[-1]))
             bundled = None
@@ -282,9 +282,9 @@ def _build_engines_after_export(
     targets: list[Target],
     per_target: bool,
     here: bool,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> list[BuiltEngine]:
-    from simprune_deploy.engines import build_ahead, build_here
+    from simprune_deploy.engine.folder_engines import build_ahead, build_here
 
     try:
         engines = []
@@ -302,9 +302,9 @@ def _build_engines_after_export(
 
 
 def _bundle_after_export(
-    folder: Path, targets: list[Target], force: bool, progress: Callable[[str], None]
+    folder: Path, targets: list[Target], force: bool, progress: Progress
 ) -> DeviceBundle:
-    from simprune_deploy.device_bundle import make_bundle
+    from simprune_deploy.deploy.bundle import make_bundle
 
     try:
         return make_bundle(folder, targets, force=force, progress=progress)

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from simprune_deploy.cli.common import Arch, Json, TrustPickle, errors, print_json
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 
 def inspect(
@@ -21,7 +21,7 @@ def inspect(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.inspection import inspect_target
+        from simprune_deploy.deploy.inspection import inspect_target
         from simprune_deploy.report.terminal import print_facts
 
         facts = inspect_target(target, arch=arch, trust_pickle=trust_pickle)
@@ -70,7 +70,7 @@ def doctor(
     with errors():
         import dataclasses
 
-        from simprune_deploy.doctor import all_needed_present, examine
+        from simprune_deploy.deploy.doctor import all_needed_present, examine
         from simprune_deploy.report.terminal import print_findings
 
         findings = examine(folder)

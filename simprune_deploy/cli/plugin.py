@@ -58,7 +58,7 @@ def build_plugin(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.plugin.build import BuildOptions, build
+        from simprune_deploy.engine.plugin.build import BuildOptions, build
         from simprune_deploy.report.terminal import library_facts, print_facts, progress
 
         options = BuildOptions(
@@ -94,7 +94,7 @@ def show_plugin(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.plugin.info import read_info
+        from simprune_deploy.pruning.kernel_library import read_info
         from simprune_deploy.report.terminal import library_facts, print_facts
 
         info = read_info(library)

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from simprune_deploy.cli.common import Json, errors, print_json
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 
 def report(

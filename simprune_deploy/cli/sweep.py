@@ -20,7 +20,7 @@ from simprune_deploy.cli.common import (
     load_model,
     print_json,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.tune.grid import Grid
@@ -113,8 +113,8 @@ def sweep(
 ) -> None:
     """Measure accuracy, tokens, time and memory at many settings, beside the dense model."""
     with errors():
+        from simprune_deploy.evaluate.datasets import DataOptions, open_data
         from simprune_deploy.report.bars import progress_bar
-        from simprune_deploy.tune.datasets import DataOptions, open_data
         from simprune_deploy.tune.grid import Grid, parse_layer_sets, parse_thresholds
         from simprune_deploy.tune.store import check_store
         from simprune_deploy.tune.sweep import SweepOptions, batch_for, start_sweep

@@ -30,7 +30,7 @@ from simprune_deploy.cli.sweep import (
     parse_share,
     stem_of,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.tune.configuration import Tuned
@@ -95,8 +95,8 @@ def tune(
 ) -> None:
     """Find the threshold that meets a wish, and write it for `export --config`."""
     with errors():
+        from simprune_deploy.evaluate.datasets import DataOptions, open_data
         from simprune_deploy.report.bars import progress_bar
-        from simprune_deploy.tune.datasets import DataOptions, open_data
         from simprune_deploy.tune.sweep import SweepOptions, batch_for, start_sweep
 
         wish = _wish(max_drop, min_speedup, target_latency, confidence)

@@ -16,7 +16,7 @@ from simprune_deploy.cli.common import (
     load_model,
     print_json,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 ACCURACY = "Accuracy check, with --data"
 
@@ -177,9 +177,9 @@ def verify(
             raise SimpruneError(f"--{stray[0].replace('_', '-')} belongs to --data: give images")
         from rich.console import Console
 
-        from simprune_deploy import bundle
+        from simprune_deploy.deploy import verification
         from simprune_deploy.engine import ENGINE_SUFFIX
-        from simprune_deploy.engines import engine_to_verify
+        from simprune_deploy.engine.inventory import engine_to_verify
         from simprune_deploy.report.terminal import print_verdict, progress
 
         if reference is None and (arch or trust_pickle or pretrained):
@@ -190,7 +190,7 @@ def verify(
                 if engine or target.suffix == ENGINE_SUFFIX:
                     engine_to_verify(target, plugin)  # before the checkpoint is loaded
                 model = _reference_of(target, reference, arch, pretrained, trust_pickle)
-            verdict = bundle.verify(
+            verdict = verification.verify(
                 target,
                 reference=model,
                 images=images,
@@ -210,8 +210,8 @@ def _reference_of(
     target: Path, reference: str, arch: str | None, pretrained: bool, trust_pickle: bool
 ) -> Any:
     """Load the PyTorch model and prune it as the exported file says it was pruned."""
-    from simprune_deploy.bundle import MODEL
     from simprune_deploy.engine import ENGINE_SUFFIX
+    from simprune_deploy.onnx.exported_folder import MODEL
     from simprune_deploy.onnx.metadata import load_graph, read_facts
     from simprune_deploy.pruning.model import PrunedViT
 

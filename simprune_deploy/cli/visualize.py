@@ -17,7 +17,7 @@ from simprune_deploy.cli.common import (
     parse_numbers,
     print_json,
 )
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 
 def visualize(
@@ -55,7 +55,7 @@ def visualize(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.files import check_destination
+        from simprune_deploy.common.files import check_destination
         from simprune_deploy.report.terminal import progress
         from simprune_deploy.report.visualize import NUMBERS, open_sources, write_pictures
 
@@ -81,7 +81,7 @@ def _pictured(
     pretrained: bool,
     trust_pickle: bool,
 ) -> Any:
-    from simprune_deploy.bundle import MANIFEST
+    from simprune_deploy.onnx.exported_folder import MANIFEST
     from simprune_deploy.report.visualize import of_export, of_model
 
     path = Path(model)

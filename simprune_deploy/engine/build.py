@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import simprune_deploy
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import as_user_error, staged_file, write_json
+from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.versions import __version__
 from simprune_deploy.engine import ENGINES, flavours
 from simprune_deploy.engine.builders import Builder, check_precision
-from simprune_deploy.engine.process import Progress, run_worker
+from simprune_deploy.engine.process import run_worker
 from simprune_deploy.engine.profile import batch_of, optimization_profile
 from simprune_deploy.engine.sidecar import (
     TENSORRT,
@@ -28,8 +31,6 @@ from simprune_deploy.engine.sidecar import (
     sidecar_of,
 )
 from simprune_deploy.engine.trtexec import trtexec_line
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import as_user_error, staged_file, write_json
 
 if TYPE_CHECKING:
     import onnx
@@ -44,10 +45,6 @@ NOT_CHECKED = {
         "its code and weights, its outputs and its speed: these need one of the GPUs it is for"
     ),
 }
-
-
-def _silent(step: str) -> None:
-    """Ignore progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +116,7 @@ def build_engine(
     options: EngineOptions | None = None,
     *,
     of: str = "pruned",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> BuiltEngine:
     """Build one engine of an exported model, into ``engines`` beside it.
 
@@ -283,7 +280,7 @@ def _build(
             checked=answer["checked"],
             not_checked=NOT_CHECKED[builder.flavour],
             versions={
-                "simprune-deploy": simprune_deploy.__version__,
+                "simprune-deploy": __version__,
                 "polygraphy": answer["polygraphy"],
             },
             seconds=round(time.monotonic() - started, 2),

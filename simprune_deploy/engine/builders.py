@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import sha256
+from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import flavours
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
 from simprune_deploy.engine.libraries import (
@@ -18,15 +21,8 @@ from simprune_deploy.engine.libraries import (
     find_library,
     make_library,
 )
-from simprune_deploy.engine.process import Progress
 from simprune_deploy.engine.sidecar import TENSORRT, TENSORRT_RTX, Capability, EngineFacts, Here
 from simprune_deploy.engine.targets import Target
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import sha256
-
-
-def _silent(step: str) -> None:
-    """Ignore progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +106,7 @@ def for_this_gpu(
     *,
     plugin: Path | None = None,
     use_plugin: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Builder:
     """Return what builds with TensorRT for the GPU of this machine.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.engine.gpu import find_gpu
-from simprune_deploy.errors import SimpruneError
 
 INSTALL = "pip install 'simprune-deploy[engine]'"
 LEGACY_DEFAULT_STREAM = 1

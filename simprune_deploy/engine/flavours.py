@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.engine.plugin.toolchain import on_jetson
 from simprune_deploy.engine.sidecar import NAMES, TENSORRT, TENSORRT_RTX, Capability
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.plugin.toolchain import on_jetson
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}

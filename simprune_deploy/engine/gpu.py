@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 DRIVER = "libcuda.so.1"
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR

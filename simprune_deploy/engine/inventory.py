@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
 from simprune_deploy.engine.builders import this_machine
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.sidecar import EngineFacts, Here, misfit, read_sidecar
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import sha256
+from simprune_deploy.onnx.exported_folder import MANIFEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +93,26 @@ def choose_engine(folder: Path, plugin: Path | None = None) -> FoundEngine:
 
 def _is_of_the_model(found: FoundEngine) -> bool:
     return found.facts is None or found.facts.of == "pruned"
+
+
+def engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Path]:
+    """Return the engine that is meant, which fits this machine, and its exported folder.
+
+    Raises:
+        SimpruneError: there is none.
+    """
+    if target.suffix != ENGINE_SUFFIX:
+        folder = target if target.is_dir() else target.parent
+        return choose_engine(folder, plugin), folder
+    found = examine_engine(target, plugin)
+    folder = target.absolute().parent.parent
+    if found.problem is not None:
+        raise SimpruneError(found.problem)
+    if found.facts is not None and found.facts.of != "pruned":
+        raise SimpruneError(
+            f"{target} is the engine of another form of the model ({found.facts.of}), and only the "
+            "pruned model's is proved"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise SimpruneError(f"{target} is not in the engines of an exported folder: put it there")
+    return found, folder

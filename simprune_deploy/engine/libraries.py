@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.gpu import Gpu
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.plugin import ABI_VERSION, LIBRARY_VARIABLE
-from simprune_deploy.plugin.build import BuildOptions, build
-from simprune_deploy.plugin.info import LibraryInfo, read_info
-from simprune_deploy.plugin.toolchain import (
+from simprune_deploy.engine.plugin.build import BuildOptions, build
+from simprune_deploy.engine.plugin.toolchain import (
     check_host_compiler,
     find_cmake,
     find_nvcc,
     find_tensorrt_headers,
+)
+from simprune_deploy.pruning.kernel_library import (
+    ABI_VERSION,
+    LIBRARY_VARIABLE,
+    LibraryInfo,
+    read_info,
 )
 
 PLUGIN_FOLDER = "plugin"
@@ -46,7 +50,7 @@ def find_library(folder: Path | None, named: Path | None) -> Path | None:
     return folder / PREBUILT if folder is not None and (folder / PREBUILT).exists() else None
 
 
-def make_library(folder: Path, progress: Callable[[str], None]) -> Path:
+def make_library(folder: Path, progress: Progress) -> Path:
     """Compile the library for the GPU here, into the folder's ``plugin``.
 
     Raises:

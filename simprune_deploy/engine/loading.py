@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.engine.tensors import Shape
-from simprune_deploy.errors import SimpruneError
 
 
 def load(runtime: Any, errors: list[str], path: Path, title: str) -> Any:

@@ -15,17 +15,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import as_user_error
+from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.sidecar import NAMES
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import as_user_error
 
 WORKER = [sys.executable, "-m", "simprune_deploy.engine.worker"]
-
-Progress = Callable[[str], None]
 
 
 def run_worker(

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.engine import cuda, flavours
 from simprune_deploy.engine.builders import this_machine
 from simprune_deploy.engine.loading import load, make_allocator, make_context, reason
 from simprune_deploy.engine.sidecar import check_fits, read_sidecar
 from simprune_deploy.engine.tensors import Shape, check_inputs, tensors_of
-from simprune_deploy.errors import SimpruneError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import sha256
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import sha256
 
 FORMAT = 2
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 FACTS = (
     "compute_capability",

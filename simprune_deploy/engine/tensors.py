@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 Shape = tuple[int, ...]
 

@@ -1,0 +1,1 @@
+"""The exported graph: tracing, the operator's function, forms, precision, metadata."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.function_body import DOMAIN, OP_TYPE
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
 

@@ -14,8 +14,8 @@ import onnx
 import torch
 from torch import nn
 
-import simprune_deploy
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.versions import __version__
 from simprune_deploy.onnx.function_body import (
     ATTRIBUTES,
     DOMAIN,
@@ -264,7 +264,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
         graph, rounding = with_precision(graph, options.precision)
         facts = dataclasses.replace(facts, rounding=dataclasses.asdict(rounding))
     graph.producer_name = "simprune-deploy"
-    graph.producer_version = simprune_deploy.__version__
+    graph.producer_version = __version__
     write_facts(graph, facts)
     onnx.checker.check_model(graph, full_check=True)
     return graph

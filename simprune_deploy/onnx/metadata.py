@@ -9,7 +9,14 @@ from typing import Any
 
 import onnx
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INTERPOLATIONS,
+    Preprocessing,
+    fit_to_channels,
+)
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape
 
@@ -145,6 +152,23 @@ class Facts:
                 "image_size": tuple(values["image_size"]),
             }
         )
+
+
+def preprocessing_of(facts: Facts) -> Preprocessing:
+    """Return what an exported model wants of pictures, from what it says of itself."""
+    known = facts.preprocessing
+    height, width = facts.image_size
+    interpolation = known.get("interpolation")
+    return Preprocessing(
+        channels=facts.channels,
+        height=height,
+        width=width,
+        mean=fit_to_channels(known.get("mean") or IMAGENET_MEAN, facts.channels),
+        std=fit_to_channels(known.get("std") or IMAGENET_STD, facts.channels),
+        interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        crop_pct=float(known.get("crop_pct") or 0.875),
+        crop_mode=known.get("crop_mode") or "center",
+    )
 
 
 def write_facts(graph: onnx.ModelProto, facts: Facts) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.function_body import OP_TYPE
 
 FLOAT = int(TensorProto.FLOAT)

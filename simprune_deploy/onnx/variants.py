@@ -7,7 +7,7 @@ import dataclasses
 import onnx
 from onnx import TensorProto, helper
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts

@@ -1,0 +1,1 @@
+"""Is the exported model the PyTorch model? Checks, and their verdict."""

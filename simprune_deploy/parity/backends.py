@@ -6,31 +6,35 @@ decisions of the same graph with its decisions shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.progress import Progress
+from simprune_deploy.common.versions import package_version
 from simprune_deploy.engine import flavours
+from simprune_deploy.engine.build import EngineOptions, build_engine
+from simprune_deploy.engine.builders import like
+from simprune_deploy.engine.gpu import find_gpu
+from simprune_deploy.engine.inventory import FoundEngine, engine_to_verify
+from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.profile import batch_of
 from simprune_deploy.engine.sidecar import EngineFacts
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.onnx.exported_folder import MODEL
 from simprune_deploy.onnx.metadata import Facts
 from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
 from simprune_deploy.onnx.variants import with_diagnostics, with_function
 from simprune_deploy.parity.checks import MAX_TURNED, check_range
-from simprune_deploy.parity.decisions import Array
-from simprune_deploy.parity.runners import Inputs, Run, onnxruntime_runner
 from simprune_deploy.parity.tolerance import Tolerance
 from simprune_deploy.parity.verdict import Check
-from simprune_deploy.parity.versions import package_version
+from simprune_deploy.predict.records import Array
+from simprune_deploy.predict.runners import Inputs, Run, onnxruntime_runner
 
 if TYPE_CHECKING:
     import onnx
     from polygraphy.backend.base import BaseRunner
-
-Progress = Callable[[str], None]
 
 
 class Backend(Protocol):
@@ -249,3 +253,41 @@ def check_same_engine(shipped: Run, diagnosed: Run, tolerance: Tolerance) -> Che
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def choose_backend(
+    target: Path, plugin: str | Path | None, progress: Progress
+) -> tuple[Backend, Path]:
+    """Return what runs an engine in a proof, and the exported folder that it belongs to.
+
+    Args:
+        target: The folder, whose engine for this machine is taken, or an engine.
+        plugin: The library of the plugin that is in the engine. Default: looked for.
+        progress: Called with a word on each step.
+
+    Raises:
+        SimpruneError: no engine fits this machine, or the one that shows its decisions cannot be
+            built.
+    """
+    library = Path(plugin) if plugin is not None else None
+    found, folder = engine_to_verify(target, library)
+    return _engine_backend(found, library, progress), folder
+
+
+def _engine_backend(found: FoundEngine, plugin: Path | None, progress: Progress) -> Backend:
+    """Build the engine that shows its decisions, if need be, and return what runs both."""
+    facts = found.facts
+    assert facts is not None
+    # before anything imports Polygraphy, which then chooses between the flavours
+    flavours.choose_for_polygraphy(facts.flavour)
+    folder = found.path.absolute().parent.parent
+    library = find_library(folder, plugin) if facts.plugin is not None else None
+    gpu = find_gpu()
+    options = EngineOptions.like(facts)
+    diagnosis = build_engine(
+        folder / MODEL, like(facts, gpu, library), options, of="diagnosis", progress=progress
+    )
+    from simprune_deploy.parity.backends import EngineBackend
+
+    described = f"{gpu.name} (SM {gpu.compute_capability[0]}.{gpu.compute_capability[1]})"
+    return EngineBackend(found.path, diagnosis.path, facts, library, described)

@@ -10,14 +10,11 @@ import numpy as np
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
 from simprune_deploy.parity.decisions import (
-    Array,
-    PruneRecord,
     broken_structure,
     float_noise,
     similarity_matrix,
     violation,
 )
-from simprune_deploy.parity.runners import Run
 from simprune_deploy.parity.tolerance import (
     TURNED_COSINE,
     Tolerance,
@@ -25,6 +22,8 @@ from simprune_deploy.parity.tolerance import (
     root_mean_square,
 )
 from simprune_deploy.parity.verdict import Check
+from simprune_deploy.predict.records import Array, PruneRecord
+from simprune_deploy.predict.runners import Run
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
 

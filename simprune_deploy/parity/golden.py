@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.parity.decisions import Array, PruneRecord
-from simprune_deploy.parity.runners import Inputs, Run
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.predict.records import Array, PruneRecord
+from simprune_deploy.predict.runners import Inputs, Run
 
 LARGEST = 1 << 30
 """Bytes that a file may have when it is unpacked."""

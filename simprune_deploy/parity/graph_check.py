@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from simprune_deploy import __version__
+from simprune_deploy.common.versions import __version__
 from simprune_deploy.onnx.function_body import BodyVariant, build_function
 from simprune_deploy.onnx.metadata import Facts
 from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types

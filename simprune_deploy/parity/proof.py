@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.versions import package_version
 from simprune_deploy.onnx.metadata import Facts, read_facts
 from simprune_deploy.onnx.variants import pruned_layers
 from simprune_deploy.parity.backends import Backend, OnnxRuntimeBackend
@@ -27,19 +29,18 @@ from simprune_deploy.parity.checks import (
 )
 from simprune_deploy.parity.golden import Golden, golden_of
 from simprune_deploy.parity.graph_check import check_graph
-from simprune_deploy.parity.runners import (
+from simprune_deploy.parity.tolerance import cosines
+from simprune_deploy.parity.verdict import Check, Verdict
+from simprune_deploy.predict.runners import (
     Inputs,
     Run,
     TorchRunner,
     quiet_polygraphy,
     run,
 )
-from simprune_deploy.parity.tolerance import cosines
-from simprune_deploy.parity.verdict import Check, Verdict
-from simprune_deploy.parity.versions import package_version
 
 if TYPE_CHECKING:
-    from simprune_deploy.images import ImageSet
+    from simprune_deploy.common.images import ImageSet
     from simprune_deploy.pruning.model import PrunedViT
 
 ALONE_IMAGES = 4
@@ -49,14 +50,12 @@ SPREAD = (-0.15, 0.1)
 """With a runtime threshold the images run again at thresholds of their own, from this much below
 the model's to this much above."""
 
-Progress = Callable[[str], None]
-
 
 def prove_against_torch(
     graph: onnx.ModelProto,
     model: PrunedViT,
     images: ImageSet,
-    progress: Progress = lambda step: None,
+    progress: Progress = silent,
     backend: Backend | None = None,
 ) -> tuple[Verdict, Golden]:
     """Compare a graph with the model it was exported from, in PyTorch.
@@ -111,7 +110,7 @@ def prove_against_torch(
 def prove_against_golden(
     graph: onnx.ModelProto,
     golden: Golden,
-    progress: Progress = lambda step: None,
+    progress: Progress = silent,
     backend: Backend | None = None,
 ) -> Verdict:
     """Compare a graph with golden cases, in ONNX Runtime by default. Needs no torch."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
-from simprune_deploy.parity.decisions import PruneRecord
-from simprune_deploy.parity.runners import Inputs, Run, TorchRunner
+from simprune_deploy.predict.records import PruneRecord
+from simprune_deploy.predict.runners import Inputs, Run, TorchRunner
 from simprune_deploy.pruning.model import PrunedViT
 
 

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from simprune_deploy.parity.decisions import Array
+from simprune_deploy.predict.records import Array
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-Status = Literal["proven", "proven in emulation", "failed", "not proven"]
+from simprune_deploy.onnx.exported_folder import ACCEPTED
 
-ACCEPTED = ("proven", "proven in emulation")
+Status = Literal["proven", "proven in emulation", "failed", "not proven"]
 
 
 @dataclasses.dataclass(frozen=True)

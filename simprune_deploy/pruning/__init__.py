@@ -1,0 +1,1 @@
+"""The method in PyTorch: operator, pruned model, families, costs."""

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from simprune_deploy.errors import UnsupportedModelError
+from simprune_deploy.common.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 from timm.models._manipulate import checkpoint as recompute_in_backward
 from torch import nn
 
-from simprune_deploy.errors import CheckpointError, SimpruneError
+from simprune_deploy.common.errors import CheckpointError, SimpruneError
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,

@@ -28,8 +28,8 @@ from collections.abc import Iterator
 
 import torch
 
-from simprune_deploy.plugin import LIBRARY_VARIABLE
 from simprune_deploy.pruning.config import PAD_LOG_SIZE, REDUCTIONS, SELECTIONS
+from simprune_deploy.pruning.kernel_library import LIBRARY_VARIABLE
 
 NORM_FLOOR = 1e-12
 """Norms below this are taken as this, so that a zero vector has similarity 0 to everything."""
@@ -310,7 +310,7 @@ def similarity_prune_on_gpu(
     library = os.environ.get(LIBRARY_VARIABLE)
     if not library:
         return _reference(*call, *choices)
-    from simprune_deploy.plugin.kernels import load_kernels
+    from simprune_deploy.pruning.cuda_kernels import load_kernels
 
     _check(*call, *choices)
     return load_kernels(library).similarity_prune(*call, *choices)

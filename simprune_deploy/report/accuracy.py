@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from simprune_deploy.evaluate.accuracy import FAILED, PASSED, TOO_FEW, AccuracyCheck, AccuracyReport
 from simprune_deploy.report.tables import markdown_table, markdown_text, percent, points
-from simprune_deploy.tune.accuracy import FAILED, PASSED, TOO_FEW, AccuracyCheck, AccuracyReport
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from simprune_deploy.engine.bench import LEVEL
+from simprune_deploy.evaluate.timing import LEVEL
 from simprune_deploy.report.terminal import print_facts
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.parity.decisions import PruneRecord
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.predict.records import PruneRecord
 
 
 @dataclasses.dataclass(frozen=True)

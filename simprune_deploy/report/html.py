@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import simprune_deploy
+from simprune_deploy.common.versions import __version__
+from simprune_deploy.evaluate.statistics import PAIRED_METHOD, SHARE_METHOD, share
 from simprune_deploy.report.plots import costs_of, inline_svg, quality_of
 from simprune_deploy.report.tables import (
     LEGEND,
@@ -23,7 +24,6 @@ from simprune_deploy.report.tables import (
     shared_layers,
 )
 from simprune_deploy.tune.results import OURS, Cell, SweepResult
-from simprune_deploy.tune.statistics import PAIRED_METHOD, SHARE_METHOD, share
 
 MOST_CLASSES, MOST_SKIPPED = 30, 100
 """Longer lists are cut, and the page says so."""
@@ -79,7 +79,7 @@ def render_html(result: SweepResult) -> str:
     classes, class_settings, class_count = _classes(result)
     skipped = [(str(name), str(why)) for name, why in result.data.get("skipped", ())]
     return environment.get_template("sweep.html.j2").render(
-        version=simprune_deploy.__version__,
+        version=__version__,
         architecture=result.model.get("architecture", "a model"),
         images=result.dense.images,
         source=result.data.get("source", "unnamed images"),

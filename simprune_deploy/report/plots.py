@@ -12,9 +12,9 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from simprune_deploy.evaluate.statistics import share
 from simprune_deploy.report.tables import drop_of
 from simprune_deploy.tune.results import DENSE, OURS, Cell, SweepResult
-from simprune_deploy.tune.statistics import share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

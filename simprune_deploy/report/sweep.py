@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import staged_file
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import staged_file
 from simprune_deploy.tune.results import SweepResult
 
 FILES = ("report.html", "pareto.png", "pareto.svg", "sweep.csv", "sweep.md")

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from simprune_deploy.evaluate.statistics import Interval, paired_drop
 from simprune_deploy.tune.results import DENSE, OURS, Cell, SweepResult
-from simprune_deploy.tune.statistics import Interval, paired_drop
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from simprune_deploy.common.progress import silent
+
 if TYPE_CHECKING:
-    from simprune_deploy.doctor import Finding
+    from simprune_deploy.deploy.doctor import Finding
     from simprune_deploy.engine.targets import Targets
     from simprune_deploy.parity.verdict import Verdict
-    from simprune_deploy.plugin.info import LibraryInfo
     from simprune_deploy.pruning.families import PrunableModel
+    from simprune_deploy.pruning.kernel_library import LibraryInfo
 
 MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[dim]not asked[/dim]"}
 COLOURS = {
@@ -31,7 +33,7 @@ def progress(enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """Show the step that runs, on stderr; nothing where that is not a terminal."""
     console = Console(stderr=True)
     if not enabled or not console.is_terminal:
-        yield lambda step: None
+        yield silent
         return
     with console.status("starting") as status:
         yield lambda step: status.update(step)

@@ -10,7 +10,7 @@ from rich.console import Console
 from simprune_deploy.report.terminal import print_facts
 
 if TYPE_CHECKING:
-    from simprune_deploy.triton import TritonModel
+    from simprune_deploy.deploy.triton import TritonModel
 
 
 def print_model(model: TritonModel) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import staged_folder, write_json
-from simprune_deploy.images import (
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import staged_folder, write_json
+from simprune_deploy.common.images import (
     PictureLoader,
     Preprocessing,
     UnusableImageError,
     as_uint8_nhwc,
 )
+from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.report.clusters import Clusters, check_sizes, compose, grid_of
 from simprune_deploy.report.pictures import (
     THUMB,
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
     import onnx
     from polygraphy.backend.base import BaseRunner
 
+    from simprune_deploy.evaluate.sources import Source
     from simprune_deploy.onnx.metadata import Facts
-    from simprune_deploy.parity.runners import Run
+    from simprune_deploy.predict.runners import Run
     from simprune_deploy.pruning.model import PrunedViT
-    from simprune_deploy.tune.sources import Source
 
 CHUNK = 8
 """Pictures that are held at a time."""
@@ -69,10 +71,10 @@ class Pictured:
 def of_model(source: str, model: PrunedViT) -> Pictured:
     """Return a pruned model in PyTorch on the CPU."""
     from simprune_deploy.onnx.exporter import ExportOptions, model_facts
-    from simprune_deploy.parity.runners import TorchRunner
+    from simprune_deploy.predict.runners import TorchRunner
 
     facts = model_facts(model, ExportOptions())
-    wanted = Preprocessing.of_facts(facts)
+    wanted = preprocessing_of(facts)
     normalise = (list(wanted.mean), list(wanted.std))
     runner = TorchRunner(model.eval(), facts.output, normalize=normalise)
     title = f"{source} (PyTorch)"
@@ -90,11 +92,11 @@ def of_export(path: Path, threshold: float | None = None) -> Pictured:
     Raises:
         SimpruneError: it prunes nowhere, or its threshold is fixed and another is asked for.
     """
-    from simprune_deploy.bundle import MODEL, read_manifest
+    from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
     from simprune_deploy.onnx.metadata import load_graph, read_facts
     from simprune_deploy.onnx.precision import emulated
     from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics
-    from simprune_deploy.parity.runners import onnxruntime_runner, quiet_polygraphy
+    from simprune_deploy.predict.runners import onnxruntime_runner, quiet_polygraphy
 
     file = path
     if path.is_dir():
@@ -135,8 +137,8 @@ def open_sources(paths: Sequence[Path], limit: int) -> list[tuple[Source, int]]:
     Raises:
         SimpruneError: one of them is missing or holds no pictures.
     """
-    from simprune_deploy.tune.datasets import open_source
-    from simprune_deploy.tune.sources import Files
+    from simprune_deploy.evaluate.datasets import open_source
+    from simprune_deploy.evaluate.sources import Files
 
     if limit < 1:
         raise SimpruneError(f"--limit {limit} must be 1 or more")
@@ -158,7 +160,7 @@ def write_pictures(
     sources: Sequence[tuple[Source, int]],
     folder: Path,
     force: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Draw every picture, and a contact sheet if there is more than one.
 
@@ -176,7 +178,7 @@ def write_pictures(
         SimpruneError: no picture can be read, or the folder cannot be written.
     """
     facts = model.facts
-    wanted = Preprocessing.of_facts(facts)
+    wanted = preprocessing_of(facts)
     grid = grid_of(facts.num_patches, *facts.image_size)
     height, width = panel_size(grid)
     # the same crop with more pixels, so that people see more than the model does
@@ -246,7 +248,7 @@ def _as_input(model: Pictured, wanted: Preprocessing, pixels: np.ndarray) -> np.
 
 
 def _run(model: Pictured, images: np.ndarray) -> Run:
-    from simprune_deploy.parity.runners import Inputs, quiet_polygraphy, run
+    from simprune_deploy.predict.runners import Inputs, quiet_polygraphy, run
 
     thresholds = np.full(len(images), model.threshold, np.float32)
     runtime = bool(model.facts.export["runtime_threshold"])

@@ -1,1 +1,1 @@
-"""Choosing the threshold: data sets, sweeps, the search. Nothing heavy is imported here."""
+"""Sweeps over settings, and the search for one that meets a target."""

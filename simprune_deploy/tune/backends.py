@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.images import as_uint8_nhwc
-from simprune_deploy.tune.evaluate import Executor, Runnable, by_graph
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.images import as_uint8_nhwc
+from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.tune.results import BASELINES, OURS, Setting
 from simprune_deploy.tune.subject import Subject
+from simprune_deploy.tune.tallies import Executor, Runnable, by_graph
 
 if TYPE_CHECKING:
     from simprune_deploy.onnx.metadata import Facts
@@ -47,13 +49,7 @@ class Backend(Protocol):
         """Return one that runs nothing but the model, to measure its "time" or its "memory"."""
 
 
-def _silent(step: str) -> None:
-    """Ignore progress."""
-
-
-def backend_of(
-    name: str, subject: Subject, batch: int, progress: Callable[[str], None] = _silent
-) -> Backend:
+def backend_of(name: str, subject: Subject, batch: int, progress: Progress = silent) -> Backend:
     """Return the backend of a name.
 
     Args:
@@ -87,7 +83,7 @@ def backend_of(
 
 
 def _version(package: str) -> str:
-    from simprune_deploy.parity.proof import package_version
+    from simprune_deploy.common.versions import package_version
 
     return package_version(package) or "of unknown version"
 
@@ -184,9 +180,8 @@ MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _mean_and_std(facts: Facts) -> MeanAndStd:
-    from simprune_deploy.images import Preprocessing
 
-    wanted = Preprocessing.of_facts(facts)
+    wanted = preprocessing_of(facts)
     return wanted.mean, wanted.std
 
 

@@ -36,7 +36,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 
-from simprune_deploy.errors import SimpruneError, UnsupportedModelError
+from simprune_deploy.common.errors import SimpruneError, UnsupportedModelError
 from simprune_deploy.pruning.config import PAD_LOG_SIZE
 from simprune_deploy.pruning.families import architecture_name
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from simprune_deploy.evaluate.classes import ClassResult
+from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.pruning.cost import block_flops
-from simprune_deploy.tune.datasets import DataSet
-from simprune_deploy.tune.evaluate import COSINE_STEPS, Tally
-from simprune_deploy.tune.results import Cell, ClassResult, Setting
+from simprune_deploy.tune.results import Cell, Setting
 from simprune_deploy.tune.subject import Subject
+from simprune_deploy.tune.tallies import COSINE_STEPS, Tally
 from simprune_deploy.tune.timing import Timing
 
 

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.tune.evaluate import Runnable, Shard, ShardResult, evaluate_shard
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.tune.tallies import Runnable, Shard, ShardResult, evaluate_shard
 
 if TYPE_CHECKING:
-    from simprune_deploy.tune.datasets import DataSet
+    from simprune_deploy.evaluate.datasets import DataSet
 
 RETRIES = 3
 """How often a shard is tried again after its worker was lost."""

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import staged_file, write_json
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import staged_file, write_json
+from simprune_deploy.evaluate.statistics import PAIRED_METHOD
 from simprune_deploy.tune.capacity import SHARES, Capacity, capacity_for, size_hints
 from simprune_deploy.tune.results import Cell
 from simprune_deploy.tune.search import Found, drop_of
-from simprune_deploy.tune.statistics import PAIRED_METHOD
 from simprune_deploy.tune.sweep import Sweep
 
 FORMAT = 1

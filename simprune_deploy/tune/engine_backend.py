@@ -14,23 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.bundle import MANIFEST
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.images import as_uint8_nhwc
+from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import cuda
 from simprune_deploy.engine.build import BuiltEngine, EngineOptions
 from simprune_deploy.engine.builders import Builder, for_this_gpu
+from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.inventory import engines_in
 from simprune_deploy.engine.libraries import find_library
-from simprune_deploy.engine.process import Progress
 from simprune_deploy.engine.runtime import Engine
 from simprune_deploy.engine.sidecar import TENSORRT
-from simprune_deploy.engines import build_here
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.images import Preprocessing, as_uint8_nhwc
+from simprune_deploy.onnx.exported_folder import MANIFEST
+from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.onnx.variants import diagnostic_name
 from simprune_deploy.tune.backends import MeanAndStd, normalised
-from simprune_deploy.tune.evaluate import Executor, by_graph
 from simprune_deploy.tune.results import Setting
 from simprune_deploy.tune.subject import Subject
+from simprune_deploy.tune.tallies import Executor, by_graph
 
 KINDS = ("pruned", "dense", "diagnosis")
 ON_THE_CPU = "--backend onnxruntime runs on the CPU"
@@ -71,10 +72,6 @@ def _machine() -> Builder:
     return builder
 
 
-def _silent(step: str) -> None:
-    """Ignore progress."""
-
-
 class EngineBackend:
     """TensorRT on the GPU of this machine.
 
@@ -96,7 +93,7 @@ class EngineBackend:
         "threshold: `simprune-deploy bench` says how much"
     )
 
-    def __init__(self, subject: Subject, progress: Progress = _silent) -> None:
+    def __init__(self, subject: Subject, progress: Progress = silent) -> None:
         folder = Path(subject.source)
         if subject.graph is None or not folder.is_dir():
             raise _not_a_folder(subject.source)
@@ -144,7 +141,7 @@ class EngineBackend:
     def _runnable(self, of: str) -> EngineRunnable:
         facts, graph = self.subject.facts, self.subject.graph
         assert graph is not None
-        wanted = Preprocessing.of_facts(facts)
+        wanted = preprocessing_of(facts)
         return EngineRunnable(
             key=f"{self.facts['set of engines']} {of}",
             pruned=self.engines[of],

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.pruning.config import (
     PruneConfig,
     check_threshold,

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import staged_file, write_json
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import staged_file, write_json
+from simprune_deploy.evaluate.classes import ClassResult
 
 FORMAT = 1
 DENSE = "dense"
@@ -73,23 +74,6 @@ class Setting:
                 "tokens": None if tokens is None else tuple(tokens),
             }
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassResult:
-    """One class of the data: how many images, and how many of them were right.
-
-    Attributes:
-        name: Of the class.
-        images: With this label.
-        right: Top-1 hits of the setting.
-        dense_right: Top-1 hits of the dense model.
-    """
-
-    name: str
-    images: int
-    right: int
-    dense_right: int
 
 
 @dataclasses.dataclass(frozen=True)

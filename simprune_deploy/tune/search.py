@@ -11,15 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from simprune_deploy.errors import CheckFailedError, SimpruneError
-from simprune_deploy.tune.results import Cell, Setting
-from simprune_deploy.tune.statistics import (
+from simprune_deploy.common.errors import CheckFailedError, SimpruneError
+from simprune_deploy.evaluate.statistics import (
     CONFIDENCE,
     PAIRED_METHOD,
     Interval,
     images_for_drop,
     paired_drop,
 )
+from simprune_deploy.tune.results import Cell, Setting
 from simprune_deploy.tune.sweep import Sweep
 
 LOWEST, HIGHEST, STEPS = 30, 99, 100

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.errors import SimpruneError
-from simprune_deploy.files import as_user_error, check_destination, staged_file
-from simprune_deploy.tune.evaluate import DENSE_SETTING, Tally
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import as_user_error, check_destination, staged_file
 from simprune_deploy.tune.results import Setting
+from simprune_deploy.tune.tallies import DENSE_SETTING, Tally
 from simprune_deploy.tune.timing import Timing
 
 if TYPE_CHECKING:
-    from simprune_deploy.tune.evaluate import ShardResult
+    from simprune_deploy.tune.tallies import ShardResult
 
 CELLS, DENSE_OUTPUTS = "cells.jsonl", "dense"
 FORMAT = 1

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.tune.results import OURS, Setting
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def subject_of_export(path: Path) -> Subject:
     Raises:
         SimpruneError: it is damaged, or prunes nowhere.
     """
-    from simprune_deploy.bundle import MODEL, read_manifest
-    from simprune_deploy.files import sha256
+    from simprune_deploy.common.files import sha256
+    from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
     from simprune_deploy.onnx.metadata import load_graph, read_facts
 
     file = path
@@ -110,6 +110,6 @@ def subject_of_export(path: Path) -> Subject:
 
 def is_export(path: Path) -> bool:
     """Tell an exported folder or ONNX file from a checkpoint."""
-    from simprune_deploy.bundle import MANIFEST
+    from simprune_deploy.onnx.exported_folder import MANIFEST
 
     return (path / MANIFEST).is_file() or (path.is_file() and path.suffix == ".onnx")

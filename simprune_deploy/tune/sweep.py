@@ -13,13 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import simprune_deploy
-from simprune_deploy.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.versions import __version__
+from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.tune import timing
 from simprune_deploy.tune.backends import Backend
 from simprune_deploy.tune.cells import cell_of
-from simprune_deploy.tune.datasets import DataSet
-from simprune_deploy.tune.evaluate import (
+from simprune_deploy.tune.results import BASELINES, OURS, Cell, Setting, SweepResult
+from simprune_deploy.tune.store import Store, open_store
+from simprune_deploy.tune.subject import Subject
+from simprune_deploy.tune.tallies import (
     DENSE_SETTING,
     Runnable,
     Shard,
@@ -30,9 +33,6 @@ from simprune_deploy.tune.evaluate import (
     shards_of,
     total,
 )
-from simprune_deploy.tune.results import BASELINES, OURS, Cell, Setting, SweepResult
-from simprune_deploy.tune.store import Store, open_store
-from simprune_deploy.tune.subject import Subject
 
 SHARD_IMAGES = 64
 BATCH = 32
@@ -240,7 +240,7 @@ class Sweep:
         return {
             **self.backend.facts,
             **self.runner.facts,
-            "simprune-deploy": simprune_deploy.__version__,
+            "simprune-deploy": __version__,
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "batch": self.options.batch,
@@ -322,7 +322,7 @@ def identity_of(subject: Subject, data: DataSet, backend: Backend, batch: int) -
         "batch size": batch,
         "proportional attention": pruning.proportional_attention,
         "multiple of": pruning.multiple_of,
-        "version": simprune_deploy.__version__,
+        "version": __version__,
     }
 
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.tune.evaluate import DENSE_SETTING, Executor
 from simprune_deploy.tune.results import Setting
+from simprune_deploy.tune.tallies import DENSE_SETTING, Executor
 
 if TYPE_CHECKING:
-    from simprune_deploy.tune.datasets import DataSet
+    from simprune_deploy.evaluate.datasets import DataSet
 
 IMAGES = 200
 BLOCK = 10

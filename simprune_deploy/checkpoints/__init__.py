@@ -1,0 +1,1 @@
+"""model.pt in its many shapes, read into a timm model."""

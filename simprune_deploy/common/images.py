@@ -1,0 +1,406 @@
+"""Pictures in, float32 arrays out, through timm's own transforms.
+
+Importing this module needs numpy only; torch, timm and Pillow are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simprune_deploy.common.errors import SimpruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What timm takes where a model does not say."""
+
+CROP_MODES = ("center", "squash", "border")
+
+PILLOW_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+"""What a file may hold, whatever its name says: not PostScript, for which Pillow runs a program."""
+
+SAMPLE_SOURCE = "photographs that come with simprune-deploy"
+GIVE_A_FOLDER = "give a folder of pictures with --images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes an input of the model.
+
+    Args:
+        channels: Of the input. 1 takes grey pictures, 3 RGB, another count repeats R, G, B in turn.
+        height: Of the input, in pixels.
+        width: Of the input, in pixels.
+        mean: Subtracted from pixels in [0, 1], one per channel.
+        std: Divided by after that, one per channel.
+        interpolation: timm's name for how pictures are scaled. Default "bicubic".
+        crop_pct: The share of the scaled picture's side that the crop keeps. Default 0.875.
+        crop_mode: "center" (the default), "squash" or "border".
+
+    Raises:
+        SimpruneError: a value is out of its range.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SimpruneError(f"input {name} {value} must be a whole number, 1 or more")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != self.channels:
+                raise SimpruneError(
+                    f"{name} has {len(values)} values for {self.channels} channels: give one each"
+                )
+            if not all(math.isfinite(value) for value in values):
+                raise SimpruneError(f"{name} {values} must be finite numbers")
+        if min(self.std) <= 0:
+            raise SimpruneError(f"std {self.std} must be above 0")
+        if self.interpolation not in INTERPOLATIONS:
+            raise SimpruneError(
+                f"interpolation {self.interpolation!r} is unknown: "
+                f"use one of {', '.join(INTERPOLATIONS)}"
+            )
+        if not 0.1 <= self.crop_pct <= 10:
+            raise SimpruneError(f"crop_pct {self.crop_pct} is outside [0.1, 10]: 1 keeps all")
+        if self.crop_mode not in CROP_MODES:
+            raise SimpruneError(
+                f"crop_mode {self.crop_mode!r} is unknown: use one of {', '.join(CROP_MODES)}"
+            )
+
+    @classmethod
+    def of_model(cls, model: Any) -> Preprocessing:
+        """Return what a timm model (or a pruned one) wants, from its `pretrained_cfg`."""
+        from timm.data import resolve_model_data_config
+
+        vit = getattr(model, "vit", model)
+        config = resolve_model_data_config(vit)
+        channels = int(getattr(vit, "in_chans", None) or config["input_size"][0])
+        size = getattr(getattr(vit, "patch_embed", None), "img_size", None)
+        height, width = (int(side) for side in size or config["input_size"][1:])
+        known = config["interpolation"] in INTERPOLATIONS
+        return cls(
+            channels=channels,
+            height=height,
+            width=width,
+            mean=fit_to_channels(config["mean"], channels),
+            std=fit_to_channels(config["std"], channels),
+            # "random", which some training recipes leave behind, would make results differ
+            interpolation=config["interpolation"] if known else "bicubic",
+            crop_pct=float(config["crop_pct"]),
+            crop_mode=config["crop_mode"],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON types."""
+        values = dataclasses.asdict(self)
+        return {**values, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Build it from :meth:`to_dict`'s result; unknown keys are refused."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise SimpruneError(
+                f"the preprocessing has unknown keys {', '.join(sorted(unknown))}: "
+                "it was written by a newer version, update simprune-deploy"
+            )
+        try:
+            mean = tuple(float(value) for value in values["mean"])
+            std = tuple(float(value) for value in values["std"])
+            return cls(**{**values, "mean": mean, "std": std})
+        except (KeyError, TypeError, ValueError) as error:
+            raise SimpruneError(f"the preprocessing is damaged: {error!r}") from error
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """Return float32[..., C, H, W] in [0, 1] as the model wants it: (pixels - mean) / std."""
+        mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels.astype(np.float32, copy=False) - mean) / std
+
+
+def fit_to_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Make one value per channel: repeated in turn, or averaged for a grey input."""
+    numbers = [float(value) for value in values]
+    if channels == 1:
+        return (sum(numbers) / len(numbers),)
+    return tuple(itertools.islice(itertools.cycle(numbers), channels))
+
+
+def as_uint8_nhwc(pixels: np.ndarray) -> np.ndarray:
+    """Return float32[..., C, H, W] in [0, 1] as a camera gives it, uint8[..., H, W, C].
+
+    For pixels that were 8 bits wide before they were divided by 255 it is what they were.
+    """
+    levels = np.rint(pixels * np.float32(255)).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Pictures ready for a model.
+
+    Attributes:
+        pixels: float32[n, C, H, W], normalised, or in [0, 1] if that was asked for; or
+            uint8[n, H, W, C].
+        names: One per picture: its path inside the folder.
+        skipped: (path, reason) of each file that could not be used.
+        source: Where they come from, in words.
+    """
+
+    pixels: np.ndarray
+    names: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    source: str
+
+
+def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool = True) -> ImageSet:
+    """Load photographs that come with the package (``sample_images/LICENSES.md`` names them).
+
+    Args:
+        preprocessing: What the model wants.
+        count: How many, from 1 to 8. Default 8.
+        normalize: Subtract mean and divide by std; otherwise pixels stay in [0, 1]. Default True.
+
+    Raises:
+        SimpruneError: there are fewer than `count`.
+    """
+    folder = Path(__file__).parents[1] / "sample_images"
+    paths = sorted(folder.glob("*.jpg"))
+    if not paths:
+        raise SimpruneError(f"{folder} is missing: reinstall simprune-deploy, or {GIVE_A_FOLDER}")
+    if not 1 <= count <= len(paths):
+        raise SimpruneError(
+            f"{count} images: {len(paths)} photographs come with simprune-deploy, "
+            f"take 1 to {len(paths)} of them or {GIVE_A_FOLDER}"
+        )
+    to_pixels = PictureLoader(preprocessing)
+    pixels = np.stack([to_pixels(path) for path in paths[:count]])
+    return ImageSet(
+        pixels=preprocessing.normalise(pixels) if normalize else pixels,
+        names=tuple(path.name for path in paths[:count]),
+        skipped=(),
+        source=f"{count} {SAMPLE_SOURCE}",
+    )
+
+
+def load_folder(
+    folder: str | os.PathLike[str],
+    preprocessing: Preprocessing,
+    limit: int = 64,
+    normalize: bool = True,
+) -> ImageSet:
+    """Load the pictures of a folder and its subfolders, in the order of their paths.
+
+    If there are more than `limit`, the ones taken are spread evenly over that order, so that a
+    folder with a subfolder per class gives pictures of all of them.
+
+    Args:
+        folder: Where to look. Hidden files are left out.
+        preprocessing: What the model wants.
+        limit: The most pictures to load. Default 64.
+        normalize: Subtract mean and divide by std; otherwise pixels stay in [0, 1]. Default True.
+
+    Raises:
+        SimpruneError: there is no such folder, or no picture in it that can be read.
+    """
+    root = Path(folder)
+    if limit < 1:
+        raise SimpruneError(f"a limit of {limit} images must be 1 or more")
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise SimpruneError(f"{root} {what}: {GIVE_A_FOLDER}")
+    found, skipped = find_pictures(root)
+    if not found:
+        why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        raise SimpruneError(f"{root} holds no pictures{why}: {GIVE_A_FOLDER}")
+
+    to_pixels = PictureLoader(preprocessing)
+    loaded: dict[int, np.ndarray] = {}
+    for position in _spread(len(found), limit):
+        if len(loaded) == limit:
+            break
+        try:
+            loaded[position] = to_pixels(found[position])
+        except UnusableImageError as error:
+            skipped.append((printable(found[position], root), str(error)))
+    if not loaded:
+        raise SimpruneError(
+            f"none of the {len(found)} pictures in {root} can be read "
+            f"({skipped[0][0]}: {skipped[0][1]}): {GIVE_A_FOLDER}"
+        )
+    taken = sorted(loaded)
+    pixels = np.stack([loaded[position] for position in taken])
+    part = f"{len(taken)} of {len(found):,} pictures in " if len(taken) < len(found) else ""
+    return ImageSet(
+        pixels=preprocessing.normalise(pixels) if normalize else pixels,
+        names=tuple(printable(found[position], root) for position in taken),
+        skipped=tuple(sorted(skipped)),
+        source=f"{part}folder {printable(root)}",
+    )
+
+
+class UnusableImageError(Exception):
+    """A file that cannot become an input; the message is the reason, in a few words."""
+
+
+def find_pictures(root: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Return the picture files below `root` by name, and the folders that could not be listed."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found: list[Path] = []
+    refused: list[tuple[str, str]] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        refused.append((printable(Path(error.filename), root), error.strerror or str(error)))
+
+    # data sets link to their class folders, and a link may lead in a circle
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(place, name)
+            for name in files
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found), refused
+
+
+def _spread(total: int, wanted: int) -> Iterator[int]:
+    """Yield `wanted` positions spread evenly over `total`, then the others, in case some fail."""
+    first = dict.fromkeys(i * total // wanted for i in range(wanted)) if wanted < total else {}
+    yield from first
+    yield from (position for position in range(total) if position not in first)
+
+
+def printable(path: Path, root: Path | None = None) -> str:
+    """Return a path as text that any report can hold (a file name need not be valid UTF-8)."""
+    if root is not None and path.is_relative_to(root):
+        path = path.relative_to(root)
+    return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class PictureLoader:
+    """Turns a picture into float32[C, H, W] in [0, 1], through timm's evaluation transforms."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        from timm.data import create_transform
+
+        self.preprocessing = preprocessing
+        self.mode = "L" if preprocessing.channels == 1 else "RGB"
+        bands = len(self.mode)
+        # not normalised here: mean and std are per channel, and a picture has one or three
+        self.transform: Callable[[Image.Image], Any] = create_transform(
+            input_size=(bands, preprocessing.height, preprocessing.width),
+            is_training=False,
+            interpolation=preprocessing.interpolation,
+            mean=fit_to_channels(preprocessing.mean, bands),
+            std=fit_to_channels(preprocessing.std, bands),
+            crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
+            normalize=False,
+        )
+
+    def __call__(self, source: Path | bytes) -> np.ndarray:
+        """Load a file, or the contents of one.
+
+        Raises:
+            UnusableImageError: it cannot be read, or is too large or too thin to be scaled.
+        """
+        return self.to_pixels(self._open(source))
+
+    def of_levels(self, levels: np.ndarray) -> np.ndarray:
+        """Take uint8[H, W] (grey) or uint8[H, W, 3] (RGB) in place of a file."""
+        from PIL import Image
+
+        height, width = levels.shape[:2]
+        self._check_size(width, height)
+        return self.to_pixels(Image.fromarray(levels).convert(self.mode))
+
+    def to_pixels(self, picture: Image.Image) -> np.ndarray:
+        """Transform a picture of mode "L" or "RGB", whichever the channels ask for."""
+        levels: np.ndarray = self.transform(picture).numpy()
+        channels = np.arange(self.preprocessing.channels) % len(levels)
+        return levels[channels].astype(np.float32) / np.float32(255)
+
+    def _open(self, source: Path | bytes) -> Image.Image:
+        """Decode a picture to "L" or "RGB"; like timm, without turning it by its EXIF tag."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            if isinstance(source, Path):
+                if not source.is_file():
+                    raise UnusableImageError("not a file")
+                empty = not source.stat().st_size
+            else:
+                empty = not source
+            if empty:
+                raise UnusableImageError("empty file")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                file = io.BytesIO(source) if isinstance(source, bytes) else source
+                with Image.open(file, formats=PILLOW_FORMATS) as picture:
+                    self._check_size(*picture.size)
+                    return _eight_bit(picture).convert(self.mode)
+        except UnusableImageError:
+            raise
+        except UnidentifiedImageError:
+            raise UnusableImageError("not a picture") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise UnusableImageError("more pixels than Pillow decodes safely") from None
+        # Pillow's decoders raise whatever a damaged file makes them stumble over
+        except Exception as error:
+            text = str(error) or type(error).__name__
+            raise UnusableImageError(" ".join(text.split())) from error
+
+    def _check_size(self, width: int, height: int) -> None:
+        """Refuse what timm would scale to a huge picture: its short side becomes the input's."""
+        from PIL import Image
+
+        if not width or not height:
+            raise UnusableImageError("no pixels")
+        wanted = self.preprocessing
+        sides = wanted.height / wanted.crop_pct, wanted.width / wanted.crop_pct
+        factor = max(sides[0] / height, sides[1] / width)
+        most = Image.MAX_IMAGE_PIXELS or math.inf
+        if wanted.crop_mode == "center" and width * height * factor**2 > most:
+            raise UnusableImageError(f"{width} x {height} is too thin to be scaled")
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, which Pillow would clip to white."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    levels = np.asarray(picture).clip(0, 65535) // 257
+    return Image.fromarray(levels.astype(np.uint8))

@@ -1,0 +1,1 @@
+"""What ships: the exported folder, device bundles, Triton repositories; inspect and doctor."""

@@ -1,0 +1,114 @@
+"""The texts of a bundle: its README, what pip installs, and the script that compiles the plugin."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.versions import __version__
+from simprune_deploy.deploy.bundle.own_wheel import EXTRAS
+from simprune_deploy.engine.build import STRIPPED
+from simprune_deploy.engine.libraries import LIBRARY, PLUGIN_FOLDER
+from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
+from simprune_deploy.engine.targets import load_targets, version_numbers
+from simprune_deploy.onnx.exported_folder import MODEL
+
+if TYPE_CHECKING:
+    import onnx
+
+README, REQUIREMENTS, BUILD = "README.md", "requirements.txt", "plugin/build.sh"
+
+
+def write_texts(folder: Path, name: str, graph: onnx.ModelProto, about: dict[str, Any]) -> None:
+    """Write the texts.
+
+    Args:
+        folder: The bundle.
+        name: What it is called.
+        graph: The model.
+        about: What the manifest says of the bundle.
+
+    Raises:
+        SimpruneError: the package ``jinja2`` is missing.
+    """
+    from simprune_deploy.onnx.metadata import read_facts
+
+    facts = read_facts(graph)
+    releases = [release for target in about["targets"] for release in target["releases"]]
+    architectures = {target["sm"] for target in about["targets"]}
+    stripped = (folder / STRIPPED).exists()
+    values = {
+        **about,
+        "name": name,
+        "quoted": shlex.quote(name),
+        "cuda_12": any((each["cuda"] or "").startswith("12") for each in releases),
+        "version": __version__,
+        "architecture": facts.architecture or "A Vision Transformer",
+        "precision": facts.precision,
+        "titles": [target["title"] for target in about["targets"]],
+        "stripped": stripped,
+        "replaces_from": load_targets().plugin_replaces_function_from.value,
+        # one that is unknown is among all that nvcc knows
+        "architectures": "" if None in architectures else ",".join(sorted(architectures, key=int)),
+        "trtexec": _trtexec_lines(graph, about["targets"], STRIPPED if stripped else MODEL),
+    }
+    (folder / README).write_text(_render("README.md.jinja", values), encoding="utf-8")
+    (folder / BUILD).write_text(_render("build.sh.jinja", values), encoding="utf-8")
+    (folder / BUILD).chmod(0o755)
+    wheel = f"./{about['wheel']}[{','.join(EXTRAS)}]"
+    text = f"# from this folder: pip install -r {REQUIREMENTS}\n{wheel}\n"
+    (folder / REQUIREMENTS).write_text(text, encoding="utf-8")
+
+
+def _render(template: str, values: dict[str, Any]) -> str:
+    try:
+        import jinja2
+    except ImportError:
+        raise SimpruneError(
+            "jinja2, which writes the README, is missing: pip install 'simprune-deploy[bundle]'"
+        ) from None
+    text = resources.files(__package__).joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["ljust36"] = lambda each: each.ljust(36)
+    return environment.from_string(text).render(values)
+
+
+def _trtexec_lines(
+    graph: onnx.ModelProto, targets: list[dict[str, Any]], early: str
+) -> list[dict[str, str]]:
+    """Return the ``trtexec`` lines for the TensorRT versions that the targets may have.
+
+    `early` is the model for those that look at a file's functions before their plugins.
+    """
+    from simprune_deploy.engine.profile import optimization_profile
+    from simprune_deploy.engine.trtexec import trtexec_line
+    from simprune_deploy.onnx.metadata import read_facts
+
+    first = load_targets().plugin_replaces_function_from.value
+    versions: set[tuple[int, ...] | None] = set()
+    for target in targets:
+        found = [release["tensorrt"] for release in target["releases"]] or [None]
+        versions |= {version_numbers(each) if each else None for each in found}
+    versions = {each for each in versions if each is None or each >= OLDEST_TENSORRT}
+    profile = optimization_profile(graph, read_facts(graph).batch)
+    lines = []
+    for title, model, version, end in (
+        (f"Before TensorRT {first}", early, "10.0", version_numbers(first)),
+        (f"TensorRT {first} and later 10", MODEL, first, (11,)),
+        ("TensorRT 11", MODEL, "11.0", (12,)),
+    ):
+        if any(each is None or version_numbers(version) <= each < end for each in versions):
+            line = trtexec_line(
+                version,
+                Path(model),
+                Path("model.plan"),
+                profile,
+                plugin=Path(PLUGIN_FOLDER, LIBRARY),
+            )
+            lines.append({"title": title, "line": line})
+    return lines

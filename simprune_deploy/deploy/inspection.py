@@ -1,0 +1,139 @@
+"""What a file or folder is, as names and JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.engine import ENGINE_SUFFIX
+from simprune_deploy.onnx.exported_folder import (
+    DEVICE_FORMAT,
+    KINDS,
+    MANIFEST,
+    MODEL,
+    PLUGIN_SOURCE,
+    read_manifest,
+)
+
+FITS = "fits this machine"
+
+
+def inspect_target(
+    target: str, arch: str | None = None, trust_pickle: bool = False
+) -> dict[str, Any]:
+    """Describe an exported folder, an ONNX file of ours, an engine, or a checkpoint.
+
+    Raises:
+        SimpruneError: it is none of these, or damaged.
+    """
+    path = Path(target)
+    if path.is_dir() and (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        return {
+            "kind": KINDS[manifest["format"]],
+            "verdict": manifest["verdict"],
+            **(_describe_bundle(manifest) if manifest["format"] == DEVICE_FORMAT else {}),
+            **_describe_graph(path / MODEL),
+            "files": _sizes(manifest["files"]),
+            "versions": manifest["versions"],
+            **_describe_engines(path),
+        }
+    if path.is_file() and path.suffix == ENGINE_SUFFIX:
+        from simprune_deploy.engine.inventory import examine_engine
+
+        return {"kind": "engine", **examine_engine(path).to_dict()}
+    if path.is_file() and _looks_like_onnx(path):
+        return {"kind": "ONNX model", **_describe_graph(path)}
+    return _describe_checkpoint(target, arch, trust_pickle)
+
+
+def _sizes(files: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of the files; the plugin's sources count as one."""
+    sizes: dict[str, int] = {}
+    for name, entry in files.items():
+        shown = PLUGIN_SOURCE if name.startswith(f"{PLUGIN_SOURCE}/") else name
+        sizes[shown] = sizes.get(shown, 0) + int(entry["bytes"])
+    return sizes
+
+
+def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        about = manifest["bundle"]
+        return {
+            "targets": [str(target["name"]) for target in about["targets"]],
+            "engine": str(about["engine"]),
+            "checked": [f"{each['what']}: {each['found']}" for each in about["checked"]],
+            "not_checked": [str(each) for each in about["not_checked"]],
+        }
+    except (KeyError, TypeError) as error:
+        raise SimpruneError(
+            f"what {MANIFEST} says of the bundle is damaged ({error!r}): copy the bundle again"
+        ) from error
+
+
+def _describe_engines(folder: Path) -> dict[str, Any]:
+    from simprune_deploy.engine.inventory import engines_in
+
+    engines = {each.path.name: each.problem or FITS for each in engines_in(folder)}
+    return {"engines": engines} if engines else {}
+
+
+def _looks_like_onnx(path: Path) -> bool:
+    # field 1 of a ModelProto, the IR version, comes first: tag 8, then a small number
+    with path.open("rb") as file:
+        head = file.read(2)
+    return len(head) == 2 and head[0] == 8 and 3 <= head[1] <= 32
+
+
+def _describe_graph(path: Path) -> dict[str, Any]:
+    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.variants import prune_nodes
+
+    graph = load_graph(path)
+    facts = read_facts(graph)
+    return {
+        **facts.to_dict(),
+        "precision": facts.precision,
+        "inputs": [_signature(value) for value in graph.graph.input],
+        "outputs": [_signature(value) for value in graph.graph.output],
+        "nodes": len(graph.graph.node),
+        "prune_nodes": [node.name for node in prune_nodes(graph)],
+    }
+
+
+def _signature(value: Any) -> str:
+    from simprune_deploy.onnx.metadata import describe_value
+
+    facts = describe_value(value)
+    return f"{facts['name']} {facts['dtype']}[{', '.join(map(str, facts['shape']))}]"
+
+
+def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> dict[str, Any]:
+    from simprune_deploy.checkpoints.loading import load_checkpoint
+    from simprune_deploy.pruning.families import check_prunable
+    from simprune_deploy.pruning.model import PrunedViT, describe_vit, prune
+
+    checkpoint = load_checkpoint(target, arch=arch, trust_pickle=trust_pickle)
+    model = checkpoint.model
+    is_pruned = isinstance(model, PrunedViT)
+    try:
+        check_prunable(getattr(model, "vit", model))
+    except SimpruneError as error:
+        return {"kind": checkpoint.kind, "notes": list(checkpoint.notes), "prunable": str(error)}
+    pruned = prune(model)
+    height, width = pruned.image_size
+    return {
+        "kind": checkpoint.kind,
+        "notes": list(checkpoint.notes),
+        **describe_vit(pruned.vit),
+        "parameters": sum(p.numel() for p in pruned.parameters()),
+        "num_classes": int(pruned.vit.num_classes),
+        "image_size": [height, width],
+        "channels": pruned.channels,
+        "num_patches": pruned.num_patches,
+        "num_prefix_tokens": pruned.num_prefix_tokens,
+        "depth": len(pruned.vit.blocks),
+        "pruning": pruned.config.to_dict() if is_pruned else None,
+        "auto_layers": list(prune(pruned.vit, layers="auto").config.layers),
+    }

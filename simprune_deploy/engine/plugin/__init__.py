@@ -1,0 +1,1 @@
+"""The library with the CUDA kernels and the TensorRT plugin of ``plugins/``: building it."""

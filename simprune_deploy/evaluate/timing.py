@@ -1,0 +1,184 @@
+"""Times models side by side, in turn, so that a slow spell of the machine or its clocks hits all.
+
+What is timed is given as functions, and so is the clock: nothing here knows TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.progress import Progress, silent
+
+Runner = Callable[[int], "float | None"]
+"""Runs input number i to its end. Returns how many milliseconds of it were the GPU's, if known."""
+
+BLOCKS = 25
+RESAMPLES = 10_000
+LEVEL = 95
+FEWEST_BLOCKS = 8
+"""With fewer there is no saying how sure a ratio is."""
+
+MOST = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much to time.
+
+    Attributes:
+        iterations: Timed runs of every model, at least; rounded up to whole rounds over the
+            inputs, so that each input counts the same.
+        warm_up: Runs of every model before that.
+        inputs: How many different inputs there are.
+    """
+
+    iterations: int
+    warm_up: int
+    inputs: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 1), ("warm_up", 0)):
+            value = getattr(self, name)
+            if not least <= value <= MOST:
+                option = f"--{name.replace('_', '-')}"
+                raise SimpruneError(f"{option} {value} is not between {least} and {MOST}")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds over the inputs."""
+        return math.ceil(self.iterations / self.inputs)
+
+    @property
+    def blocks(self) -> int:
+        """How often the models take turns."""
+        return math.ceil(self.rounds / self.rounds_a_block)
+
+    @property
+    def rounds_a_block(self) -> int:
+        """Rounds that a model runs before it is another's turn."""
+        return math.ceil(self.rounds / BLOCKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What one model took, in milliseconds, block by block.
+
+    Attributes:
+        whole: From the input in the processor's memory to the output there.
+        gpu: The GPU's part of it, without copies; empty where nobody knows.
+    """
+
+    whole: list[list[float]]
+    gpu: list[list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """How long runs took, in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup:
+    """How many times faster one model is than another.
+
+    Attributes:
+        ratio: The median over the blocks of what both took in the same block.
+        low, high: Its confidence interval, by resampling the blocks; None with too few of them.
+        blocks: How many there were.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    blocks: int
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    plan: Plan,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = silent,
+) -> dict[str, Times]:
+    """Time every runner on the same inputs.
+
+    The models take turns, in blocks, and change the order from block to block (A B, B A, ...). A
+    block begins with one run that is not timed: it brings the model's weights and code back to
+    where the others have pushed them out.
+
+    Args:
+        runners: What to time, by name.
+        plan: How much.
+        clock: Returns seconds.
+        progress: Called with a word on what runs.
+    """
+    for name, run in runners.items():
+        progress(f"warming up: {name}")
+        for index in range(plan.warm_up):
+            run(index % plan.inputs)
+    times = {name: Times([], []) for name in runners}
+    for block in range(plan.blocks):
+        progress(f"timing: block {block + 1} of {plan.blocks}")
+        names = list(runners)
+        for name in names if block % 2 == 0 else reversed(names):
+            run = runners[name]
+            run(0)
+            whole, gpu = [], []
+            for index in range(plan.rounds_a_block * plan.inputs):
+                start = clock()
+                own = run(index % plan.inputs)
+                whole.append((clock() - start) * 1e3)
+                if own is not None:
+                    gpu.append(own)
+            times[name].whole.append(whole)
+            if gpu:
+                times[name].gpu.append(gpu)
+    return times
+
+
+def latency(blocks: Sequence[Sequence[float]]) -> Latency:
+    """Summarise all runs of all blocks."""
+    values = np.concatenate([np.asarray(block, np.float64) for block in blocks])
+    p50, p90, p99 = (float(each) for each in np.percentile(values, (50, 90, 99)))
+    return Latency(float(values.mean()), p50, p90, p99, len(values))
+
+
+def speedup(
+    slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]], seed: int = 0
+) -> Speedup:
+    """Compare two models block by block, so that what slowed a block down for both cancels.
+
+    Args:
+        slow: Milliseconds of the one, by block.
+        fast: Of the other, in the same blocks.
+        seed: Of the resampling. Default 0.
+    """
+    ratios = np.array([np.sum(a) / np.sum(b) for a, b in zip(slow, fast, strict=True)])
+    ratio = float(np.median(ratios))
+    if len(ratios) < FEWEST_BLOCKS:
+        return Speedup(ratio, None, None, len(ratios))
+    chosen = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(np.median(ratios[chosen], axis=1), (tail, 100 - tail))
+    return Speedup(ratio, float(low), float(high), len(ratios))
+
+
+def as_json(value: Any) -> Any:
+    """Return a dataclass's values as JSON types, with as many digits as times are worth."""
+    return {
+        name: round(each, 5) if isinstance(each, float) else each
+        for name, each in dataclasses.asdict(value).items()
+    }

@@ -1,0 +1,442 @@
+"""bench: what is timed and how it is summed up, and the command on a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from engine_facts import facts_of
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from places import ROOT
+from running_double import Cuda, tensorrt
+from typer.testing import CliRunner
+
+import simprune_deploy as sd
+from simprune_deploy.cli import app
+from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.files import sha256, write_json
+from simprune_deploy.deploy.doctor.machine import Machine
+from simprune_deploy.engine.build import BuiltEngine
+from simprune_deploy.engine.flavours import load_module
+from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
+from simprune_deploy.engine.sidecar import FileStamp, sidecar_of
+from simprune_deploy.evaluate.bench import BenchOptions, benchmark, on_engines
+from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens, feed_of
+from simprune_deploy.evaluate.bench.machine import describe_machine, is_busy
+from simprune_deploy.evaluate.bench.on_onnxruntime import _memory
+from simprune_deploy.evaluate.timing import Latency, Plan, Speedup, latency, measure, speedup
+from simprune_deploy.onnx.metadata import load_graph, read_facts
+from simprune_deploy.onnx.variants import dense
+from simprune_deploy.parity.golden import load_golden
+from simprune_deploy.pruning.cost import BlockShape, allowed_speedup, block_flops
+from simprune_deploy.report.bench import print_benchmark
+
+DEMO = ROOT / "examples" / "fashion_mnist"
+LAYERS = [1, 3]
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Clockwork:
+    """A clock and two models; what they take may drift while they run."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        self.now, self.drift, self.calls = 0.0, drift, []  # type: ignore[var-annotated]
+
+    def model(self, name: str, milliseconds: float) -> Any:
+        def run(index: int) -> float:
+            self.calls.append((name, index))
+            self.now += milliseconds * (1 + self.drift * len(self.calls)) / 1e3
+            return milliseconds / 2
+
+        return run
+
+    def measure(self, plan: Plan) -> Any:
+        runners = {"dense": self.model("dense", 4), "pruned": self.model("pruned", 2)}
+        return measure(runners, plan, clock=lambda: self.now)
+
+
+def test_models_take_turns_on_the_same_inputs() -> None:
+    machine = Clockwork()
+    times = machine.measure(Plan(iterations=7, warm_up=3, inputs=2))
+    warm_up = [(name, i) for name in ("dense", "pruned") for i in (0, 1, 0)]
+    # the first run of a block is not timed; the order turns from block to block
+    block = {name: [(name, 0), (name, 0), (name, 1)] for name in ("dense", "pruned")}
+    ab, ba = block["dense"] + block["pruned"], block["pruned"] + block["dense"]
+    assert machine.calls == warm_up + ab + ba + ab + ba
+    assert times["dense"].whole == [pytest.approx([4, 4])] * 4
+    assert times["pruned"].gpu == [[1, 1]] * 4
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 100, 101, 1000])
+@pytest.mark.parametrize("inputs", [1, 4, 7])
+def test_a_plan_runs_whole_rounds_and_at_least_what_was_asked(iterations: int, inputs: int) -> None:
+    plan = Plan(iterations, 0, inputs)
+    assert plan.blocks * plan.rounds_a_block * inputs >= iterations
+    assert (plan.blocks - 1) * plan.rounds_a_block < plan.rounds
+    assert plan.blocks <= 25
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio() -> None:
+    times = Clockwork(drift=0.01).measure(Plan(iterations=200, warm_up=0, inputs=1))
+    first, last = times["dense"].whole[0], times["dense"].whole[-1]
+    assert np.mean(last) > 2 * np.mean(first)
+    found = speedup(times["dense"].whole, times["pruned"].whole)
+    assert found.ratio == pytest.approx(2, rel=0.05)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 2 < found.high
+
+
+def test_an_interval_holds_the_true_ratio_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        spell = random.lognormal(0, 0.5, (25, 1))  # hits both models of a block
+        slow = 3.0 * spell * random.lognormal(0, 0.1, (25, 4))
+        fast = 2.0 * spell * random.lognormal(0, 0.1, (25, 4))
+        found = speedup(slow.tolist(), fast.tolist())
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 1.5 <= found.high
+    assert 180 <= held <= 198
+
+
+def test_one_slow_block_does_not_carry_the_ratio() -> None:
+    slow, fast = [[3.0]] * 20, [[2.0]] * 19 + [[200.0]]
+    assert speedup(slow, fast) == Speedup(1.5, 1.5, 1.5, 20)
+
+
+def test_with_few_blocks_there_is_no_interval() -> None:
+    assert speedup([[2.0]] * 7, [[1.0]] * 7) == Speedup(2.0, None, None, 7)
+    assert speedup([[2.0]] * 8, [[1.0]] * 8).low == 2.0
+
+
+def test_percentiles_are_over_all_runs() -> None:
+    values = np.arange(1, 101.0)
+    found = latency([values[:30].tolist(), values[30:].tolist()])
+    assert found == Latency(50.5, 50.5, pytest.approx(90.1), pytest.approx(99.01), 100)
+
+
+def test_allowed_is_a_ratio_of_flops() -> None:
+    shape = BlockShape(8, 32)
+    assert allowed_speedup(shape, 10, [10, 10], 100.0) == 1
+    dense, half = block_flops(shape, 10), block_flops(shape, 5)
+    found = allowed_speedup(shape, 10, [10, 5], 100.0)
+    assert found == pytest.approx((100 + 2 * dense) / (100 + dense + half))
+
+
+@pytest.mark.parametrize(("count", "batch"), [(4, 1), (4, 2), (4, 3), (4, 8), (3, 3), (1, 4)])
+def test_every_image_is_equally_often_in_the_batches(count: int, batch: int) -> None:
+    images = np.arange(count)[:, None]
+    batches = _batches(images, batch)
+    assert {len(each) for each in batches} == {batch}
+    assert len(set(np.bincount(np.concatenate(batches)[:, 0], minlength=count))) == 1
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def test_power_mode_and_clocks_are_asked_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "proc" / "device-tree").mkdir(parents=True)
+    (tmp_path / "proc" / "device-tree" / "model").write_bytes(b"Jetson Orin Nano\0")
+    (tmp_path / "proc" / "cpuinfo").write_text("model name\t: ARMv8\n")
+
+    def run(command: Sequence[str]) -> str | None:
+        if command[0] == "nvpmodel":
+            return "NV Power Mode: 15W\n0\n"
+        return "1410 MHz, 1980 MHz, 9501 MHz, 450.00 W, Enabled\n" if "--id=0" in command else None
+
+    found = describe_machine(Machine(tmp_path, run, lambda: Gpu("Orin", (8, 7), "12.6", 8 << 30)))
+    assert found["system"] == "Jetson Orin Nano"
+    assert found["processor"].startswith("ARMv8, ")
+    assert "Orin" in found["GPU"]
+    assert found["driver's CUDA"] == "12.6"
+    assert (found["power mode"], found["SM clock"]) == ("15W", "1410 MHz")
+    nothing = describe_machine(Machine(tmp_path / "none", lambda command: None))
+    assert not {"system", "power mode", "SM clock", "frequency governor"} & nothing.keys()
+
+
+def test_a_busy_machine_is_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for load, busy in ((3.9, False), (4.1, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert is_busy() == busy
+        assert describe_machine()["load before"].startswith(f"{load} programs")
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
+    """64 MB more of weights show as about that, whatever this process holds meanwhile."""
+    ballast = np.ones(100_000_000, np.float32)
+    peaks = []
+    for width in (1, 16_000_000):
+        weights = np.random.default_rng(0).random((width,), np.float32)
+        nodes = [
+            helper.make_node("Add", ["images", "w"], ["sums"]),
+            helper.make_node("ReduceMax", ["sums"], ["y"]),
+        ]
+        inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+        graph = helper.make_graph(
+            nodes, "g", inputs, outputs, [numpy_helper.from_array(weights, "w")]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, tmp_path / "m.onnx")
+        found = _memory(tmp_path / "m.onnx", [{"images": np.ones(1, np.float32)}], 1)
+        peaks.append(found["process at most"])
+        assert found["process before the model"] < found["process at most"] < ballast.nbytes
+    assert 64e6 < peaks[1] - peaks[0] < 300e6
+
+
+def test_a_model_that_does_not_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(SimpruneError, match=r"cannot run m.onnx \(exit code 1\): ") as raised:
+        _memory(tmp_path / "m.onnx", [], 1)
+    assert "\n" not in str(raised.value)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six of Fashion-MNIST's test images."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with np.load(DEMO / "test_slice.npz") as file:
+        images = file["images"][:6]
+    for number, image in enumerate(images):
+        Image.fromarray(image.reshape(28, 28)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def exported(deciding_demo: Path) -> Path:
+    """Return the demo model, exported with a run-time threshold, with golden cases."""
+    return deciding_demo
+
+
+def quick(**values: Any) -> BenchOptions:
+    return BenchOptions(
+        **{"backend": "onnxruntime", "iterations": 4, "warm_up": 1, "threads": 1, **values}
+    )
+
+
+def test_the_report(exported: Path) -> None:
+    report = benchmark(exported, quick(thresholds=(0.95, 0.8)))
+    assert report["environment"]["threads"] == 1
+    assert "on the CPU" in report["environment"]["run_by"]
+    assert report["inputs"]["images"] == 4
+    assert report["inputs"]["source"] == "the golden cases of the folder"
+    assert report["plan"] == {"warm_up": 1, "blocks": 1, "runs_a_block": 4}
+    dense, mild, strong = report["models"]
+    assert [dense["name"], mild["name"]] == ["dense", "pruned at 0.95"]
+    assert "speedup" not in dense
+    for row in (dense, mild, strong):
+        times = row["latency_ms"]
+        assert 0 < times["p50"] <= times["p90"] <= times["p99"]
+        assert times["runs"] == 4
+        assert row["images_per_second"] == pytest.approx(1e3 / times["mean"], rel=0.01)
+        assert row["memory_bytes"]["process at most"] > 10_000_000
+        assert row["gpu_ms"] is None
+    assert mild["speedup"]["blocks"] == 1
+    assert mild["tokens"]["processed_share"] > strong["tokens"]["processed_share"]
+    assert 1 < mild["tokens"]["allowed_speedup"] < strong["tokens"]["allowed_speedup"]
+
+
+def test_tokens_are_those_of_the_golden_cases(exported: Path) -> None:
+    """They hold PyTorch's decisions, each at a threshold of its own: the same counts."""
+    golden = load_golden(exported / "golden.npz", LAYERS)
+    graph = load_graph(exported / "model.onnx")
+    facts = read_facts(graph)
+    assert len(set(golden.thresholds)) > 1
+    for row, threshold in enumerate(golden.thresholds):
+        feed = feed_of(facts, golden.images[row : row + 1], float(threshold))
+        records = golden.reference.records
+        kept = {str(layer): len(records[layer][row].heads()) for layer in LAYERS}
+        assert count_tokens(graph, facts, [feed])["kept"] == kept
+
+
+def test_a_folder_of_pictures(exported: Path, pictures: Path) -> None:
+    (pictures / "broken.png").write_text("no picture")
+    given = quick(images=pictures, iterations=1, warm_up=0)
+    report = benchmark(exported, given)
+    assert report["inputs"]["images"] == report["inputs"]["batches"] == 6
+    assert report["inputs"]["skipped"] == [["broken.png", "not a picture"]]
+    golden = benchmark(exported, quick(iterations=1, warm_up=0))
+    assert report["models"][1]["tokens"]["kept"] != golden["models"][1]["tokens"]["kept"]
+
+
+def test_a_batch_keeps_as_many_tokens_as_its_image_with_the_most(exported: Path) -> None:
+    alone = benchmark(exported, quick(iterations=1, warm_up=0))["models"][1]["tokens"]
+    together = benchmark(exported, quick(iterations=1, warm_up=0, batch=4))["models"][1]
+    assert together["tokens"]["kept"]["1"] > alone["kept"]["1"]
+    assert together["latency_ms"]["runs"] == 1
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "simprune_deploy", "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_prints_for_people_and_for_programs(exported: Path) -> None:
+    call = ["bench", str(exported), "--backend", "onnxruntime", "--threads", "1", "--warm-up", "0"]
+    call += ["--iterations", "1", "--thresholds", "0.9,0.8"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.stderr
+    for text in ("ONNX Runtime", "golden cases", "pruned at 0.8", "allowed", "memory in MB"):
+        assert text in result.stdout
+    assert "too few blocks for an interval: raise --iterations" in result.stdout
+    result = CliRunner().invoke(app, [*call, "--json"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert next(row["name"] for row in json.loads(result.stdout)["models"]) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backend", "tensorrt"], "--backend 'tensorrt' is unknown: use engine or onnxruntime"),
+        (["--batch", "5"], "--batch 5 is outside 1..4, which this export takes"),
+        (["--thresholds", "high"], "--thresholds 'high' is not understood: write 0.95,0.9"),
+        (["--thresholds", "3"], "threshold 3.0 is outside [-1, 2]"),
+        (["--thresholds", "nan"], "threshold nan is not a number"),
+        (["--thresholds", ",".join(["0.9"] * 17)], "17 thresholds are too many"),
+        (["--iterations", "0"], "--iterations 0 is not between 1 and"),
+        (["--warm-up", "-1"], "--warm-up -1 is not between 0 and"),
+        (["--threads", "0"], "--threads 0 is not between 1 and"),
+        (["--images", "/nowhere"], "/nowhere does not exist"),
+        (["--force"], "--force is for --backend engine"),
+        (["--plugin", "x.so"], "--plugin is for --backend engine"),
+        (["--cuda-graph"], "--cuda-graph is for --backend engine"),
+    ],
+)
+def test_bad_calls_are_one_line(exported: Path, arguments: list[str], says: str) -> None:
+    call = ["bench", str(exported), "--backend", "onnxruntime", *arguments]
+    result = CliRunner().invoke(app, call)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert says in result.stderr
+
+
+def test_a_fixed_threshold_and_a_model_without_pruning(tmp_path: Path, pictures: Path) -> None:
+    vit = sd.load(DEMO / "vit")
+    sd.export(sd.prune(vit, threshold=0.9, layers=[1]), tmp_path / "a", verify=False)
+    with pytest.raises(SimpruneError, match=r"fixed at 0\.9: export with --runtime-threshold"):
+        benchmark(tmp_path / "a", quick(thresholds=(0.8,)))
+    with pytest.raises(SimpruneError, match=r"without golden cases|golden\.npz does not exist"):
+        benchmark(tmp_path / "a", quick())
+    # as an export at a threshold above 1 would be
+    model, manifest = tmp_path / "a" / "model.onnx", tmp_path / "a" / "manifest.json"
+    model.write_bytes(dense(load_graph(model)).SerializeToString())
+    written = json.loads(manifest.read_text(encoding="utf-8"))
+    size = model.stat().st_size
+    written["files"]["model.onnx"] = {"bytes": size, "sha256": sha256(model)}
+    write_json(manifest, written)
+    with pytest.raises(SimpruneError, match="prunes nothing"):
+        benchmark(tmp_path / "a", quick())
+
+
+def test_without_tensorrt_or_a_gpu_the_way_out_is_named(exported: Path) -> None:
+    try:
+        load_module("tensorrt")
+        find_gpu()
+    except (SimpruneError, NoGpuError):
+        done = shell(exported)
+    else:
+        pytest.skip("TensorRT and a GPU are here")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "--backend onnxruntime times the ONNX file on the CPU" in done.stderr
+
+
+# --- engines, on stand-ins ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_orin(
+    exported: Path, tmp_path: Path, stand_in: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[Any]]:
+    """Return a folder with an engine for the stand-in, and what the builder is asked for."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    profile = {
+        "images": {"min": [1, 1, 28, 28], "opt": [2, 1, 28, 28], "max": [4, 1, 28, 28]},
+        "threshold": {"min": [1], "opt": [1], "max": [4]},
+    }
+    (folder / "engines").mkdir()
+    asked: list[Any] = []
+
+    def write(name: str, data: bytes, **changes: Any) -> BuiltEngine:
+        path = folder / "engines" / name
+        path.write_bytes(data)
+        onnx_file = FileStamp.of(folder / "model.onnx")
+        facts = facts_of(path, plugin=None, profile=profile, onnx=onnx_file, **changes)
+        write_json(sidecar_of(path), facts.to_dict())
+        return BuiltEngine(path, facts, cached=False, trtexec=None)
+
+    def build(model: Path, builder: Any, options: Any, *, of: str, progress: Any) -> BuiltEngine:
+        asked.append((builder, options, of))
+        graph = dense(load_graph(model)).SerializeToString()
+        return write("model-dense-trt-sm87.engine", graph, of="dense")
+
+    write("model-trt-sm87.engine", (folder / "model.onnx").read_bytes())
+    monkeypatch.setattr(on_engines, "build_engine", build)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(stand_in, profile))
+    return folder, asked
+
+
+def test_engines_are_timed_beside_a_dense_one_like_them(
+    on_orin: tuple[Path, list[Any]], stand_in: Cuda
+) -> None:
+    folder, asked = on_orin
+    options = BenchOptions(iterations=8, warm_up=0, thresholds=(0.9, 0.7), batch=2)
+    report = benchmark(folder, options)
+    ((builder, wanted, of),) = asked
+    assert (builder.flavour, builder.version, of) == ("tensorrt", "10.3.0", "dense")
+    assert (wanted.batch, wanted.opt_batch, wanted.workspace_mib) == ((1, 4), 2, 512)
+    rows = report["models"]
+    assert [row["name"] for row in rows] == ["dense", "pruned at 0.9", "pruned at 0.7"]
+    assert all(row["gpu_ms"]["mean"] == 1.25 for row in rows)
+    assert rows[1]["gpu_speedup"]["ratio"] == 1
+    for row in rows:
+        assert row["memory_bytes"]["scratch"] == 4096
+        assert row["memory_bytes"]["engine file"] > 1_000_000
+    assert report["environment"]["tuned_for"] == "batch 2"
+    assert report["environment"]["cuda_graphs"] == "none"
+    first, second = report["trtexec"]
+    engine = folder / "engines" / "model-trt-sm87.engine"
+    assert first == (
+        f"trtexec --loadEngine={engine} --shapes=images:2x1x28x28,threshold:1 "
+        "--loadInputs=images:images.raw,threshold:threshold.raw --warmUp=500"
+    )
+    assert "model-dense-trt-sm87.engine" in second
+    assert stand_in.memory == stand_in.handles == {}
+
+
+def test_graphs_are_recorded_of_what_has_fixed_sizes(on_orin: tuple[Path, list[Any]]) -> None:
+    """This export's token counts depend on the image, so only the dense engine is replayed."""
+    folder, _ = on_orin
+    report = benchmark(folder, BenchOptions(iterations=1, warm_up=0, cuda_graph=True))
+    assert report["environment"]["cuda_graphs"] == ["dense"]
+    print_benchmark(report)
+
+
+def test_an_engine_for_other_batches(on_orin: tuple[Path, list[Any]], stand_in: Cuda) -> None:
+    folder, _ = on_orin
+    with pytest.raises(SimpruneError, match=r"5 is outside 1\.\.4"):
+        benchmark(folder, BenchOptions(iterations=1, batch=5))
+    assert stand_in.memory == stand_in.handles == {}

@@ -1,0 +1,513 @@
+"""The portable ONNX body against the PyTorch operator, and what compilers ask of its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from definition import (
+    EXACT_THRESHOLDS,
+    PAD,
+    REDUCTIONS,
+    SELECTIONS,
+    Case,
+    Result,
+    exact_case,
+    random_case,
+    reduce_tokens,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from simprune_deploy.onnx.function_body import (
+    ATTRIBUTES,
+    DOMAIN,
+    DOMAIN_VERSION,
+    INPUTS,
+    MAX_OPSET,
+    MIN_OPSET,
+    OP_TYPE,
+    OUTPUTS,
+    BodyVariant,
+    build_function,
+)
+from simprune_deploy.parity.decisions import float_noise, violation
+from simprune_deploy.predict.records import PruneRecord
+from simprune_deploy.pruning.config import PruneConfig
+from simprune_deploy.pruning.operator import similarity_prune
+
+REPRODUCIBLE = settings(deadline=None, derandomize=True, database=None)
+DIM = 16
+VARIANTS = [
+    BodyVariant(selection, reduction, fixed_capacity, has_prefix)
+    for selection in SELECTIONS
+    for reduction in REDUCTIONS
+    for fixed_capacity in (False, True)
+    for has_prefix in (False, True)
+]
+OPSETS = range(MIN_OPSET, MAX_OPSET + 1)
+
+
+def describe(variant: BodyVariant) -> str:
+    capacity = "fixed" if variant.fixed_capacity else "dynamic"
+    prefix = "prefix" if variant.has_prefix else "patches"
+    return f"{variant.selection}-{variant.reduction}-{capacity}-{prefix}"
+
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=describe)
+
+
+def variant_of(case: Case) -> BodyVariant:
+    return BodyVariant(case.selection, case.reduction, case.capacity > 0, case.prefix > 0)
+
+
+def attributes_of(case: Case) -> dict[str, Any]:
+    """The node's attributes, all of them, as the exporter writes them."""
+    values = {**case.attributes, "opt_tokens": 100, "max_tokens": 100}
+    assert sorted(values) == list(ATTRIBUTES)
+    return values
+
+
+def build_model(
+    nodes: list[dict[str, Any]],
+    opset: int = 20,
+    kind: int = TensorProto.FLOAT,
+    num_tokens: int | str = "tokens",
+    dim: int | str = "channels",
+) -> onnx.ModelProto:
+    """A model of one prune node, or of several in a chain, and the function they call.
+
+    Its outputs are the last node's. Every dimension is dynamic unless it is given as a number.
+    """
+    first = nodes[0]
+    variant = BodyVariant(
+        first["selection"],
+        first["reduction"],
+        first["capacity"] > 0,
+        first["num_prefix_tokens"] > 0,
+    )
+    floats = TensorProto.FLOAT
+    inputs = [
+        helper.make_tensor_value_info(INPUTS[0], kind, ["batch", num_tokens, dim]),
+        helper.make_tensor_value_info(INPUTS[1], floats, ["batch", num_tokens]),
+        helper.make_tensor_value_info(INPUTS[2], floats, ["thresholds"]),
+    ]
+    chain = []
+    read = list(INPUTS)
+    for position, attributes in enumerate(nodes):
+        last = position == len(nodes) - 1
+        written = list(OUTPUTS) if last else [f"{name}_{position}" for name in OUTPUTS]
+        chain.append(
+            helper.make_node(
+                OP_TYPE, read, written, name=f"prune_{position}", domain=DOMAIN, **attributes
+            )
+        )
+        read = [written[0], written[1], INPUTS[2]]
+    outputs = [
+        helper.make_tensor_value_info(OUTPUTS[0], kind, ["batch", "kept", dim]),
+        helper.make_tensor_value_info(OUTPUTS[1], floats, ["batch", "kept"]),
+        helper.make_tensor_value_info(OUTPUTS[2], TensorProto.INT64, ["batch", "kept"]),
+        helper.make_tensor_value_info(OUTPUTS[3], TensorProto.INT64, ["batch", None]),
+    ]
+    return helper.make_model(
+        helper.make_graph(chain, "prunes", inputs, outputs),
+        functions=[build_function(variant, opset)],
+        opset_imports=[
+            helper.make_opsetid("", opset),
+            helper.make_opsetid(DOMAIN, DOMAIN_VERSION),
+        ],
+        ir_version=10,
+    )
+
+
+@functools.cache
+def session(
+    attributes: tuple[tuple[str, Any], ...], opset: int, kind: int
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    model = build_model([dict(attributes)], opset, kind)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run_onnx(case: Case, opset: int = 20, half: bool = False) -> Result:
+    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    runner = session(tuple(attributes_of(case).items()), opset, kind)
+    feed = {
+        "tokens": case.tokens.astype(np.float16) if half else case.tokens,
+        "log_size": case.log_size,
+        "threshold": case.threshold,
+    }
+    kept_tokens, kept_log_size, kept_index, assignment = runner.run(list(OUTPUTS), feed)
+    assert kept_tokens.dtype == feed["tokens"].dtype
+    assert kept_log_size.dtype == np.float32
+    assert kept_index.dtype == assignment.dtype == np.int64
+    return Result(kept_tokens.astype(np.float64), kept_log_size, kept_index, assignment)
+
+
+def run_torch(case: Case, half: bool = False) -> Result:
+    tokens = torch.from_numpy(case.tokens).to(torch.float16 if half else torch.float32)
+    outputs = similarity_prune(
+        tokens, torch.from_numpy(case.log_size), torch.from_numpy(case.threshold), **case.attributes
+    )
+    kept_tokens, *others = outputs
+    return Result(kept_tokens.double().numpy(), *(output.numpy() for output in others))
+
+
+def assert_same(actual: Result, expected: Result, tolerance: float = 1e-6) -> None:
+    np.testing.assert_array_equal(actual.kept_index, expected.kept_index)
+    np.testing.assert_array_equal(actual.assignment, expected.assignment)
+    np.testing.assert_allclose(actual.kept_tokens, expected.kept_tokens, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(actual.kept_log_size, expected.kept_log_size, rtol=0, atol=2e-6)
+
+
+def assert_right(case: Case, actual: Result) -> None:
+    """Every decision within float noise; tokens and sizes as they follow from the decisions."""
+    config = PruneConfig(
+        layers=(0,),
+        selection=case.selection,  # type: ignore[arg-type]
+        capacities=(case.capacity,) if case.capacity else (),
+    )
+    for image in range(len(case.tokens)):
+        record = PruneRecord(
+            tokens=case.tokens[image],
+            log_size=case.log_size[image],
+            threshold=float(case.threshold[image if len(case.threshold) > 1 else 0]),
+            kept_index=actual.kept_index[image],
+            assignment=actual.assignment[image],
+        )
+        wrong_by = violation(record, config, case.capacity, case.prefix)
+        assert wrong_by <= float_noise(case.tokens.shape[2])
+    follows = reduce_tokens(
+        case.tokens,
+        case.log_size,
+        actual.kept_index,
+        actual.assignment,
+        case.reduction,
+        case.prefix,
+    )
+    largest = 1 + np.abs(case.tokens).max()
+    np.testing.assert_allclose(actual.kept_tokens, follows.kept_tokens, rtol=0, atol=1e-6 * largest)
+    np.testing.assert_allclose(actual.kept_log_size, follows.kept_log_size, rtol=0, atol=2e-6)
+
+
+def case_of(variant: BodyVariant, seed: int, **changes: Any) -> Case:
+    """An exact case of a variant; capacity and prefix from few values, so that sessions are few."""
+    rng = np.random.default_rng([seed, 1])
+    values: dict[str, Any] = {
+        "batch": int(rng.integers(1, 5)),
+        "patches": int(rng.integers(6, 26)),
+        "prefix": int(rng.choice([1, 4])) if variant.has_prefix else 0,
+        "capacity": int(rng.choice([1, 5])) if variant.fixed_capacity else 0,
+        "multiple_of": 1 if variant.fixed_capacity else int(rng.choice([1, 8])),
+        "per_image_threshold": bool(rng.integers(2)),
+        "dim": DIM,
+    }
+    return exact_case(
+        seed,
+        selection=variant.selection,
+        reduction=variant.reduction,
+        **{**values, **changes},
+    )
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+# --- decisions and tokens -------------------------------------------------------------------------
+
+
+@settings(REPRODUCIBLE, max_examples=1200)
+@given(st.sampled_from(VARIANTS), SEEDS)
+def test_exact_data_gives_what_pytorch_gives(variant: BodyVariant, seed: int) -> None:
+    case = case_of(variant, seed)
+    assert_same(run_onnx(case), run_torch(case))
+
+
+@settings(REPRODUCIBLE, max_examples=300)
+@given(st.sampled_from(VARIANTS), SEEDS)
+def test_exact_data_gives_what_the_definition_says(variant: BodyVariant, seed: int) -> None:
+    case = case_of(variant, seed, batch=2, patches=10)
+    assert_same(run_onnx(case), case.expected())
+
+
+@settings(REPRODUCIBLE, max_examples=800)
+@given(st.sampled_from(VARIANTS), SEEDS, st.sampled_from([0.0, 0.1, 0.4, 1.0]))
+def test_random_data_is_decided_right_within_float_noise(
+    variant: BodyVariant, seed: int, spread: float
+) -> None:
+    drawn = case_of(variant, seed)
+    case = random_case(
+        seed,
+        batch=len(drawn.tokens),
+        patches=drawn.tokens.shape[1] - drawn.prefix,
+        spread=spread,
+        **{name: getattr(drawn, name) for name in ("prefix", "selection", "reduction")},
+        capacity=drawn.capacity,
+        multiple_of=drawn.multiple_of,
+    )
+    assert_right(case, run_onnx(case))
+
+
+@every_variant
+@pytest.mark.parametrize("threshold", EXACT_THRESHOLDS)
+def test_every_threshold_with_its_ties(variant: BodyVariant, threshold: float) -> None:
+    for seed in range(2):
+        case = case_of(variant, seed, threshold=threshold)
+        assert_same(run_onnx(case), run_torch(case))
+
+
+@every_variant
+@pytest.mark.parametrize("opset", OPSETS)
+def test_every_opset(variant: BodyVariant, opset: int) -> None:
+    for seed in range(3):
+        case = case_of(variant, seed, prefix=1 if variant.has_prefix else 0, multiple_of=1)
+        case = dataclasses.replace(case, capacity=5 if variant.fixed_capacity else 0)
+        assert_same(run_onnx(case, opset), run_torch(case))
+
+
+@every_variant
+def test_half_precision_tokens(variant: BodyVariant) -> None:
+    for seed in range(15):
+        case = case_of(variant, seed)
+        assert_same(run_onnx(case, half=True), run_torch(case, half=True), 2.0**-10)
+
+
+@every_variant
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_an_image_does_not_depend_on_the_others_in_its_batch(
+    variant: BodyVariant, batch: int
+) -> None:
+    case = case_of(variant, batch, batch=batch, padding="tail")
+    together = run_onnx(case)
+    for image in range(batch):
+        if case.prefix == 0 and (case.log_size[image] <= PAD / 2).all():
+            continue
+        alone = run_onnx(case.image(image))
+        slots = alone.kept_index.shape[1]
+        np.testing.assert_array_equal(alone.assignment[0], together.assignment[image])
+        np.testing.assert_array_equal(alone.kept_index[0], together.kept_index[image, :slots])
+        np.testing.assert_allclose(
+            alone.kept_tokens[0], together.kept_tokens[image, :slots], rtol=0, atol=1e-6
+        )
+
+
+@every_variant
+def test_an_image_of_padding_alone_keeps_its_prefix(variant: BodyVariant) -> None:
+    for seed in range(10):
+        case = case_of(variant, seed, batch=3, padding="none")
+        case.log_size[1, case.prefix :] = PAD
+        actual = run_onnx(case)
+        assert_same(actual, run_torch(case))
+        assert (actual.assignment[1, case.prefix :] == -1).all()
+        assert (actual.kept_log_size[1, case.prefix :] == PAD).all()
+
+
+@every_variant
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_a_batch_of_padding_alone_keeps_its_prefix(variant: BodyVariant, multiple_of: int) -> None:
+    case = case_of(variant, 4, padding="none", multiple_of=multiple_of)
+    case.log_size[:, case.prefix :] = PAD
+    assert_same(run_onnx(case), case.expected())
+
+
+@every_variant
+def test_nothing_is_pruned_at_a_threshold_that_is_not_a_number(variant: BodyVariant) -> None:
+    case = case_of(variant, 1, padding="none", patches=9, capacity=9 * variant.fixed_capacity)
+    case = dataclasses.replace(case, threshold=np.full_like(case.threshold, np.nan))
+    actual = run_onnx(case)
+    assert_same(actual, case.expected())
+    np.testing.assert_array_equal(
+        actual.kept_tokens[:, case.prefix :], case.tokens[:, case.prefix :]
+    )
+
+
+@every_variant
+def test_zero_vectors(variant: BodyVariant) -> None:
+    for threshold in (-1.0, 0.0, 0.5):
+        case = case_of(variant, 6, padding="none", threshold=threshold)
+        case.tokens[0] = 0
+        case.tokens[-1, case.prefix + 1 :: 2] = 0
+        assert_same(run_onnx(case), run_torch(case))
+
+
+@every_variant
+def test_one_patch(variant: BodyVariant) -> None:
+    capacity = 1 if variant.fixed_capacity else 0
+    for threshold in (-1.0, 0.0, 1.0, 2.0):
+        case = case_of(
+            variant, 7, patches=1, capacity=capacity, threshold=threshold, padding="none"
+        )
+        actual = run_onnx(case)
+        assert_same(actual, run_torch(case))
+        np.testing.assert_array_equal(actual.kept_tokens, case.tokens)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_threshold_above_one_is_the_identity(prefix: int, selection: str, reduction: str) -> None:
+    for threshold in (1.5, 2.0):
+        case = random_case(
+            8,
+            prefix=prefix,
+            selection=selection,
+            reduction=reduction,
+            threshold=threshold,
+            padding="none",
+        )
+        actual = run_onnx(case)
+        np.testing.assert_array_equal(actual.kept_tokens, case.tokens)
+        np.testing.assert_array_equal(actual.kept_log_size, case.log_size)
+        np.testing.assert_array_equal(
+            actual.kept_index, np.tile(np.arange(case.log_size.shape[1]), (2, 1))
+        )
+        np.testing.assert_array_equal(actual.assignment, actual.kept_index)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_capacity(selection: str, prefix: int) -> None:
+    for capacity in range(1, 9):
+        case = exact_case(
+            capacity, patches=8, prefix=prefix, selection=selection, capacity=capacity, dim=DIM
+        )
+        actual = run_onnx(case)
+        assert actual.kept_index.shape[1] == prefix + capacity
+        assert_same(actual, run_torch(case))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("multiple_of", [2, 3, 16, 100])
+def test_every_multiple(multiple_of: int, prefix: int) -> None:
+    for seed in range(10):
+        case = exact_case(seed, patches=14, prefix=prefix, multiple_of=multiple_of, dim=DIM)
+        actual = run_onnx(case)
+        assert actual.kept_index.shape[1] in {*range(0, 200, multiple_of), 14 + prefix}
+        assert_same(actual, run_torch(case))
+
+
+def test_a_long_chain_of_alike_neighbours_is_settled() -> None:
+    """Each patch depends on the one before it: the most rounds that the loop can need."""
+    count = 64
+    tokens = np.zeros((2, count, count + 3), np.float32)
+    for i in range(count):
+        tokens[0, i, i : i + 4] = 1
+        tokens[1, i, i // 2 * 2 : i // 2 * 2 + 4] = 1
+    case = Case(tokens, np.zeros((2, count), np.float32), np.float32([0.75, 0.5]), 0)
+    actual = run_onnx(case)
+    assert actual.assignment[0].tolist() == [i // 2 for i in range(count)]
+    assert_same(actual, case.expected())
+
+
+def test_many_patches_of_an_image() -> None:
+    for threshold in (0.3, 0.6, 0.9):
+        case = random_case(
+            9, batch=2, patches=196, spread=0.5, threshold=threshold, padding="none", dim=48
+        )
+        assert_right(case, run_onnx(case))
+
+
+# --- the text of the body -------------------------------------------------------------------------
+
+
+def small_attributes(variant: BodyVariant) -> dict[str, Any]:
+    return {
+        "capacity": 6 if variant.fixed_capacity else 0,
+        "max_tokens": 17,
+        "multiple_of": 1,
+        "num_prefix_tokens": 1 if variant.has_prefix else 0,
+        "opt_tokens": 12,
+        "reduction": variant.reduction,
+        "selection": variant.selection,
+    }
+
+
+@every_variant
+@pytest.mark.parametrize("opset", OPSETS)
+def test_checker_and_strict_shape_inference_pass(variant: BodyVariant, opset: int) -> None:
+    model = build_model([small_attributes(variant)], opset)
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(
+        model, check_type=True, strict_mode=True, data_prop=True
+    )
+    assert [output.name for output in inferred.graph.output] == list(OUTPUTS)
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for graph in subgraphs([node]):
+            yield from all_nodes(graph.node)
+
+
+def subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield attribute.g
+
+
+@every_variant
+def test_no_two_tensors_share_a_name(variant: BodyVariant) -> None:
+    function = build_function(variant, 20)
+    nodes = list(all_nodes(function.node))
+    names = [*function.input, *(name for node in nodes for name in node.output)]
+    for graph in subgraphs(nodes):
+        names += [value.name for value in (*graph.input, *graph.initializer)]
+    assert "" not in names
+    assert len(names) == len(set(names))
+    if variant.selection == "cover":
+        assert list(subgraphs(nodes)), "the rounds of cover are a loop"
+
+
+@every_variant
+def test_nodes_are_named_and_of_standard_onnx(variant: BodyVariant) -> None:
+    function = build_function(variant, 20)
+    names = [node.name for node in function.node]
+    assert all(names)
+    assert len(set(names)) == len(names)
+    assert {node.domain for node in all_nodes(function.node)} == {""}
+    assert list(function.attribute) == list(ATTRIBUTES)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+@every_variant
+def test_tensorrt_rtx_builds_a_chain_of_two(variant: BodyVariant) -> None:
+    """For SM 8.6, on a machine with or without a GPU."""
+    import tensorrt_rtx as trt
+
+    first = small_attributes(variant)
+    second = {**first, "capacity": 4 if variant.fixed_capacity else 0}
+    model = build_model([first, second], num_tokens=17, dim=8)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(model.SerializeToString())
+    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("tokens", (1, 17, 8), (2, 17, 8), (4, 17, 8))
+    profile.set_shape("log_size", (1, 17), (2, 17), (4, 17))
+    profile.set_shape("threshold", (1,), (1,), (4,))
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    assert engine.nbytes > 0

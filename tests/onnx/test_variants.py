@@ -1,0 +1,245 @@
+"""Other forms of an exported graph: without the operator's function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from architectures import ARCHITECTURES, Architecture, build, photographs
+from definition import Case, similarity_prune
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from typer.testing import CliRunner
+
+from simprune_deploy.cli import app
+from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+from simprune_deploy.onnx.function_body import ATTRIBUTES, DOMAIN, BodyVariant, build_function
+from simprune_deploy.onnx.metadata import METADATA_KEY, read_facts, write_facts
+from simprune_deploy.onnx.precision import with_precision
+from simprune_deploy.onnx.variants import (
+    prune_nodes,
+    with_diagnostics,
+    with_function,
+    without_function,
+)
+from simprune_deploy.parity.golden import save_golden
+from simprune_deploy.parity.graph_check import check_graph
+from simprune_deploy.parity.proof import prove_against_torch
+from simprune_deploy.pruning.model import PrunedViT, prune
+
+by_name = {each.what: each for each in ARCHITECTURES}
+CLASS_TOKEN = by_name["class token"]
+DYNAMIC, FIXED = "dynamic", "fixed"
+
+every_form = pytest.mark.parametrize(
+    ("tokens", "selection", "reduction"),
+    [
+        (tokens, selection, reduction)
+        for tokens in (DYNAMIC, FIXED)
+        for selection in ("cover", "redundancy")
+        for reduction in ("merge", "drop")
+    ],
+)
+
+
+class SimilarityPrune(OpRun):
+    """The operator as a plugin would supply it: the written definition, in loops."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self, tokens: Any, log_size: Any, threshold: Any, **attributes: Any
+    ) -> tuple[Any, ...]:
+        assert sorted(attributes) == list(ATTRIBUTES)
+        case = Case(
+            tokens.astype(np.float32),
+            log_size,
+            threshold,
+            attributes["num_prefix_tokens"],
+            attributes["selection"],
+            attributes["reduction"],
+            attributes["capacity"],
+            attributes["multiple_of"],
+        )
+        result = similarity_prune(case)
+        return (
+            result.kept_tokens.astype(tokens.dtype),
+            result.kept_log_size.astype(np.float32),
+            result.kept_index,
+            result.assignment,
+        )
+
+
+def pruned(architecture: Architecture, **choices: Any) -> PrunedViT:
+    values = {"threshold": 0.8, "layers": architecture.layers, **choices}
+    return prune(build(architecture), **values)
+
+
+@functools.cache
+def traced(tokens: str, precision: str) -> onnx.ModelProto:
+    if precision != "fp32":  # a pass over the float32 graph, as in the exporter
+        wide = traced(tokens, "fp32")
+        facts = read_facts(wide)
+        graph, _ = with_precision(wide, precision)
+        export = {**facts.export, "precision": precision}
+        write_facts(graph, dataclasses.replace(facts, export=export))
+        return graph
+    model = pruned(CLASS_TOKEN, tokens=40 if tokens == FIXED else None)
+    return export_onnx(model, ExportOptions(batch=(1, 4), runtime_threshold=True))
+
+
+def in_form(
+    tokens: str, selection: str, reduction: str, precision: str = "fp32"
+) -> onnx.ModelProto:
+    """Return the graph of an export with these choices, of which one trace shows all.
+
+    (The choices are attributes and the function's text; that a real export has the same is
+    `test_choices_are_attributes_and_the_function`.)
+    """
+    graph = onnx.ModelProto()
+    graph.CopyFrom(traced(tokens, precision))
+    facts = read_facts(graph)
+    config = dataclasses.replace(facts.pruning, selection=selection, reduction=reduction)
+    for node in prune_nodes(graph):
+        for attribute in node.attribute:
+            if attribute.name in ("selection", "reduction"):
+                attribute.s = str(getattr(config, attribute.name)).encode()
+    del graph.functions[:]
+    variant = BodyVariant.of(config, facts.num_prefix_tokens)
+    graph.functions.append(build_function(variant, facts.export["opset"]))
+    write_facts(graph, dataclasses.replace(facts, pruning=config))
+    return graph
+
+
+def run(graph: onnx.ModelProto, feed: dict[str, Any]) -> dict[str, Any]:
+    """Run a graph in ONNX Runtime; every output by its name."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [each.name for each in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+def run_with_the_definition(graph: onnx.ModelProto, feed: dict[str, Any]) -> dict[str, Any]:
+    """Run a graph in ONNX's reference evaluator, which knows our operator as the definition."""
+    evaluator = ReferenceEvaluator(graph, new_ops=[SimilarityPrune])
+    return dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True))
+
+
+# --- without the function -------------------------------------------------------------------------
+
+
+def test_choices_are_attributes_and_the_function() -> None:
+    model = pruned(CLASS_TOKEN, tokens=40, selection="redundancy", reduction="drop")
+    graph = export_onnx(model, ExportOptions(batch=(1, 4), runtime_threshold=True))
+    assert in_form(FIXED, "redundancy", "drop") == graph
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@every_form
+def test_a_stripped_file_with_the_operator_supplied_gives_the_same(
+    tokens: str, selection: str, reduction: str, precision: str
+) -> None:
+    whole = in_form(tokens, selection, reduction, precision)
+    stripped = without_function(whole)
+    assert len(whole.functions) == 1
+    assert not stripped.functions
+    onnx.checker.check_model(stripped, full_check=True)
+    limits = {"cover": [0.8, 0.7, 0.9], "redundancy": [0.5, 0.6, 0.4]}[selection]
+    pixels = photographs(pruned(CLASS_TOKEN), 4).pixels[1:]
+    feed = {"images": pixels, "threshold": np.array(limits, np.float32)}
+    expected = run(with_diagnostics(whole), feed)
+    actual = run_with_the_definition(with_diagnostics(stripped), feed)
+    assert actual.keys() == expected.keys()
+    room = {"fp32": 1e-6, "fp16": 2e-3}[precision]
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype, name
+        if value.dtype == np.int64:
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+        else:
+            scale = np.abs(expected[name]).max()
+            np.testing.assert_allclose(
+                value, expected[name], rtol=room, atol=room * scale, err_msg=name
+            )
+    slots = [set(row) for row in expected["diagnosis_1/assignment"].tolist()]
+    assert any(len(each - {-1}) < 60 for each in slots), "something was pruned"
+
+
+@every_form
+def test_the_function_comes_back_byte_for_byte(tokens: str, selection: str, reduction: str) -> None:
+    whole = in_form(tokens, selection, reduction)
+    before = whole.SerializeToString()
+    stripped = without_function(whole)
+    assert whole.SerializeToString() == before
+    assert not read_facts(stripped).has_function
+    assert with_function(stripped).SerializeToString() == before
+    assert with_function(whole).SerializeToString() == before
+    assert without_function(stripped).SerializeToString() == stripped.SerializeToString()
+
+
+def test_the_function_of_a_16_bit_file_comes_back_byte_for_byte() -> None:
+    whole = traced(DYNAMIC, "fp16")
+    assert with_function(without_function(whole)).SerializeToString() == whole.SerializeToString()
+
+
+def test_a_graph_that_prunes_nowhere_has_no_function_to_strip() -> None:
+    graph = export_onnx(pruned(CLASS_TOKEN, threshold=2.0), ExportOptions(batch=(1, 4)))
+    assert not graph.functions
+    assert without_function(graph) == with_function(graph) == graph
+
+
+def test_the_graph_check_wants_the_function_exactly_where_the_facts_say_so() -> None:
+    whole = traced(DYNAMIC, "fp32")
+    stripped = without_function(whole)
+    assert check_graph(whole, read_facts(whole)).passed
+    assert check_graph(stripped, read_facts(stripped)).passed
+    lost, extra = check_graph(stripped, read_facts(whole)), check_graph(whole, read_facts(stripped))
+    assert lost.passed is extra.passed is False
+    assert "function body is not the operator's" in lost.summary
+    assert "it has a function, and says that it has none" in extra.summary
+
+
+def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
+    model = pruned(CLASS_TOKEN)
+    stripped = without_function(traced(DYNAMIC, "fp32"))
+    verdict, golden = prove_against_torch(stripped, model, photographs(model))
+    assert verdict.status == "proven", verdict.reason
+    assert "function put back" in verdict.environment["runtime"]
+    skipped = {each["check"]: each["why"] for each in verdict.to_dict()["skipped"]}
+    assert "none was run here" in skipped["plugin"]
+
+    onnx.save(stripped, tmp_path / "model.onnx")
+    save_golden(tmp_path / "golden.npz", golden)
+    answer = CliRunner().invoke(app, ["verify", str(tmp_path / "model.onnx"), "--json"])
+    assert answer.exit_code == 0, answer.output
+    again = json.loads(answer.stdout)
+    assert again["status"] == "proven"
+    assert [each["check"] for each in again["skipped"]] == ["plugin"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_proof_of_a_stripped_16_bit_file_says_what_ran(precision: str) -> None:
+    model = pruned(CLASS_TOKEN)
+    stripped = without_function(traced(DYNAMIC, precision))
+    verdict, _ = prove_against_torch(stripped, model, photographs(model, 4))
+    assert verdict.check("outputs").passed, verdict.reason
+    assert verdict.check("plugin").passed is None
+
+
+def test_files_from_before_there_was_a_choice_have_the_function() -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(traced(DYNAMIC, "fp32"))
+    (entry,) = graph.metadata_props
+    assert entry.key == METADATA_KEY
+    assert "function" not in json.loads(entry.value)["export"]
+    assert read_facts(graph).has_function
