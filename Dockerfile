@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Three images (docs/docker.md):
 #   docker build --target cpu    -t simprune-deploy:cpu .      verify, inspect: no GPU, no PyTorch
-#   docker build --target export -t simprune-deploy:export .   with PyTorch: export and its proof
+#   docker build --target export -t simprune-deploy:export .   with PyTorch: export and its parity check
 #   docker build                 -t simprune-deploy .          TensorRT and the plugin, for a GPU
 ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
 # the container whose TensorRT has the version below: NVIDIA's support matrix

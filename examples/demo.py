@@ -1,4 +1,4 @@
-"""The main job on real input: export a trained ViT, prove it, and weigh what pruning gave and cost.
+"""The main job: export a trained ViT, verify it, and weigh what pruning gave and cost.
 
     make demo        (or: python examples/demo.py [-o demo-output])
 
@@ -21,7 +21,7 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from simprune_deploy.onnx.metadata import Facts, load_graph, read_facts
+from simprune_deploy.onnx.metadata import ModelMetadata, load_graph, read_metadata
 from simprune_deploy.onnx.variants import diagnostic_name, with_diagnostics
 from simprune_deploy.pruning.cost import spread_over_blocks
 
@@ -63,17 +63,20 @@ def classify(
 
 
 def tokens_processed(
-    shown: onnxruntime.InferenceSession, facts: Facts, images: np.ndarray, threshold: float
+    shown: onnxruntime.InferenceSession,
+    metadata: ModelMetadata,
+    images: np.ndarray,
+    threshold: float,
 ) -> float:
     """Return the share of tokens that the blocks saw, averaged over images."""
-    layers = facts.pruning.layers
+    layers = metadata.pruning.layers
     names = [diagnostic_name(layer, "assignment") for layer in layers]
     shares = []
     for i in range(0, len(images), BATCH):
         found = shown.run(names, feed(images[i : i + BATCH], threshold))
         for kept in zip(*(assignment.max(1) + 1 for assignment in found), strict=True):
-            blocks = spread_over_blocks(facts.num_tokens, layers, kept, facts.depth)
-            shares.append(np.mean(blocks) / facts.num_tokens)
+            blocks = spread_over_blocks(metadata.num_tokens, layers, kept, metadata.depth)
+            shares.append(np.mean(blocks) / metadata.num_tokens)
     return float(np.mean(shares))
 
 
@@ -98,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=150, help="runs that the times are of")
     args = parser.parse_args()
     console = Console(width=100)
-    console.rule("1. export the pruned model and prove it")
+    console.rule("1. export the pruned model and verify it")
     export(args.output / "pruned", "--threshold", str(THRESHOLD), "--runtime-threshold")
     console.rule("2. export the dense model, to compare with")
     export(args.output / "dense", "--threshold", str(DENSE), "--no-verify")
@@ -108,7 +111,7 @@ def main() -> None:
         images = data["images"][:, None].astype(np.float32) / 255
         images, labels = images[: args.images], data["labels"][: args.images]
     graph = load_graph(args.output / "pruned" / "model.onnx")
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     pruned, shown = (session(g.SerializeToString()) for g in (graph, with_diagnostics(graph)))
     dense = session((args.output / "dense" / "model.onnx").read_bytes())
     answers = {None: classify(dense, images, None)}
@@ -121,7 +124,9 @@ def main() -> None:
         "model", "accuracy", "same as dense", "tokens processed", "ms an image", "speed-up"
     )
     for setting, classes in answers.items():
-        share = 1.0 if setting is None else tokens_processed(shown, facts, images[:1000], setting)
+        share = (
+            1.0 if setting is None else tokens_processed(shown, metadata, images[:1000], setting)
+        )
         table.add_row(
             "dense" if setting is None else f"pruned at {setting}",
             f"{(classes == labels).mean():.2%}",
@@ -132,7 +137,7 @@ def main() -> None:
         )
     console.print(table)
     console.print(f"pruned model  {args.output / 'pruned' / 'model.onnx'}", highlight=False)
-    console.print(f"its proof     {args.output / 'pruned' / 'parity.json'}", highlight=False)
+    console.print(f"its parity check     {args.output / 'pruned' / 'parity.json'}", highlight=False)
     console.print(f"dense model   {args.output / 'dense' / 'model.onnx'}", highlight=False)
 
 

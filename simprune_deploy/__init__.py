@@ -1,10 +1,10 @@
-"""Export pruned Vision Transformers to ONNX and TensorRT, proved equal to PyTorch.
+"""Export pruned Vision Transformers to ONNX and TensorRT, checked against PyTorch.
 
 >>> import simprune_deploy as sd
 >>> vit = sd.load("model.pt", arch="deit_small_patch16_224")      # doctest: +SKIP
 >>> pruned = sd.prune(vit, threshold=0.85)                         # doctest: +SKIP
 >>> sd.export(pruned, "exported").verdict.status                   # doctest: +SKIP
-'proven'
+'passed'
 
 Names are resolved on first use, so that importing the package loads neither torch nor ONNX.
 """

@@ -69,7 +69,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def deciding_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the demo model, exported and proven: run-time threshold, batch 1..4, assignments."""
+    """Return the demo model, exported and verified: run-time threshold, batch 1..4, assignments."""
     import simprune_deploy as sd
 
     folder = tmp_path_factory.mktemp("deciding") / "out"
@@ -78,7 +78,7 @@ def deciding_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = sd.ExportOptions(runtime_threshold=True, batch=(1, 4), emit_assignments=True)
     result = sd.export(pruned, folder, options)
     assert result.verdict is not None
-    assert result.verdict.status == "proven"
+    assert result.verdict.status == "passed"
     return folder
 
 

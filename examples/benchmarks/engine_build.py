@@ -47,8 +47,8 @@ def measure(title: str, source: object, layers: list[int], tokens: int) -> None:
                 onnx = (Path(folder) / "model" / "model.onnx").stat().st_size
                 print(
                     f"| {title} | {kept} | {names} | {onnx / 1e6:.1f} "
-                    f"| {engine.facts.engine.bytes / 1e6:.1f} "
-                    f"| {engine.facts.seconds:.1f} |"
+                    f"| {engine.metadata.engine.bytes / 1e6:.1f} "
+                    f"| {engine.metadata.seconds:.1f} |"
                 )
                 sys.stdout.flush()
 

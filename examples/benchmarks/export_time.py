@@ -1,4 +1,4 @@
-"""Exporting and proving a ViT-S beside a plain ``torch.onnx.export`` of the dense model.
+"""Exporting and verifying a ViT-S beside a plain ``torch.onnx.export`` of the dense model.
 
     python examples/benchmarks/export_time.py [--arch vit_small_patch16_224] [--rounds 3]
 
@@ -84,7 +84,9 @@ def main() -> None:
     console = Console(width=100)
     table = Table("what", "seconds")
     table.add_row("plain torch.onnx.export, dense", f"{statistics.median(plain):.1f}")
-    table.add_row(f"ours, pruned, with its proof ({status})", f"{statistics.median(ours):.1f}")
+    table.add_row(
+        f"ours, pruned, with its parity check ({status})", f"{statistics.median(ours):.1f}"
+    )
     table.add_row("ratio", f"{ratio:.2f}")
     console.print(table)
     dense = export_onnx(sd.prune(vit, threshold=1.5))

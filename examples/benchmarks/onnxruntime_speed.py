@@ -32,7 +32,7 @@ from rich.table import Table
 import simprune_deploy as sd
 from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
 from simprune_deploy.onnx.exporter import export_onnx
-from simprune_deploy.onnx.metadata import read_facts
+from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.variants import diagnostic_name, with_diagnostics
 from simprune_deploy.pruning.cost import allowed_speedup, spread_over_blocks
 
@@ -87,12 +87,12 @@ def main() -> None:
         dense = session(export_onnx(sd.prune(vit, threshold=NOTHING_PRUNED)), args.threads)
         sparse = session(graph, args.threads)
         shown = session(with_diagnostics(graph), args.threads)
-        facts = read_facts(graph)
+        metadata = read_metadata(graph)
         preprocessing = Preprocessing.of_model(vit)
         pictures = (
             load_folder(args.images, preprocessing) if args.images else sample_images(preprocessing)
         )
-        embed = 2 * facts.channels * size * size * facts.embed_dim
+        embed = 2 * metadata.channels * size * size * metadata.embed_dim
         for batch in map(int, args.batch.split(",")):
             rounds = max(3, args.rounds // (1 if size * batch < 1000 else 3))
             images = np.resize(pictures.pixels, (batch, *pictures.pixels.shape[1:]))
@@ -102,7 +102,7 @@ def main() -> None:
                     float(shown.run([diagnostic_name(layer, "kept_index")], feed)[0].shape[1])
                     for layer in layers
                 ]
-                by_block = spread_over_blocks(facts.num_tokens, layers, counts, facts.depth)
+                by_block = spread_over_blocks(metadata.num_tokens, layers, counts, metadata.depth)
                 times = in_turn(
                     {
                         "dense": partial(dense.run, None, {"images": images}),
@@ -115,10 +115,10 @@ def main() -> None:
                     a / b for a, b in zip(times["dense"], times["pruned"], strict=True)
                 )
                 nothing = threshold == NOTHING_PRUNED
-                allowed = allowed_speedup(facts.block, facts.num_tokens, by_block, embed)
+                allowed = allowed_speedup(metadata.block, metadata.num_tokens, by_block, embed)
                 table.add_row(
                     str(size), str(batch), f"{threshold}",
-                    f"{sum(by_block) / len(by_block) / facts.num_tokens:.2f}",
+                    f"{sum(by_block) / len(by_block) / metadata.num_tokens:.2f}",
                     f"{slow * 1e3:.1f}", f"{fast * 1e3:.1f}", f"{speedup:.2f}", f"{allowed:.2f}",
                     "" if nothing else f"{speedup / allowed:.2f}",
                     f"{(1 / speedup - 1) / len(layers):.1%}" if nothing else "",

@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "sidecar.h"
+#include "engine_metadata.h"
 
 namespace {
 
@@ -190,17 +190,17 @@ void printBest(float const* scores, std::size_t count, std::size_t image) {
 
 void run(Arguments const& arguments) {
     // What does not fit is said before TensorRT sees a byte of the engine
-    Sidecar const sidecar = readSidecar(arguments.engine);
+    EngineMetadata const engine_metadata = readEngineMetadata(arguments.engine);
     std::vector<char> const image = readFile(arguments.image);
     std::vector<char> const plan = readFile(arguments.engine);
-    if (plan.size() != sidecar.bytes) {
+    if (plan.size() != engine_metadata.bytes) {
         throw Failure(arguments.engine + " is not the engine that was built: its size differs");
     }
-    if (!sidecar.plugin.empty() && arguments.plugin.empty()) {
-        throw Failure("the engine has the plugin of " + sidecar.plugin + " in it: name it with --plugin");
+    if (!engine_metadata.plugin.empty() && arguments.plugin.empty()) {
+        throw Failure("the engine has the plugin of " + engine_metadata.plugin + " in it: name it with --plugin");
     }
-    checkTensorRT(sidecar, thisTensorRT());
-    checkGpu(sidecar, thisGpu());
+    checkTensorRT(engine_metadata, thisTensorRT());
+    checkGpu(engine_metadata, thisGpu());
 
     Logger logger;
     if (!arguments.plugin.empty()) {

@@ -54,7 +54,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def normalise(images: np.ndarray) -> torch.Tensor:
+def normalize(images: np.ndarray) -> torch.Tensor:
     return ((torch.from_numpy(images.copy()).float() / 255 - MEAN) / STD).unsqueeze(1)
 
 
@@ -127,13 +127,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    train_images = normalise(read_idx(args.data / "train-images-idx3-ubyte.gz"))
+    train_images = normalize(read_idx(args.data / "train-images-idx3-ubyte.gz"))
     train_labels = torch.from_numpy(
         read_idx(args.data / "train-labels-idx1-ubyte.gz").astype(np.int64)
     )
     raw_test = read_idx(args.data / "t10k-images-idx3-ubyte.gz")
     raw_labels = read_idx(args.data / "t10k-labels-idx1-ubyte.gz").astype(np.int64)
-    test_images, test_labels = normalise(raw_test), torch.from_numpy(raw_labels)
+    test_images, test_labels = normalize(raw_test), torch.from_numpy(raw_labels)
     np.savez_compressed(
         args.output / "test_slice.npz",
         images=raw_test[:3000],

@@ -34,7 +34,7 @@ from tracks import (
     load_track,
     run,
     steps,
-    summarise,
+    summarize,
     tokens_share,
     write_csv,
 )
@@ -119,7 +119,7 @@ def measure(track: Track, variant: Variant, threshold: float) -> Measured:
         traces: list[PruneTrace] = []
         outputs.append(model(chunk, traces=traces))
         counts.append(kept_counts(traces, model.num_prefix_tokens))
-    return summarise(track, torch.cat(outputs), tokens_share(model, torch.cat(counts)))
+    return summarize(track, torch.cat(outputs), tokens_share(model, torch.cat(counts)))
 
 
 def thresholds_for(track: Track, variant: Variant, shares: Sequence[float]) -> list[float]:
@@ -208,7 +208,7 @@ def main() -> None:
     for variant in steps(variants(track.name, args.group), "variants"):
         thresholds = thresholds_for(track, variant, AROUND[track.name])
         curve = [measure(track, variant, threshold) for threshold in thresholds]
-        curve.append(summarise(track, track.dense, np.ones(len(track.dense))))
+        curve.append(summarize(track, track.dense, np.ones(len(track.dense))))
         default = default or curve
         rows += compare(variant, curve, default, SHARES[track.name])
     args.output.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from tracks import (
     load_track,
     run,
     steps,
-    summarise,
+    summarize,
     tokens_share,
     write_csv,
 )
@@ -73,15 +73,15 @@ def measure(track: Track, model: PrunedViT) -> dict[str, Measured]:
             outputs[name].append(baseline.run(model, chunk, found[-1]).outputs)
     counts = torch.cat(found)
     tokens = tokens_share(model, counts)
-    measured = {name: summarise(track, torch.cat(each), tokens) for name, each in outputs.items()}
+    measured = {name: summarize(track, torch.cat(each), tokens) for name, each in outputs.items()}
     fixed = counts.double().mean(0).round().long().expand_as(counts)
     parts = zip(chunks, fixed.split(track.batch), strict=True)
     tome = torch.cat([Baseline("tome").run(model, *part).outputs for part in parts])
     static = sd.prune(model, threshold=2.0, tokens=fixed[0].tolist()).eval()
     ours = torch.cat([static(chunk) for chunk in chunks])
     share = tokens_share(model, fixed)
-    measured |= {"tome, fixed": summarise(track, tome, share)}
-    measured |= {"ours, fixed": summarise(track, ours, share)}
+    measured |= {"tome, fixed": summarize(track, tome, share)}
+    measured |= {"ours, fixed": summarize(track, ours, share)}
     return measured
 
 
@@ -171,7 +171,7 @@ def main() -> None:
         rows += [to_row(threshold, name, each, found[OURS]) for name, each in found.items()]
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / f"curves-{track.name}.csv", rows)
-    dense = summarise(track, track.dense, np.ones(len(track.dense))).right
+    dense = summarize(track, track.dense, np.ones(len(track.dense))).right
     with staged_file(args.output / f"curves-{track.name}.svg") as staging:
         staging.write_bytes(draw(rows, layers, None if dense is None else float(dense.mean())))
     accuracy = "" if dense is None else f", unpruned accuracy {dense.mean():.2%}"

@@ -42,7 +42,7 @@ class Track:
     Attributes:
         name: "fashion" or "photographs".
         vit: The unpruned timm model.
-        images: float32[n, C, H, W], normalised.
+        images: float32[n, C, H, W], normalized.
         labels: int64[n], or None.
         dense: The unpruned model's outputs, [n, D].
         batch: Images that run together.
@@ -91,7 +91,7 @@ def load_track(name: str, images: int, weights: Path) -> Track:
         with np.load(EXAMPLES / "fashion_mnist" / "test_slice.npz") as data:
             levels = data["images"][:images, None].astype(np.float32)
             labels = torch.from_numpy(data["labels"][:images].astype(np.int64))
-        pixels = Preprocessing.of_model(vit).normalise(levels / 255)
+        pixels = Preprocessing.of_model(vit).normalize(levels / 255)
         batch = 50
     else:
         folder = weights / "vit_small_dinov2_focus"
@@ -119,7 +119,7 @@ def tokens_share(model: PrunedViT, kept: torch.Tensor) -> np.ndarray:
     return np.array(shares)
 
 
-def summarise(track: Track, outputs: torch.Tensor, tokens: np.ndarray) -> Measured:
+def summarize(track: Track, outputs: torch.Tensor, tokens: np.ndarray) -> Measured:
     """Compare outputs [n, D] with the unpruned model's and the labels."""
     cosine = torch.cosine_similarity(outputs.double(), track.dense.double(), dim=1).numpy()
     if track.labels is None:

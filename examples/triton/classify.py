@@ -4,7 +4,7 @@
     python examples/triton/classify.py photos --export exported --model exported_onnx
 
 Pictures go through the preprocessing that the export recorded, so the server sees what PyTorch saw
-in the proof.
+in the parity check.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 // A block makes one tile of kTile x kTile sums of the lower triangle and writes it twice, as it is
 // and mirrored, so that G_ij and G_ji have the same bits. The depth goes by in stages of 128 bytes a
 // row; while one stage is multiplied from shared memory the next is on its way into it. The rows are
-// not normalised first: s_ij = G_ij / (sqrt(G_ii) sqrt(G_jj)), and the diagonal is there.
+// not normalized first: s_ij = G_ij / (sqrt(G_ii) sqrt(G_jj)), and the diagonal is there.
 //
 // A stage is summed by itself and then added to the total: rounding errors grow with the number of
 // stages and the length of one, not with the depth. Tensor cores truncate, which is a bias: in one long

@@ -1,4 +1,4 @@
-// Fields good and bad, what a plugin says of itself, serialisation, and the loggers of both TensorRT majors.
+// Fields good and bad, what a plugin says of itself, serialization, and the loggers of both TensorRT majors.
 #include "check.h"
 #include "plugin_library.h"
 
@@ -25,7 +25,7 @@ std::string text_of(const nvinfer1::PluginField& field) {
     return std::string(field.name) + "=" + std::string(static_cast<const char*>(field.data), field.length);
 }
 
-std::string serialised(nvinfer1::IPluginV3& plugin) {
+std::string serialized(nvinfer1::IPluginV3& plugin) {
     const nvinfer1::PluginFieldCollection* fields = runtime(plugin).getFieldsToSerialize();
     std::string all;
     for (int32_t i = 0; i < fields->nbFields; ++i) all += text_of(fields->fields[i]) + " ";
@@ -59,7 +59,7 @@ void good_fields() {
         "num_prefix_tokens=1 selection=cover reduction=merge capacity=0 multiple_of=1 opt_tokens=0 max_tokens=0 ";
     const struct {
         Fields fields;
-        std::string serialised;
+        std::string serialized;
     } cases[] = {
         {Fields().add("num_prefix_tokens", 1), defaults},
         {Fields().add("num_prefix_tokens", int64_t{1}), defaults},
@@ -90,13 +90,13 @@ void good_fields() {
         for (const TensorRTPhase phase : {TensorRTPhase::kBUILD, TensorRTPhase::kRUNTIME}) {
             const PluginPointer plugin = create(one.fields, phase);
             if (!CHECK(plugin != nullptr)) continue;
-            CHECK_EQUAL(serialised(*plugin), one.serialised);
+            CHECK_EQUAL(serialized(*plugin), one.serialized);
             // What an engine file gives back, and copies, and copies of them
             const PluginPointer restored = create(runtime(*plugin).getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
             const PluginPointer copy(restored->clone());
             const PluginPointer attached(runtime(*copy).attachToContext(nullptr));
             for (const PluginPointer* each : {&restored, &copy, &attached}) {
-                CHECK_EQUAL(serialised(**each), one.serialised);
+                CHECK_EQUAL(serialized(**each), one.serialized);
                 CHECK_EQUAL(
                     std::string(build(**each).getTimingCacheID()), std::string(build(*plugin).getTimingCacheID()));
             }
@@ -109,9 +109,9 @@ void good_fields() {
 void copies_outlive_their_source() {
     PluginPointer source = create(Fields().add("num_prefix_tokens", 7).add("selection", "redundancy"));
     const PluginPointer copy(source->clone());
-    const std::string before = serialised(*source);
+    const std::string before = serialized(*source);
     source.reset();
-    CHECK_EQUAL(serialised(*copy), before);
+    CHECK_EQUAL(serialized(*copy), before);
 }
 
 void bad_fields() {

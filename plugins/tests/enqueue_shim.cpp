@@ -1,5 +1,5 @@
 // Calls the plugin as TensorRT would, from a program without TensorRT: create it from fields, ask for
-// formats and workspace, serialise, create it anew for the runtime, attach it to a context, enqueue.
+// formats and workspace, serialize, create it anew for the runtime, attach it to a context, enqueue.
 // A shared library with a C interface, so that tests can hand it the pointers of PyTorch tensors.
 //
 //   g++ -std=c++17 -shared -fPIC -isystem TENSORRT -isystem CUDA/include enqueue_shim.cpp -o libenqueue_shim.so -ldl
@@ -255,18 +255,18 @@ SHIM_API shim_plugin* shim_open(const char* library, const shim_attributes* attr
     if (kept == nullptr) {
         return fail(plugin, "getFieldsToSerialize gave nothing");
     }
-    OwnedFields serialised;
+    OwnedFields serialized;
     for (int32_t i = 0; i < kept->nbFields; ++i) {
         const PluginField& field = kept->fields[i];
         if (bytesOf(field.type) == 0) {
-            return fail(plugin, std::string("the field ") + field.name + " is serialised with a type not known here");
+            return fail(plugin, std::string("the field ") + field.name + " is serialized with a type not known here");
         }
-        serialised.add(field.name, field.data, bytesOf(field.type) * field.length, field.type, field.length);
+        serialized.add(field.name, field.data, bytesOf(field.type) * field.length, field.type, field.length);
     }
-    const nvinfer1::PluginFieldCollection restored = serialised.collection();
+    const nvinfer1::PluginFieldCollection restored = serialized.collection();
     plugin->restored.reset(creator->createPlugin("layer", &restored, TensorRTPhase::kRUNTIME));
     if (plugin->restored == nullptr) {
-        return fail(plugin, "createPlugin refused its own serialised fields");
+        return fail(plugin, "createPlugin refused its own serialized fields");
     }
     auto* engine = static_cast<Runtime*>(plugin->restored->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     plugin->attached.reset(engine == nullptr ? nullptr : engine->attachToContext(&plugin->context));

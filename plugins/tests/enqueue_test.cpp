@@ -1,4 +1,4 @@
-// A plugin's life as TensorRT leads it, on host memory: configure, workspace, serialise, attach, enqueue.
+// A plugin's life as TensorRT leads it, on host memory: configure, workspace, serialize, attach, enqueue.
 #include "check.h"
 #include "plugin_library.h"
 #include "simprune.h"

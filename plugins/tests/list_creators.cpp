@@ -136,16 +136,16 @@ std::string describe(nvinfer1::IPluginV3& plugin) {
         static_cast<nvinfer1::IPluginV3OneRuntime*>(plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     if (core == nullptr || build == nullptr || runtime == nullptr) return "null";
     const PluginFieldCollection* fields = runtime->getFieldsToSerialize();
-    std::vector<std::string> serialised;
+    std::vector<std::string> serialized;
     for (int32_t i = 0; i < fields->nbFields; ++i) {
-        serialised.push_back(quoted(fields->fields[i].name) + ": " + value_of(fields->fields[i]));
+        serialized.push_back(quoted(fields->fields[i].name) + ": " + value_of(fields->fields[i]));
     }
     return "{\"name\": " + quoted(core->getPluginName()) + ", \"version\": " + quoted(core->getPluginVersion()) +
            ", \"namespace\": " + quoted(core->getPluginNamespace()) +
            ", \"num_outputs\": " + std::to_string(build->getNbOutputs()) +
            ", \"timing_cache_id\": " + quoted(build->getTimingCacheID()) +
            ", \"output_types\": " + output_types(*build) + ", \"formats\": " + formats(*build) +
-           ", \"serialised\": " + joined(serialised, "{", "}") + "}";
+           ", \"serialized\": " + joined(serialized, "{", "}") + "}";
 }
 
 nvinfer1::IPluginV3* create(nvinfer1::IPluginCreatorV3One& creator, const std::vector<PluginField>& fields) {

@@ -393,7 +393,7 @@ def _usable(values: dict[str, Any], num_classes: int, notes: list[str]) -> dict[
 def _per_channel(key: str, value: Any, channels: int, notes: list[str]) -> tuple[float, ...]:
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
-        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no colour")
+        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
     if len(numbers) == channels:
         return tuple(float(number) for number in numbers)
     # as timm does for models of other than three channels

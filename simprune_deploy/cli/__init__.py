@@ -28,7 +28,7 @@ from simprune_deploy.common.versions import __version__
 
 app = typer.Typer(
     name="simprune-deploy",
-    help="Export pruned Vision Transformers to ONNX, proved equal to PyTorch.",
+    help="Export pruned Vision Transformers to ONNX, checked against PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -73,7 +73,7 @@ def check_accuracy(request: Request) -> None:
     with progress(enabled=not request.as_json) as step:
         step("loading")
         contestants = _contestants(request, compared=limits is not None)
-        pictures = open_data(request.data, contestants[0].facts, options)
+        pictures = open_data(request.data, contestants[0].metadata, options)
         done = 0
 
         def advance(count: int) -> None:
@@ -197,7 +197,7 @@ def _with_other(
     if not compared or request.baseline is not None:
         return [first]
     if request.reference is None:
-        if not first.facts.pruning.layers:
+        if not first.metadata.pruning.layers:
             raise SimpruneError(f"{folder} {NOTHING_PRUNED}")
         return [first, open_export(folder, dense=True)]
     if _is_export(Path(request.reference)):
@@ -210,7 +210,7 @@ def _with_other(
     if request.against == "pruned":
         from simprune_deploy.pruning.model import PrunedViT
 
-        reference = PrunedViT(reference.vit, first.facts.pruning)
+        reference = PrunedViT(reference.vit, first.metadata.pruning)
     elif reference.config.layers:
         reference = _without_pruning(reference)
     return [first, open_model(request.reference, reference)]

@@ -1,4 +1,4 @@
-"""``export``: a checkpoint becomes an ONNX model that prunes, proved, with engines if asked for."""
+"""``export``: a checkpoint becomes an ONNX model that prunes, verified."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def export(
         typer.Option(help="Image size in pixels.  [default: the model's]", show_default=False),
     ] = None,
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalise in the graph.")
+        bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalize in the graph.")
     ] = False,
     input_form: Annotated[
         str,
         typer.Option(
             "--input",
             help="float32-nchw, or uint8-nhwc: images as a camera gives them, converted and "
-            "normalised in the graph.",
+            "normalized in the graph.",
         ),
     ] = "float32-nchw",
     softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities.")] = False,
@@ -111,25 +111,29 @@ def export(
     ] = False,
     images: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Pictures for the proof.  [default: some that come along]"),
+        typer.Option(help="Pictures for the parity check.  [default: some that come along]"),
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")] = False,
     target: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="After the proof, build TensorRT-RTX engines for these GPUs, or for devices that "
+            help="After the parity check, build TensorRT-RTX engines for these GPUs, or for "
+            "devices that "
             "build their own a bundle: rtx-ada,jetson-orin."
         ),
     ] = None,
     per_target: PerTarget = False,
     triton: Annotated[
         bool,
-        typer.Option("--triton", help="After the proof, write a Triton model repository too."),
+        typer.Option(
+            "--triton", help="After the parity check, write a Triton model repository too."
+        ),
     ] = False,
     engine: Annotated[
         bool,
         typer.Option(
-            "--engine", help="After the proof, build a TensorRT engine for the GPU of this machine."
+            "--engine",
+            help="After the parity check, build a TensorRT engine for the GPU of this machine.",
         ),
     ] = False,
     output: Annotated[
@@ -141,7 +145,7 @@ def export(
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint into an ONNX model that prunes, and prove it equal to PyTorch."""
+    """Turn a checkpoint into an ONNX model that prunes, and check it against PyTorch."""
     with errors():
         # every check that needs no model comes before the model is loaded
         from simprune_deploy.common.files import check_destination
@@ -179,7 +183,9 @@ def export(
         folder = output or Path(f"{_stem(model)}-pruned")
         check_destination(folder, force, MANIFEST, model)
         if images is not None and no_verify:
-            raise SimpruneError("--images is for the proof, and --no-verify skips it: drop one")
+            raise SimpruneError(
+                "--images is for the parity check, and --no-verify skips it: drop one"
+            )
         if per_target and target is None:
             raise SimpruneError("--per-target says how to build for --target: name the targets")
         targets, devices = split_targets(target) if target is not None else ([], [])
@@ -264,15 +270,15 @@ def export(
             if engines is not None:
                 _print_engines(engines)
             elif targets or engine:
-                typer.echo("no engine was built: the export is not proven")
+                typer.echo("no engine was built: the parity check did not pass")
             for each in served:
                 _print_served(each)
             if triton and not served:
-                typer.echo("no Triton repository was written: the export is not proven")
+                typer.echo("no Triton repository was written: the parity check did not pass")
             if bundled is not None:
                 _print_bundle(bundled)
             elif devices:
-                typer.echo("no bundle was made: the export is not proven")
+                typer.echo("no bundle was made: the parity check did not pass")
         if verdict is not None and not verdict.accepted:
             raise typer.Exit(1)
 

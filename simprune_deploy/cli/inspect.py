@@ -24,11 +24,11 @@ def inspect(
         from simprune_deploy.deploy.inspection import inspect_target
         from simprune_deploy.report.terminal import print_facts
 
-        facts = inspect_target(target, arch=arch, trust_pickle=trust_pickle)
+        metadata = inspect_target(target, arch=arch, trust_pickle=trust_pickle)
         if as_json:
-            print_json(facts)
+            print_json(metadata)
         else:
-            print_facts(Console(), facts)
+            print_facts(Console(), metadata)
 
 
 def models(

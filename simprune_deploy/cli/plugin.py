@@ -76,13 +76,13 @@ def build_plugin(
         if as_json:
             print_json(built.to_dict())
         else:
-            facts = {
+            metadata = {
                 **library_facts(built.info),
                 "compiled with": built.nvcc.path,
                 "headers from": built.tensorrt.folder if built.tensorrt else "none needed",
                 "seconds": f"{built.seconds:.0f}",
             }
-            print_facts(Console(), facts)
+            print_facts(Console(), metadata)
 
 
 @plugin_app.command("info")

@@ -149,7 +149,7 @@ def sweep(
             if compare:
                 settings = compared(settings)
             options = SweepOptions(batch_for(subject, batch), timing)
-            pictures = open_data(data, subject.facts, wanted)
+            pictures = open_data(data, subject.metadata, wanted)
             started = start_sweep(
                 subject,
                 pictures,
@@ -268,7 +268,7 @@ def settings_for(subject: Subject, grid: Grid, asked: dict[str, str]) -> list[Se
     import dataclasses
 
     if subject.graph is None:
-        own = subject.facts.pruning
+        own = subject.metadata.pruning
         saved = {
             "layers": ",".join(map(str, own.layers)),
             "selections": own.selection,
@@ -278,7 +278,7 @@ def settings_for(subject: Subject, grid: Grid, asked: dict[str, str]) -> list[Se
             saved["tokens"] = ",".join(map(str, own.capacities))
         left = {name: value for name, value in saved.items() if value and name not in asked}
         grid = dataclasses.replace(grid, **left)
-        return grid.settings(subject.facts.depth, subject.facts.num_patches)
+        return grid.settings(subject.metadata.depth, subject.metadata.num_patches)
     from simprune_deploy.tune.grid import parse_thresholds
 
     if fixed := sorted(asked.keys() - {"thresholds"}):

@@ -122,7 +122,7 @@ def tune(
             subject = load_subject(model, arch, pretrained, trust_pickle)
             bases = _bases(subject, layers, selection, reduction)
             options = dataclasses.replace(options, batch=batch_for(subject, batch))
-            pictures = open_data(data, subject.facts, wanted)
+            pictures = open_data(data, subject.metadata, wanted)
             measured_by = backend_of(backend, subject, options.batch, building(bar))
             sweep = start_sweep(
                 subject,
@@ -200,10 +200,10 @@ def _bases(subject: Subject, layers: str | None, selection: str, reduction: str)
                 "to choose --layers, --selection or --reduction"
             )
         return [subject.setting]
-    facts = subject.facts
+    metadata = subject.metadata
     grid = Grid("0.9", layers or "auto", selection, reduction)
-    bases = grid.settings(facts.depth, facts.num_patches)
-    own = facts.pruning.layers
+    bases = grid.settings(metadata.depth, metadata.num_patches)
+    own = metadata.pruning.layers
     if layers is None:
         return [dataclasses.replace(each, layers=own) for each in bases]
     if layers != "auto":
@@ -211,7 +211,7 @@ def _bases(subject: Subject, layers: str | None, selection: str, reduction: str)
     return [
         dataclasses.replace(each, layers=candidate)
         for each in bases
-        for candidate in layer_candidates(facts.depth, each.layers)
+        for candidate in layer_candidates(metadata.depth, each.layers)
     ]
 
 

@@ -1,4 +1,4 @@
-"""``verify``: prove an exported model again, or hold its accuracy against another's."""
+"""``verify``: verify an exported model again, or hold its accuracy against another's."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def verify(
     ] = "1%",
     as_json: Json = False,
 ) -> None:
-    """Prove an exported model again, or with --data hold its accuracy against another's."""
+    """Verify an exported model again, or with --data hold its accuracy against another's."""
     with errors():
         from simprune_deploy.cli.accuracy import Request, check_accuracy
 
@@ -164,7 +164,9 @@ def verify(
         }
         if data is not None:
             if images is not None:
-                raise SimpruneError("--images is for the proof, --data for the accuracy: drop one")
+                raise SimpruneError(
+                    "--images is for the parity check, --data for the accuracy: drop one"
+                )
             common = (
                 *(target, reference, arch, pretrained, trust_pickle, as_json),
                 *(engine, plugin, data),
@@ -212,13 +214,13 @@ def _reference_of(
     """Load the PyTorch model and prune it as the exported file says it was pruned."""
     from simprune_deploy.engine import ENGINE_SUFFIX
     from simprune_deploy.onnx.exported_folder import MODEL
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.pruning.model import PrunedViT
 
     if target.suffix == ENGINE_SUFFIX:
         target = target.absolute().parent.parent
-    facts = read_facts(load_graph(target / MODEL if target.is_dir() else target))
-    height, width = facts.image_size
+    metadata = read_metadata(load_graph(target / MODEL if target.is_dir() else target))
+    height, width = metadata.image_size
     size = height if height == width else (height, width)
     model = load_model(reference, arch, size, pretrained, trust_pickle).model
-    return PrunedViT(getattr(model, "vit", model), facts.pruning)
+    return PrunedViT(getattr(model, "vit", model), metadata.pruning)

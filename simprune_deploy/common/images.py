@@ -136,7 +136,7 @@ class Preprocessing:
         except (KeyError, TypeError, ValueError) as error:
             raise SimpruneError(f"the preprocessing is damaged: {error!r}") from error
 
-    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Return float32[..., C, H, W] in [0, 1] as the model wants it: (pixels - mean) / std."""
         mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels.astype(np.float32, copy=False) - mean) / std
@@ -164,7 +164,7 @@ class ImageSet:
     """Pictures ready for a model.
 
     Attributes:
-        pixels: float32[n, C, H, W], normalised, or in [0, 1] if that was asked for; or
+        pixels: float32[n, C, H, W], normalized, or in [0, 1] if that was asked for; or
             uint8[n, H, W, C].
         names: One per picture: its path inside the folder.
         skipped: (path, reason) of each file that could not be used.
@@ -200,7 +200,7 @@ def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool 
     to_pixels = PictureLoader(preprocessing)
     pixels = np.stack([to_pixels(path) for path in paths[:count]])
     return ImageSet(
-        pixels=preprocessing.normalise(pixels) if normalize else pixels,
+        pixels=preprocessing.normalize(pixels) if normalize else pixels,
         names=tuple(path.name for path in paths[:count]),
         skipped=(),
         source=f"{count} {SAMPLE_SOURCE}",
@@ -256,7 +256,7 @@ def load_folder(
     pixels = np.stack([loaded[position] for position in taken])
     part = f"{len(taken)} of {len(found):,} pictures in " if len(taken) < len(found) else ""
     return ImageSet(
-        pixels=preprocessing.normalise(pixels) if normalize else pixels,
+        pixels=preprocessing.normalize(pixels) if normalize else pixels,
         names=tuple(printable(found[position], root) for position in taken),
         skipped=tuple(sorted(skipped)),
         source=f"{part}folder {printable(root)}",
@@ -317,7 +317,7 @@ class PictureLoader:
         self.preprocessing = preprocessing
         self.mode = "L" if preprocessing.channels == 1 else "RGB"
         bands = len(self.mode)
-        # not normalised here: mean and std are per channel, and a picture has one or three
+        # not normalized here: mean and std are per channel, and a picture has one or three
         self.transform: Callable[[Image.Image], Any] = create_transform(
             input_size=(bands, preprocessing.height, preprocessing.width),
             is_training=False,

@@ -29,7 +29,7 @@ class ExportResult:
     Attributes:
         folder: Where it is.
         manifest: What ``manifest.json`` says.
-        verdict: The proof's, or None if it was not asked for.
+        verdict: The parity check's, or None if it was not asked for.
     """
 
     folder: Path
@@ -48,28 +48,28 @@ def export(
     source: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Export a pruned model to a folder and prove the result equal to it.
+    """Export a pruned model to a folder and compare the result with it.
 
     Args:
         model: From :func:`simprune_deploy.prune`.
         output: The folder to write. It appears whole, or not at all.
         options: The graph's form. Default: :class:`ExportOptions`'s defaults.
-        images: Folder of pictures for the proof. Default: photographs that come along.
-        verify: Run the proof. Default True.
+        images: Folder of pictures for the parity check. Default: photographs that come along.
+        verify: Run the parity check. Default True.
         force: Replace an earlier result. Default False.
         source: What to say of the checkpoint in the manifest.
         progress: Called with a word on each step.
 
     Returns:
-        The folder and the verdict. A verdict other than "proven" raises nothing: look at
+        The folder and the verdict. A verdict other than "passed" raises nothing: look at
         ``result.verdict.status``.
 
     Raises:
         SimpruneError: the destination, the options or the images cannot be used.
     """
     from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+    from simprune_deploy.parity.comparison import compare_with_torch
     from simprune_deploy.parity.golden import save_golden
-    from simprune_deploy.parity.proof import prove_against_torch
 
     options = options or ExportOptions()
     folder = Path(output)
@@ -81,7 +81,7 @@ def export(
     graph = export_onnx(model, options)
     verdict, golden = None, None
     if pictures is not None:
-        verdict, golden = prove_against_torch(graph, model, pictures, progress)
+        verdict, golden = compare_with_torch(graph, model, pictures, progress)
     progress("writing")
     with staged_folder(folder, force, MANIFEST) as staging:
         (staging / MODEL).write_bytes(graph.SerializeToString())
@@ -127,13 +127,13 @@ def _check_finite(model: PrunedViT) -> None:
 def _manifest(
     graph: onnx.ModelProto, folder: Path, verdict: Verdict | None, source: dict[str, Any]
 ) -> dict[str, Any]:
-    from simprune_deploy.onnx.metadata import describe_value, read_facts
+    from simprune_deploy.onnx.metadata import describe_value, read_metadata
 
     packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy")
     return {
         "format": FORMAT,
         "verdict": verdict.status if verdict else "not verified",
-        "model": read_facts(graph).to_dict(),
+        "model": read_metadata(graph).to_dict(),
         "inputs": [describe_value(value) for value in graph.graph.input],
         "outputs": [describe_value(value) for value in graph.graph.output],
         "source": source,

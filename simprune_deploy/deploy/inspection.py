@@ -87,14 +87,14 @@ def _looks_like_onnx(path: Path) -> bool:
 
 
 def _describe_graph(path: Path) -> dict[str, Any]:
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.variants import prune_nodes
 
     graph = load_graph(path)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     return {
-        **facts.to_dict(),
-        "precision": facts.precision,
+        **metadata.to_dict(),
+        "precision": metadata.precision,
         "inputs": [_signature(value) for value in graph.graph.input],
         "outputs": [_signature(value) for value in graph.graph.output],
         "nodes": len(graph.graph.node),
@@ -105,8 +105,8 @@ def _describe_graph(path: Path) -> dict[str, Any]:
 def _signature(value: Any) -> str:
     from simprune_deploy.onnx.metadata import describe_value
 
-    facts = describe_value(value)
-    return f"{facts['name']} {facts['dtype']}[{', '.join(map(str, facts['shape']))}]"
+    metadata = describe_value(value)
+    return f"{metadata['name']} {metadata['dtype']}[{', '.join(map(str, metadata['shape']))}]"
 
 
 def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from simprune_deploy.deploy.triton_config import (
     write_warmup,
 )
 from simprune_deploy.engine.build import BuiltEngine
+from simprune_deploy.engine.engine_metadata import TENSORRT, EngineMetadata, read_engine_metadata
 from simprune_deploy.engine.libraries import find_library
-from simprune_deploy.engine.sidecar import TENSORRT, EngineFacts, read_sidecar
 from simprune_deploy.onnx.exported_folder import GOLDEN, MODEL, read_manifest
 
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.parity.golden import Golden
 
 REPOSITORY = "triton"
@@ -107,27 +107,27 @@ def write_repository(
         force: Replace this model if it is there already. Default False.
 
     Raises:
-        SimpruneError: the folder or the engine cannot be used or its proof failed, Triton cannot
-            load such an engine or keep the batch range, or the place cannot be written.
+        SimpruneError: the folder or the engine cannot be used or its parity check failed, Triton
+            cannot load such an engine or keep the batch range, or the place cannot be written.
     """
     from simprune_deploy.onnx.exported_folder import ACCEPTED
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
 
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
         raise SimpruneError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and only proven exports are "
+            f"the verdict on {folder} is {manifest['verdict']!r}, and only verified exports are "
             "served: export again, or with --no-verify if you want it all the same"
         )
     graph = load_graph(folder / MODEL)
-    facts = read_facts(graph)
-    check_batch(facts.batch)
+    metadata = read_metadata(graph)
+    check_batch(metadata.batch)
     form = ONNX if engine is None else TENSORRT
-    library, high = None, facts.batch[1]
+    library, high = None, metadata.batch[1]
     if engine is not None:
         built = _check_engine(Path(engine), manifest)
-        high = _engine_batch(built, facts.batch)
+        high = _engine_batch(built, metadata.batch)
         library = _check_plugin(built, Path(plugin) if plugin else None)
     elif plugin is not None:
         raise SimpruneError(f"{plugin} goes with a TensorRT engine, and the ONNX form has none")
@@ -135,8 +135,8 @@ def write_repository(
     name = f"{_model_name(folder)}_{form}"
     place = (folder / REPOSITORY if output is None else Path(output)) / name
     golden = _read_golden(folder, graph)
-    labels = class_names(facts, graph)
-    config = make_config(name, form, graph, facts, high, golden)
+    labels = class_names(metadata, graph)
+    config = make_config(name, form, graph, metadata, high, golden)
     with staged_folder(place, force, CONFIG) as staging:
         version = staging / "1"
         version.mkdir()
@@ -152,7 +152,7 @@ def write_repository(
             (staging / LABELS).write_text("\n".join(labels) + "\n", encoding="utf-8")
         if golden is not None:
             write_warmup(staging / WARMUP, config, golden)
-        (staging / CONFIG).write_text(_head(facts, manifest) + render(config), encoding="utf-8")
+        (staging / CONFIG).write_text(_head(metadata, manifest) + render(config), encoding="utf-8")
     return TritonModel(
         path=place,
         form=form,
@@ -160,7 +160,7 @@ def write_repository(
         labels=bool(labels),
         warmup=len(config.get("model_warmup", ())),
         plugin=place / PLUGINS / library.name if library else None,
-        notes=tuple(_notes(form, facts, golden, library)),
+        notes=tuple(_notes(form, metadata, golden, library)),
     )
 
 
@@ -169,22 +169,22 @@ def _model_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().name).strip("._-") or "model"
 
 
-def _check_engine(engine: Path, manifest: dict[str, Any]) -> EngineFacts:
+def _check_engine(engine: Path, manifest: dict[str, Any]) -> EngineMetadata:
     """Refuse an engine that Triton cannot load or that is not of this export."""
-    facts = read_sidecar(engine)
-    if facts.flavour != TENSORRT:
+    metadata = read_engine_metadata(engine)
+    if metadata.flavour != TENSORRT:
         raise SimpruneError(
-            f"Triton cannot load {engine.name}, an engine of {facts.title}: its backend is "
+            f"Triton cannot load {engine.name}, an engine of {metadata.title}: its backend is "
             "TensorRT's; build with TensorRT on the machine that serves, or serve the ONNX form"
         )
-    if facts.of != "pruned":
-        raise SimpruneError(f"{engine.name} is the {facts.of} engine: name the pruned one")
-    if facts.onnx.sha256 not in [entry["sha256"] for entry in manifest["files"].values()]:
+    if metadata.of != "pruned":
+        raise SimpruneError(f"{engine.name} is the {metadata.of} engine: name the pruned one")
+    if metadata.onnx.sha256 not in [entry["sha256"] for entry in manifest["files"].values()]:
         raise SimpruneError(f"{engine} was built from another model: build it again")
-    return facts
+    return metadata
 
 
-def _engine_batch(built: EngineFacts, batch: tuple[int, int]) -> int:
+def _engine_batch(built: EngineMetadata, batch: tuple[int, int]) -> int:
     """Return the largest batch of an engine, which may take less than its graph does."""
     shapes = built.profile["images"]
     low, high = shapes["min"][0], shapes["max"][0]
@@ -196,7 +196,7 @@ def _engine_batch(built: EngineFacts, batch: tuple[int, int]) -> int:
     return high
 
 
-def _check_plugin(built: EngineFacts, plugin: Path | None) -> Path | None:
+def _check_plugin(built: EngineMetadata, plugin: Path | None) -> Path | None:
     """Refuse a library that is not the engine's, and the lack of one."""
     name = built.engine.file
     if built.plugin is None:
@@ -214,7 +214,7 @@ def _check_plugin(built: EngineFacts, plugin: Path | None) -> Path | None:
 
 
 def _read_golden(folder: Path, graph: onnx.ModelProto) -> Golden | None:
-    """Return the golden cases, None for an export without proof."""
+    """Return the golden cases, None for an export without parity check."""
     from simprune_deploy.onnx.metadata import describe_value
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.golden import load_golden
@@ -231,26 +231,28 @@ def _read_golden(folder: Path, graph: onnx.ModelProto) -> Golden | None:
     return golden
 
 
-def _head(facts: Facts, manifest: dict[str, Any]) -> str:
+def _head(metadata: ModelMetadata, manifest: dict[str, Any]) -> str:
     return (
         f"# Written by simprune-deploy {manifest['versions']['simprune-deploy']} for "
-        f"{' '.join(facts.architecture.split()) or 'a model'}; verdict: {manifest['verdict']}.\n"
+        f"{' '.join(metadata.architecture.split()) or 'a model'}; verdict: {manifest['verdict']}.\n"
         "# An image's result does not depend on its batch. Its time may: a batch carries as many\n"
         "# tokens as its fullest image. A wait for fuller batches is yours to choose:\n"
         "# dynamic_batching { max_queue_delay_microseconds: ... }\n"
     )
 
 
-def _notes(form: str, facts: Facts, golden: Golden | None, library: Path | None) -> list[str]:
+def _notes(
+    form: str, metadata: ModelMetadata, golden: Golden | None, library: Path | None
+) -> list[str]:
     notes = []
     if golden is None:
         notes.append("no warm-up: the export has no golden images (--no-verify)")
-    if form == ONNX and facts.precision == "bf16":
+    if form == ONNX and metadata.precision == "bf16":
         notes.append(
             "ONNX Runtime's CPU provider has no bfloat16 kernels: on a server without a GPU this "
             "model does not load; on one with a GPU it was not tried"
         )
-    if facts.export["runtime_threshold"]:
+    if metadata.export["runtime_threshold"]:
         notes.append("every request sends a threshold: float32, one for each image")
     if library is not None:
         notes.append(
@@ -282,6 +284,6 @@ def serve_engine(
 
     folder = Path(folder)
     library = None
-    if engine.facts.plugin is not None:
+    if engine.metadata.plugin is not None:
         library = find_library(folder, Path(plugin) if plugin is not None else None)
     return write_repository(folder, engine=engine.path, plugin=library, force=force)

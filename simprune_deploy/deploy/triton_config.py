@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.engine.sidecar import TENSORRT
+from simprune_deploy.engine.engine_metadata import TENSORRT
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.parity.golden import Golden
 
 LABELS = "labels.txt"
@@ -34,14 +34,14 @@ class _Word(str):
     """A value that stands in the configuration without quotes: an enumeration's member."""
 
 
-def class_names(facts: Facts, graph: onnx.ModelProto) -> list[str]:
+def class_names(metadata: ModelMetadata, graph: onnx.ModelProto) -> list[str]:
     """Return the class names for Triton's classification; none if they are not known or not usable.
 
     Without batches of its own Triton takes the whole output for one picture's scores, which it is
     not if the graph takes several.
     """
-    names = facts.preprocessing.get("label_names")
-    if not isinstance(names, list) or len(names) != facts.num_classes:
+    names = metadata.preprocessing.get("label_names")
+    if not isinstance(names, list) or len(names) != metadata.num_classes:
         return []
     if graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 1:
         return []
@@ -52,7 +52,7 @@ def make_config(
     name: str,
     form: str,
     graph: onnx.ModelProto,
-    facts: Facts,
+    metadata: ModelMetadata,
     most: int,
     golden: Golden | None,
 ) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def make_config(
         name: The model's.
         form: "onnx" or "tensorrt".
         graph: What the inputs and outputs are read from.
-        facts: What the graph says of itself.
+        metadata: What the graph says of itself.
         most: The largest batch, if the graph's batch is free.
         golden: For the warm-up; None: there is none.
     """
@@ -80,9 +80,9 @@ def make_config(
         "input": [_tensor(each, batched) for each in inputs],
         "output": [_tensor(each, batched) for each in outputs],
     }
-    if class_names(facts, graph):
+    if class_names(metadata, graph):
         for each in config["output"]:
-            if each["name"] == facts.output:
+            if each["name"] == metadata.output:
                 each["label_filename"] = LABELS
     if form == TENSORRT:
         config["instance_group"] = [{"count": 1, "kind": _Word("KIND_GPU")}]

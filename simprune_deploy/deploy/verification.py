@@ -26,7 +26,7 @@ def verify(
     plugin: str | Path | None = None,
     progress: Progress = silent,
 ) -> Verdict:
-    """Prove an exported model again, here and now.
+    """Verify an exported model again, here and now.
 
     Args:
         target: A folder that :func:`export` wrote, its ONNX file, or one of its engines.
@@ -68,19 +68,19 @@ def _verify(
     backend: Backend | None,
     progress: Progress,
 ) -> Verdict:
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.variants import pruned_layers
+    from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
     from simprune_deploy.parity.golden import load_golden
-    from simprune_deploy.parity.proof import prove_against_golden, prove_against_torch
 
     path = target
     if target.is_dir():
         read_manifest(target)
         path = target / MODEL
     graph = load_graph(path)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     if reference is None:
         golden = load_golden(path.parent / GOLDEN, pruned_layers(graph))
-        return prove_against_golden(graph, golden, progress, backend)
-    pictures = load_pictures(reference, images, bool(facts.export["normalize"]), facts.input)
-    return prove_against_torch(graph, reference, pictures, progress, backend)[0]
+        return compare_with_golden(graph, golden, progress, backend)
+    pictures = load_pictures(reference, images, bool(metadata.export["normalize"]), metadata.input)
+    return compare_with_torch(graph, reference, pictures, progress, backend)[0]

@@ -20,16 +20,16 @@ from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.engine import ENGINES, flavours
 from simprune_deploy.engine.builders import Builder, check_precision
-from simprune_deploy.engine.process import run_worker
-from simprune_deploy.engine.profile import batch_of, optimization_profile
-from simprune_deploy.engine.sidecar import (
+from simprune_deploy.engine.engine_metadata import (
     TENSORRT,
     TENSORRT_RTX,
-    EngineFacts,
+    EngineMetadata,
     FileStamp,
-    read_sidecar,
-    sidecar_of,
+    metadata_path,
+    read_engine_metadata,
 )
+from simprune_deploy.engine.process import run_worker
+from simprune_deploy.engine.profile import batch_of, optimization_profile
 from simprune_deploy.engine.trtexec import trtexec_line
 
 if TYPE_CHECKING:
@@ -70,35 +70,35 @@ class EngineOptions:
             )
 
     @classmethod
-    def like(cls, facts: EngineFacts, force: bool = False) -> EngineOptions:
+    def like(cls, metadata: EngineMetadata, force: bool = False) -> EngineOptions:
         """Return the options that an engine was built with, for another form of its model."""
         return cls(
-            batch=batch_of(facts.profile),
-            opt_batch=facts.profile["images"]["opt"][0],
-            workspace_mib=facts.workspace_mib,
+            batch=batch_of(metadata.profile),
+            opt_batch=metadata.profile["images"]["opt"][0],
+            workspace_mib=metadata.workspace_mib,
             force=force,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltEngine:
-    """An engine file with its sidecar.
+    """An engine file with its metadata.
 
     Attributes:
         path: The engine.
-        facts: What the sidecar says.
+        metadata: What the metadata says.
         cached: It was there already, built from the same things, and was left as it is.
         trtexec: The line of trtexec that builds the same; None where trtexec cannot.
     """
 
     path: Path
-    facts: EngineFacts
+    metadata: EngineMetadata
     cached: bool
     trtexec: str | None
 
     @property
-    def sidecar(self) -> Path:
-        return sidecar_of(self.path)
+    def metadata_path(self) -> Path:
+        return metadata_path(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
@@ -106,7 +106,7 @@ class BuiltEngine:
             "path": str(self.path),
             "cached": self.cached,
             "trtexec": self.trtexec,
-            **self.facts.to_dict(),
+            **self.metadata.to_dict(),
         }
 
 
@@ -135,17 +135,17 @@ def build_engine(
         SimpruneError: the model cannot be built, with the builder's own last error.
     """
     from simprune_deploy.onnx.dense import dense
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics
 
     options = options or EngineOptions()
     graph = load_graph(model)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     if of == "dense":
         graph = dense(graph)
     elif of == "diagnosis":
         graph = with_diagnostics(graph)
-    check_precision(facts.precision, builder)
+    check_precision(metadata.precision, builder)
     if not prune_nodes(graph):
         builder = dataclasses.replace(builder, plugin=None)
     wanted = {
@@ -157,8 +157,8 @@ def build_engine(
         "plugin": FileStamp.of(builder.plugin) if builder.plugin else None,
         "onnx": FileStamp.of(model),
         "of": of,
-        "precision": facts.precision,
-        "profile": optimization_profile(graph, facts.batch, options.batch, options.opt_batch),
+        "precision": metadata.precision,
+        "profile": optimization_profile(graph, metadata.batch, options.batch, options.opt_batch),
         "workspace_mib": options.workspace_mib,
     }
     path = model.parent / ENGINES / builder.engine_name(of)
@@ -246,18 +246,22 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _read_matching(engine: Path, wanted: dict[str, Any]) -> EngineFacts | None:
-    """Return the sidecar of an engine that is whole and was built from the very same things."""
+def _read_matching(engine: Path, wanted: dict[str, Any]) -> EngineMetadata | None:
+    """Return the metadata of an engine that is whole and was built from the very same things."""
     try:
-        facts = read_sidecar(engine)
+        metadata = read_engine_metadata(engine)
     except SimpruneError:
         return None
-    return facts if all(getattr(facts, name) == value for name, value in wanted.items()) else None
+    return (
+        metadata
+        if all(getattr(metadata, name) == value for name, value in wanted.items())
+        else None
+    )
 
 
 def _build(
     parsed: Path, path: Path, builder: Builder, wanted: dict[str, Any], progress: Progress
-) -> EngineFacts:
+) -> EngineMetadata:
     started = time.monotonic()
     cache = path.parent / TIMING_CACHE if builder.flavour == TENSORRT else None
     with staged_file(path) as staging, _staged_cache(cache) as timings:
@@ -272,7 +276,7 @@ def _build(
             "timing_cache": timings,
         }
         answer = run_worker(request, builder.title, path, progress)
-        facts = EngineFacts(
+        metadata = EngineMetadata(
             **wanted,
             cuda=builder.gpu.cuda if builder.gpu else None,
             engine=FileStamp.of(staging, path.name),
@@ -286,10 +290,10 @@ def _build(
             seconds=round(time.monotonic() - started, 2),
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-    # an engine without its sidecar, should this be interrupted, is built again the next time
-    with staged_file(sidecar_of(path)) as staging:
-        write_json(staging, facts.to_dict())
-    return facts
+    # an engine without its metadata, should this be interrupted, is built again the next time
+    with staged_file(metadata_path(path)) as staging:
+        write_json(staging, metadata.to_dict())
+    return metadata
 
 
 @contextlib.contextmanager

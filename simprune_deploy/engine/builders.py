@@ -14,6 +14,13 @@ from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import flavours
+from simprune_deploy.engine.engine_metadata import (
+    TENSORRT,
+    TENSORRT_RTX,
+    Capability,
+    EngineMetadata,
+    Here,
+)
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
 from simprune_deploy.engine.libraries import (
     PREBUILT,
@@ -21,7 +28,6 @@ from simprune_deploy.engine.libraries import (
     find_library,
     make_library,
 )
-from simprune_deploy.engine.sidecar import TENSORRT, TENSORRT_RTX, Capability, EngineFacts, Here
 from simprune_deploy.engine.targets import Target
 
 
@@ -145,19 +151,19 @@ def _fits(library: Path, folder: Path, gpu: Gpu) -> bool:
     return True
 
 
-def like(facts: EngineFacts, gpu: Gpu, plugin: Path | None) -> Builder:
+def like(metadata: EngineMetadata, gpu: Gpu, plugin: Path | None) -> Builder:
     """Return what builds another engine as one that is there was built, for the GPU here.
 
     Args:
-        facts: What is known of that engine, which fits this machine.
+        metadata: What is known of that engine, which fits this machine.
         gpu: The GPU here.
         plugin: The library whose plugin is in that engine. None: none is.
     """
     return Builder(
-        facts.flavour,
-        facts.version,
+        metadata.flavour,
+        metadata.version,
         (gpu.compute_capability,),
-        gpu=gpu if facts.flavour == TENSORRT else None,
+        gpu=gpu if metadata.flavour == TENSORRT else None,
         plugin=plugin,
     )
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.engine.engine_metadata import NAMES, TENSORRT, TENSORRT_RTX, Capability
 from simprune_deploy.engine.plugin.toolchain import on_jetson
-from simprune_deploy.engine.sidecar import NAMES, TENSORRT, TENSORRT_RTX, Capability
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}

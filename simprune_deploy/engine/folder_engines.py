@@ -1,6 +1,6 @@
-"""Engines of an exported folder: built ahead of time, built here, and run in a proof.
+"""Engines of an exported folder: built ahead of time, built here, and run in a parity check.
 
-The manifest stays as it is: it records what was exported and proved. Each engine has a file of
+The manifest stays as it is: it records what was exported and verified. Each engine has a file of
 metadata beside it that names the model and itself by their SHA-256.
 """
 
@@ -32,7 +32,7 @@ def build_ahead(
 ) -> list[BuiltEngine]:
     """Build TensorRT-RTX engines of an exported folder's model, into its folder ``engines``.
 
-    The manifest stays as it is: it records what was exported and proved. Each engine has a file
+    The manifest stays as it is: it records what was exported and verified. Each engine has a file
     of metadata beside it that names the model and itself by their SHA-256.
 
     Args:
@@ -43,7 +43,8 @@ def build_ahead(
         progress: Called with a word on each step.
 
     Raises:
-        SimpruneError: the folder is damaged or its proof failed, or an engine cannot be built.
+        SimpruneError: the folder is damaged or its parity check failed, or an engine cannot be
+            built.
     """
     model = _model_to_build(Path(folder))
     return [
@@ -73,8 +74,8 @@ def build_here(
         progress: Called with a word on each step.
 
     Raises:
-        SimpruneError: the folder is damaged or its proof failed, TensorRT, the GPU or the library
-            is missing or does not fit, or the engine cannot be built.
+        SimpruneError: the folder is damaged or its parity check failed, TensorRT, the GPU or the
+            library is missing or does not fit, or the engine cannot be built.
     """
     from simprune_deploy.onnx.metadata import load_graph
     from simprune_deploy.onnx.variants import prune_nodes
@@ -110,7 +111,8 @@ def _model_to_build(folder: Path) -> Path:
     manifest = read_manifest(folder)
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
         raise SimpruneError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of proven "
+            f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of "
+            f"verified "
             "exports: export again, or with --no-verify if you want one all the same"
         )
     return folder / MODEL

@@ -10,8 +10,13 @@ from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
 from simprune_deploy.engine.builders import this_machine
+from simprune_deploy.engine.engine_metadata import (
+    EngineMetadata,
+    Here,
+    misfit,
+    read_engine_metadata,
+)
 from simprune_deploy.engine.libraries import find_library
-from simprune_deploy.engine.sidecar import EngineFacts, Here, misfit, read_sidecar
 from simprune_deploy.onnx.exported_folder import MANIFEST
 
 
@@ -21,18 +26,18 @@ class FoundEngine:
 
     Attributes:
         path: The file.
-        facts: What its sidecar says; None if that cannot be read.
+        metadata: What its metadata says; None if that cannot be read.
         problem: Why it cannot be used here, as a sentence; None if it can.
     """
 
     path: Path
-    facts: EngineFacts | None
+    metadata: EngineMetadata | None
     problem: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as JSON types, with whether it fits this machine."""
-        facts = self.facts.to_dict() if self.facts else {}
-        return {**facts, "fits_this_machine": self.problem is None, "problem": self.problem}
+        metadata = self.metadata.to_dict() if self.metadata else {}
+        return {**metadata, "fits_this_machine": self.problem is None, "problem": self.problem}
 
 
 def examine_engine(path: Path, plugin: Path | None = None) -> FoundEngine:
@@ -43,27 +48,27 @@ def examine_engine(path: Path, plugin: Path | None = None) -> FoundEngine:
         plugin: The plugin's library. Default: looked for as ``build`` does.
     """
     try:
-        facts = read_sidecar(path)
-        problem = misfit(facts, _here(facts, path, plugin))
+        metadata = read_engine_metadata(path)
+        problem = misfit(metadata, _here(metadata, path, plugin))
     except SimpruneError as error:
         return FoundEngine(path, None, str(error))
     if problem is not None:
-        return FoundEngine(path, facts, f"{path.name} {problem}")
-    model = path.parent.parent / facts.onnx.file
-    if model.is_file() and sha256(model) != facts.onnx.sha256:
+        return FoundEngine(path, metadata, f"{path.name} {problem}")
+    model = path.parent.parent / metadata.onnx.file
+    if model.is_file() and sha256(model) != metadata.onnx.sha256:
         return FoundEngine(
             path,
-            facts,
+            metadata,
             f"{path.name} was built from another {model.name} than {model}: build again",
         )
-    return FoundEngine(path, facts, None)
+    return FoundEngine(path, metadata, None)
 
 
-def _here(facts: EngineFacts, path: Path, plugin: Path | None) -> Here:
+def _here(metadata: EngineMetadata, path: Path, plugin: Path | None) -> Here:
     library = None
-    if facts.plugin is not None:
+    if metadata.plugin is not None:
         library = find_library(path.parent.parent, plugin)
-    return this_machine(facts.flavour, library)
+    return this_machine(metadata.flavour, library)
 
 
 def engines_in(folder: Path, plugin: Path | None = None) -> list[FoundEngine]:
@@ -92,7 +97,7 @@ def choose_engine(folder: Path, plugin: Path | None = None) -> FoundEngine:
 
 
 def _is_of_the_model(found: FoundEngine) -> bool:
-    return found.facts is None or found.facts.of == "pruned"
+    return found.metadata is None or found.metadata.of == "pruned"
 
 
 def engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Path]:
@@ -108,10 +113,10 @@ def engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Pa
     folder = target.absolute().parent.parent
     if found.problem is not None:
         raise SimpruneError(found.problem)
-    if found.facts is not None and found.facts.of != "pruned":
+    if found.metadata is not None and found.metadata.of != "pruned":
         raise SimpruneError(
-            f"{target} is the engine of another form of the model ({found.facts.of}), and only the "
-            "pruned model's is proved"
+            f"{target} is the engine of another form of the model "
+            f"({found.metadata.of}), and only the pruned model's is verified"
         )
     if not (folder / MANIFEST).is_file():
         raise SimpruneError(f"{target} is not in the engines of an exported folder: put it there")

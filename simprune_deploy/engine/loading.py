@@ -10,7 +10,7 @@ from simprune_deploy.engine.tensors import Shape
 
 
 def load(runtime: Any, errors: list[str], path: Path, title: str) -> Any:
-    """Deserialise an engine file.
+    """Deserialize an engine file.
 
     Raises:
         SimpruneError: TensorRT does not take it, with its reason.

@@ -1,9 +1,9 @@
 """Runs worker.py, which builds one engine, as a process of its own.
 
 For three reasons: Polygraphy chooses between TensorRT and TensorRT-RTX once, when it is imported,
-and the proof may have imported it already; the builder is C++ that can abort on a graph it does
-not like, and that must not take the command line with it; and Ctrl-C reaches Python only between
-its calls, while a process can be ended at once.
+and the parity check may have imported it already; the builder is C++ that can abort on a graph it
+does not like, and that must not take the command line with it; and Ctrl-C reaches Python only
+between its calls, while a process can be ended at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import as_user_error
 from simprune_deploy.common.progress import Progress
-from simprune_deploy.engine.sidecar import NAMES
+from simprune_deploy.engine.engine_metadata import NAMES
 
 WORKER = [sys.executable, "-m", "simprune_deploy.engine.worker"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.engine.sidecar import Profile
+from simprune_deploy.engine.engine_metadata import Profile
 
 if TYPE_CHECKING:
     import onnx

@@ -1,6 +1,6 @@
 """Run an engine: arrays in, arrays out, on a CUDA stream, replayed as a CUDA graph if wanted.
 
-For a program that uses an engine. The proof and the builds go through Polygraphy.
+For a program that uses an engine. The parity check and the builds go through Polygraphy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.engine import cuda, flavours
 from simprune_deploy.engine.builders import this_machine
+from simprune_deploy.engine.engine_metadata import check_fits, read_engine_metadata
 from simprune_deploy.engine.loading import load, make_allocator, make_context, reason
-from simprune_deploy.engine.sidecar import check_fits, read_sidecar
 from simprune_deploy.engine.tensors import Shape, check_inputs, tensors_of
 
 
@@ -52,7 +52,7 @@ class Engine:
             which records by itself, leaves out what it cannot record. Default False.
 
     Attributes:
-        facts: What the metadata says.
+        metadata: What the metadata says.
         inputs, outputs: The engine's tensors, by name.
         memory: What it takes.
 
@@ -72,12 +72,12 @@ class Engine:
             raise SimpruneError("a CUDA graph cannot be recorded on stream 0: give another stream")
         path = Path(path)
         library = Path(plugin) if plugin is not None else None
-        self.facts = read_sidecar(path)
-        check_fits(self.facts, this_machine(self.facts.flavour, library))
+        self.metadata = read_engine_metadata(path)
+        check_fits(self.metadata, this_machine(self.metadata.flavour, library))
         cuda.check_bindings()
-        trt = flavours.load_module(self.facts.flavour)
-        if self.facts.plugin is not None and library is not None:
-            flavours.load_plugin(trt, self.facts.flavour, library)
+        trt = flavours.load_module(self.metadata.flavour)
+        if self.metadata.plugin is not None and library is not None:
+            flavours.load_plugin(trt, self.metadata.flavour, library)
         free = cuda.call("cudaMemGetInfo")[0]
         with contextlib.ExitStack() as stack:
             self._stream = cuda.new_stream(stack) if stream is None else stream
@@ -85,7 +85,7 @@ class Engine:
             self._errors: list[str] = []
             self._logger = flavours.error_logger(trt, self._errors)
             self._runtime = trt.Runtime(self._logger)
-            self._engine = load(self._runtime, self._errors, path, self.facts.title)
+            self._engine = load(self._runtime, self._errors, path, self.metadata.title)
             context, records_itself = make_context(trt, self._engine, cuda_graph)
             self._context = self._checked("no context", context)
             self._start, self._end = cuda.new_event(stack), cuda.new_event(stack)
@@ -239,7 +239,7 @@ class Engine:
     def _checked(self, what: str, result: Any) -> Any:
         """Return what TensorRT gave; raise with its own last error if that is a no."""
         if result is None or result is False:
-            raise SimpruneError(f"{self.facts.title}, {what}: {reason(self._errors)}")
+            raise SimpruneError(f"{self.metadata.title}, {what}: {reason(self._errors)}")
         return result
 
 

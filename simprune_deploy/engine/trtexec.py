@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from simprune_deploy.engine.engine_metadata import TENSORRT, Profile
 from simprune_deploy.engine.flavours import needs_strong_typing_flag
-from simprune_deploy.engine.sidecar import TENSORRT, Profile
 
 
 def trtexec_line(
@@ -25,7 +25,7 @@ def trtexec_line(
         version: TensorRT's; ``--stronglyTyped`` belongs to 10, and 11 always is.
         graph: The ONNX file to parse.
         engine: The file to write.
-        profile: As in the sidecar; shapes are given only where one is free.
+        profile: As in the metadata; shapes are given only where one is free.
         plugin: The plugin's library. None: the graph needs none.
         workspace_mib: The limit on the workspace. None: no limit.
         timing_cache: The file of earlier timings. None: without.

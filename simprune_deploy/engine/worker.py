@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simprune_deploy.engine import flavours
-from simprune_deploy.engine.sidecar import NAMES, TENSORRT_RTX
+from simprune_deploy.engine.engine_metadata import NAMES, TENSORRT_RTX
 
 
 def main() -> int:
@@ -110,9 +110,9 @@ def make_monitor(trt: Any) -> Any:
 
 
 def check_engine(trt: Any, flavour: str, engine: bytes) -> tuple[str, str]:
-    """Deserialise an engine as far as this machine allows; return the status and what was seen.
+    """Deserialize an engine as far as this machine allows; return the status and what was seen.
 
-    TensorRT-RTX's deserialiser compares the header, the size and the table of the engine's parts
+    TensorRT-RTX's deserializer compares the header, the size and the table of the engine's parts
     first ("Serialization" errors), and then makes a CUDA stream, which needs a GPU. TensorRT
     builds on a GPU, and so has to take its engine whole.
 
@@ -123,7 +123,7 @@ def check_engine(trt: Any, flavour: str, engine: bytes) -> tuple[str, str]:
     title = f"{NAMES[flavour]} {trt.__version__}"
     loaded = trt.Runtime(flavours.error_logger(trt, errors)).deserialize_cuda_engine(engine)
     if loaded is not None:
-        return "built, not run", f"{title} deserialises it on the GPU here"
+        return "built, not run", f"{title} deserializes it on the GPU here"
     reason = errors[0] if errors else "no reason given"
     if flavour != TENSORRT_RTX or "Serialization" in reason:
         raise RuntimeError(f"the engine that was built cannot be read back: {reason}")

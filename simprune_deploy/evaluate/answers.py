@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
     from simprune_deploy.evaluate.datasets import DataSet
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.pruning.model import PrunedViT
 
 BATCH = 32
@@ -35,21 +35,21 @@ class Contestant:
 
     Attributes:
         title: What it is and what runs it, for people.
-        facts: Input, preprocessing and classes; of a checkpoint, as an export would say.
+        metadata: Input, preprocessing and classes; of a checkpoint, as an export would say.
         weights: Norm of every tensor that keeps its name and values from checkpoint to graph.
         runner: Polygraphy's, not yet active.
         batch: The smallest and the largest batch that it takes.
         threshold: Fed to the graph; None if it has no such input.
-        normalises: Whether it takes pixels in [0, 1], or in uint8 as the facts say.
+        normalizes: Whether it takes pixels in [0, 1], or in uint8 as the facts say.
     """
 
     title: str
-    facts: Facts
+    metadata: ModelMetadata
     weights: dict[str, float]
     runner: BaseRunner
     batch: tuple[int, int]
     threshold: float | None
-    normalises: bool
+    normalizes: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Asked:
     skipped: list[tuple[str, str]]
 
 
-def identity_of(facts: Facts) -> dict[str, Any]:
+def identity_of(metadata: ModelMetadata) -> dict[str, Any]:
     """Return what two models have in common that answer the same question in the same form."""
     return {
-        "architecture": facts.architecture,
-        "model_args": facts.model_args,
-        "image_size": list(facts.image_size),
-        "channels": facts.channels,
-        "num_classes": facts.num_classes,
+        "architecture": metadata.architecture,
+        "model_args": metadata.model_args,
+        "image_size": list(metadata.image_size),
+        "channels": metadata.channels,
+        "num_classes": metadata.num_classes,
     }
 
 
@@ -106,7 +106,7 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
         SimpruneError: it is damaged, or was not made by simprune-deploy.
     """
     from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.precision import emulated
     from simprune_deploy.onnx.variants import prune_nodes, with_function
     from simprune_deploy.predict.runners import onnxruntime_runner, quiet_polygraphy
@@ -116,10 +116,14 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
         read_manifest(path)
         file = path / MODEL
     graph = load_graph(file)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     weights = _norms_of_graph(graph)
-    threshold = facts.pruning.threshold if facts.export["runtime_threshold"] else None
-    what = f"{path}, pruned at {facts.pruning.threshold:g}" if facts.pruning.layers else str(path)
+    threshold = metadata.pruning.threshold if metadata.export["runtime_threshold"] else None
+    what = (
+        f"{path}, pruned at {metadata.pruning.threshold:g}"
+        if metadata.pruning.layers
+        else str(path)
+    )
     if dense:
         from simprune_deploy.onnx.dense import dense as without_pruning
 
@@ -128,20 +132,20 @@ def open_export(path: Path, dense: bool = False) -> Contestant:
     put_back = bool(not graph.functions and prune_nodes(graph))
     if put_back:  # left to a plugin, of which ONNX Runtime has none
         graph = with_function(graph)
-    bf16 = facts.precision == "bf16"
+    bf16 = metadata.precision == "bf16"
     runnable = emulated(graph, "bf16") if bf16 else graph
     how = "CPU, emulating bfloat16" if bf16 else "CPU"
     how += ", function put back" if put_back else ""
     with quiet_polygraphy():
         runner = onnxruntime_runner(runnable.SerializeToString(), "dense" if dense else "pruned")
     return Contestant(
-        title=f"{what} (ONNX Runtime {_version('onnxruntime')}, {how}, {facts.precision})",
-        facts=facts,
+        title=f"{what} (ONNX Runtime {_version('onnxruntime')}, {how}, {metadata.precision})",
+        metadata=metadata,
         weights=weights,
         runner=runner,
-        batch=facts.batch,
+        batch=metadata.batch,
         threshold=threshold,
-        normalises=bool(facts.export["normalize"]),
+        normalizes=bool(metadata.export["normalize"]),
     )
 
 
@@ -152,23 +156,24 @@ def open_engine(path: Path, plugin: Path | None, progress: Progress = silent) ->
         SimpruneError: there is none, or it does not fit this machine.
     """
     from simprune_deploy.onnx.exported_folder import MODEL
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.parity.backends import choose_backend
     from simprune_deploy.predict.runners import quiet_polygraphy
 
     backend, target = choose_backend(path, plugin, progress)
     graph = load_graph(target / MODEL if target.is_dir() else target)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     with quiet_polygraphy():
         runner = backend.shipped()
     return Contestant(
-        title=f"{path}, pruned at {facts.pruning.threshold:g} ({backend.environment()['runtime']})",
-        facts=facts,
+        title=f"{path}, pruned at {metadata.pruning.threshold:g} "
+        f"({backend.environment()['runtime']})",
+        metadata=metadata,
         weights=_norms_of_graph(graph),
         runner=runner,
         batch=backend.batch,
-        threshold=facts.pruning.threshold if facts.export["runtime_threshold"] else None,
-        normalises=bool(facts.export["normalize"]),
+        threshold=metadata.pruning.threshold if metadata.export["runtime_threshold"] else None,
+        normalizes=bool(metadata.export["normalize"]),
     )
 
 
@@ -179,21 +184,21 @@ def open_model(source: str, model: PrunedViT) -> Contestant:
         source: What the user called it.
         model: As it shall be asked: pruned, or with no prune layers.
     """
-    from simprune_deploy.onnx.exporter import ExportOptions, model_facts
+    from simprune_deploy.onnx.exporter import ExportOptions, metadata_of_model
     from simprune_deploy.predict.runners import TorchRunner
 
-    facts = model_facts(model, ExportOptions())
-    prepared = preprocessing_of(facts)
-    normalise = (list(prepared.mean), list(prepared.std))
+    metadata = metadata_of_model(model, ExportOptions())
+    prepared = preprocessing_of(metadata)
+    normalize = (list(prepared.mean), list(prepared.std))
     how = f"pruned at {model.config.threshold:g}" if model.config.layers else "dense"
     return Contestant(
         title=f"{source}, {how} (PyTorch {_version('torch')}, CPU)",
-        facts=facts,
+        metadata=metadata,
         weights=_norms_of_state(model.vit.state_dict()),
-        runner=TorchRunner(model.eval(), facts.output, normalize=normalise),
+        runner=TorchRunner(model.eval(), metadata.output, normalize=normalize),
         batch=(1, BATCH),
         threshold=model.config.threshold,
-        normalises=True,
+        normalizes=True,
     )
 
 
@@ -211,7 +216,7 @@ def ask(contestants: Sequence[Contestant], data: DataSet, advance: Callable[[int
     from simprune_deploy.predict.runners import quiet_polygraphy
 
     for each in contestants:
-        if not each.facts.num_classes:
+        if not each.metadata.num_classes:
             raise SimpruneError(
                 f"{each.title} gives features, not classes: compare features with `sweep`"
             )
@@ -232,7 +237,7 @@ def ask(contestants: Sequence[Contestant], data: DataSet, advance: Callable[[int
     data.check_skipped(skipped)
     return Asked(
         answers=tuple(
-            Answers(each.title, identity_of(each.facts), each.weights, np.concatenate(found))
+            Answers(each.title, identity_of(each.metadata), each.weights, np.concatenate(found))
             for each, found in zip(contestants, winners, strict=True)
         ),
         labels=np.concatenate(labels) if labels else None,
@@ -241,11 +246,11 @@ def ask(contestants: Sequence[Contestant], data: DataSet, advance: Callable[[int
 
 
 def _check_inputs(contestant: Contestant, data: DataSet) -> None:
-    wanted, facts = data.preprocessing, contestant.facts
-    if (facts.channels, *facts.image_size) != (wanted.channels, wanted.height, wanted.width):
+    wanted, metadata = data.preprocessing, contestant.metadata
+    if (metadata.channels, *metadata.image_size) != (wanted.channels, wanted.height, wanted.width):
         raise SimpruneError(
-            f"{contestant.title} takes {facts.channels} channels of {facts.image_size[0]} x "
-            f"{facts.image_size[1]} pixels, and the other model {wanted.channels} of "
+            f"{contestant.title} takes {metadata.channels} channels of {metadata.image_size[0]} x "
+            f"{metadata.image_size[1]} pixels, and the other model {wanted.channels} of "
             f"{wanted.height} x {wanted.width}: they cannot be compared"
         )
 
@@ -261,14 +266,14 @@ def _winners(contestant: Contestant, data: DataSet, pixels: np.ndarray) -> np.nd
         count = len(chunk)
         # a graph of a fixed batch gets the last picture again, as often as one is missing
         chunk = np.concatenate([chunk, np.repeat(chunk[-1:], max(0, low - count), 0)])
-        if contestant.facts.takes_uint8:
+        if contestant.metadata.takes_uint8:
             images = as_uint8_nhwc(chunk)
         else:
-            images = chunk if contestant.normalises else data.preprocessing.normalise(chunk)
+            images = chunk if contestant.normalizes else data.preprocessing.normalize(chunk)
         feed = {"images": images}
         if contestant.threshold is not None:
             feed["threshold"] = np.array([contestant.threshold], np.float32)
-        outputs = np.asarray(contestant.runner.infer(feed)[contestant.facts.output])[:count]
+        outputs = np.asarray(contestant.runner.infer(feed)[contestant.metadata.output])[:count]
         if not np.isfinite(outputs).all():
             raise SimpruneError(
                 f"the outputs of {contestant.title} hold NaN or infinity: nothing can be said of it"

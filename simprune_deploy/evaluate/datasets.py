@@ -25,7 +25,7 @@ from simprune_deploy.evaluate.sources import Archive, HubDataset, Source, csv_so
 from simprune_deploy.onnx.metadata import preprocessing_of
 
 if TYPE_CHECKING:
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 MAX_UNREADABLE = 0.01
 MOST_LISTED = 3
@@ -64,7 +64,7 @@ class Batch:
     """Pictures ready for a model.
 
     Attributes:
-        pixels: float32[b, C, H, W] in [0, 1], not normalised.
+        pixels: float32[b, C, H, W] in [0, 1], not normalized.
         labels: int64[b], the model's class numbers; None without labels.
     """
 
@@ -170,13 +170,13 @@ class DataSet:
         }
 
 
-def open_data(path: Path, facts: Facts, options: DataOptions | None = None) -> DataSet:
+def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None = None) -> DataSet:
     """Open a data set for a model.
 
     Args:
         path: A folder with a folder a class, a folder of pictures, a CSV file, an ``.npz`` file,
             or a folder that Hugging Face's ``save_to_disk`` wrote.
-        facts: Of the model: input size, preprocessing, number and names of classes.
+        metadata: Of the model: input size, preprocessing, number and names of classes.
         options: What to take of it.
 
     Raises:
@@ -198,20 +198,20 @@ def open_data(path: Path, facts: Facts, options: DataOptions | None = None) -> D
             raise SimpruneError(f"--classes maps labels, and {path} has none: drop it")
     elif not options.labels:
         notes.append("labels left aside (--no-labels): agreement in place of accuracy")
-    elif not facts.num_classes:
+    elif not metadata.num_classes:
         notes.append("the model gives features: labels are not used")
     else:
         mapping = read_mapping(options.classes) if options.classes else None
-        names = facts.preprocessing.get("label_names")
+        names = metadata.preprocessing.get("label_names")
         labels, classes, how = map_labels(
-            source.labels, source.classes, facts.num_classes, names, mapping
+            source.labels, source.classes, metadata.num_classes, names, mapping
         )
         labels = labels[positions]
         notes.append(how)
     return DataSet(
         path=path,
         source=source,
-        preprocessing=preprocessing_of(facts),
+        preprocessing=preprocessing_of(metadata),
         positions=positions,
         labels=labels,
         classes=classes,

@@ -150,7 +150,7 @@ def measure(
 
 
 def latency(blocks: Sequence[Sequence[float]]) -> Latency:
-    """Summarise all runs of all blocks."""
+    """Summarize all runs of all blocks."""
     values = np.concatenate([np.asarray(block, np.float64) for block in blocks])
     p50, p90, p99 = (float(each) for each in np.percentile(values, (50, 90, 99)))
     return Latency(float(values.mean()), p50, p90, p99, len(values))

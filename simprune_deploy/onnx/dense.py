@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.function_body import DOMAIN, OP_TYPE
-from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
+from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_metadata, write_metadata
 
 TOKENS = "num_tokens"
 
@@ -32,24 +32,26 @@ def dense(graph: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
-    facts = read_facts(copy)
-    if not facts.pruning.layers:
+    metadata = read_metadata(copy)
+    if not metadata.pruning.layers:
         return copy
     main = copy.graph
     _Unpruning(main).apply()
-    main.initializer.append(helper.make_tensor(TOKENS, TensorProto.INT64, [1], [facts.num_tokens]))
+    main.initializer.append(
+        helper.make_tensor(TOKENS, TensorProto.INT64, [1], [metadata.num_tokens])
+    )
     del main.output[1:]
     _drop_unread(main)
     _fold_shapes(main)
-    _fit_reshapes(copy, facts.num_tokens)
+    _fit_reshapes(copy, metadata.num_tokens)
     del copy.functions[:]
     ours = [each for each in copy.opset_import if each.domain == DOMAIN]
     for each in ours:
         copy.opset_import.remove(each)
-    export = {**facts.export, "runtime_threshold": False, "emit_assignments": False}
+    export = {**metadata.export, "runtime_threshold": False, "emit_assignments": False}
     export.pop(HAS_FUNCTION, None)
-    pruning = dataclasses.replace(facts.pruning, layers=(), capacities=())
-    write_facts(copy, dataclasses.replace(facts, pruning=pruning, export=export))
+    pruning = dataclasses.replace(metadata.pruning, layers=(), capacities=())
+    write_metadata(copy, dataclasses.replace(metadata, pruning=pruning, export=export))
     try:
         onnx.checker.check_model(copy, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -20,7 +20,7 @@ KINDS = {FORMAT: "exported folder", DEVICE_FORMAT: "device bundle"}
 
 LARGEST_MANIFEST = 1 << 24
 
-ACCEPTED = ("proven", "proven in emulation")
+ACCEPTED = ("passed", "passed in emulation")
 """The verdicts with which a model may ship."""
 
 

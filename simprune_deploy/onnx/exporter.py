@@ -31,9 +31,9 @@ from simprune_deploy.onnx.function_body import (
 from simprune_deploy.onnx.metadata import (
     FLOAT32_NCHW,
     UINT8_NHWC,
-    Facts,
+    ModelMetadata,
     check_input,
-    write_facts,
+    write_metadata,
 )
 from simprune_deploy.onnx.names import make_readable
 from simprune_deploy.onnx.precision import check_precision, with_precision
@@ -59,7 +59,7 @@ class ExportOptions:
         runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
         normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
         input: "float32-nchw" (the default), or "uint8-nhwc": images as a camera gives them,
-            uint8[B, H, W, C], which the graph converts, scales by 1/255 and normalises. The second
+            uint8[B, H, W, C], which the graph converts, scales by 1/255 and normalizes. The second
             implies `normalize`.
         softmax: Give probabilities instead of logits.
         log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
@@ -259,13 +259,13 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
-    facts = model_facts(exported, options)
+    metadata = metadata_of_model(exported, options)
     if options.precision != "fp32":
         graph, rounding = with_precision(graph, options.precision)
-        facts = dataclasses.replace(facts, rounding=dataclasses.asdict(rounding))
+        metadata = dataclasses.replace(metadata, rounding=dataclasses.asdict(rounding))
     graph.producer_name = "simprune-deploy"
     graph.producer_version = __version__
-    write_facts(graph, facts)
+    write_metadata(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 
@@ -465,11 +465,11 @@ def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptio
         graph.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
 
-def model_facts(model: PrunedViT, options: ExportOptions) -> Facts:
+def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata:
     """Return what an exported file will say of itself."""
     vit = model.vit
     embed_dim = int(vit.embed_dim)
-    return Facts(
+    return ModelMetadata(
         **describe_vit(vit),
         pruning=model.config,
         export={

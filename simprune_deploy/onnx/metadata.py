@@ -41,7 +41,7 @@ def check_input(name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class ModelMetadata:
     """What an exported model says of itself.
 
     Attributes:
@@ -138,7 +138,7 @@ class Facts:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Facts:
+    def from_dict(cls, values: dict[str, Any]) -> ModelMetadata:
         """Build facts from :meth:`to_dict`'s result."""
         missing = {"opset", "batch", "runtime_threshold", "normalize", "softmax"} - set(
             values["export"]
@@ -154,32 +154,32 @@ class Facts:
         )
 
 
-def preprocessing_of(facts: Facts) -> Preprocessing:
+def preprocessing_of(metadata: ModelMetadata) -> Preprocessing:
     """Return what an exported model wants of pictures, from what it says of itself."""
-    known = facts.preprocessing
-    height, width = facts.image_size
+    known = metadata.preprocessing
+    height, width = metadata.image_size
     interpolation = known.get("interpolation")
     return Preprocessing(
-        channels=facts.channels,
+        channels=metadata.channels,
         height=height,
         width=width,
-        mean=fit_to_channels(known.get("mean") or IMAGENET_MEAN, facts.channels),
-        std=fit_to_channels(known.get("std") or IMAGENET_STD, facts.channels),
+        mean=fit_to_channels(known.get("mean") or IMAGENET_MEAN, metadata.channels),
+        std=fit_to_channels(known.get("std") or IMAGENET_STD, metadata.channels),
         interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
         crop_pct=float(known.get("crop_pct") or 0.875),
         crop_mode=known.get("crop_mode") or "center",
     )
 
 
-def write_facts(graph: onnx.ModelProto, facts: Facts) -> None:
-    """Put the facts into the graph's metadata, in place of what was there."""
+def write_metadata(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    """Put the metadata into the graph's metadata, in place of what was there."""
     del graph.metadata_props[:]
     entry = graph.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(facts.to_dict())
+    entry.key, entry.value = METADATA_KEY, json.dumps(metadata.to_dict())
 
 
-def read_facts(graph: onnx.ModelProto) -> Facts:
-    """Read what :func:`write_facts` wrote.
+def read_metadata(graph: onnx.ModelProto) -> ModelMetadata:
+    """Read what :func:`write_metadata` wrote.
 
     Raises:
         SimpruneError: the model was not made by simprune-deploy, or its facts are damaged.
@@ -187,7 +187,7 @@ def read_facts(graph: onnx.ModelProto) -> Facts:
     for entry in graph.metadata_props:
         if entry.key == METADATA_KEY:
             try:
-                return Facts.from_dict(json.loads(entry.value))
+                return ModelMetadata.from_dict(json.loads(entry.value))
             except (ValueError, KeyError, TypeError) as error:
                 raise SimpruneError(f"the ONNX model's metadata is damaged: {error}") from error
     raise SimpruneError(

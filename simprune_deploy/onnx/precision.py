@@ -2,11 +2,11 @@
 
 What stays in float32, in every precision:
 
-* the image input, the normalisation of pixels, and what follows the blocks: the final
-  normalisation, the pooling, the head, the output;
+* the image input, the normalization of pixels, and what follows the blocks: the final
+  normalization, the pooling, the head, the output;
 * the log-sizes, the thresholds, and the scores of attention from the log-size on to the end of
   the softmax. The operator compares in float32 whatever the tokens are;
-* inside a normalisation: the statistics of ``LayerNormalization`` (its ``stash_type``), and the
+* inside a normalization: the statistics of ``LayerNormalization`` (its ``stash_type``), and the
   whole of one that is written out in powers and roots, whose squares would overflow.
 
 The rest, which is nearly all the work and all the large weights, is 16 bits wide.

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
-from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_facts, write_facts
+from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_metadata, write_metadata
 from simprune_deploy.pruning.config import PAD_LOG_SIZE
 
 __all__ = [
@@ -121,10 +121,12 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
         SimpruneError: the graph was not made by simprune-deploy.
     """
     copy = _copy(graph)
-    facts = read_facts(copy)
-    if facts.pruning.layers:
+    metadata = read_metadata(copy)
+    if metadata.pruning.layers:
         del copy.functions[:]
-        write_facts(copy, dataclasses.replace(facts, export={**facts.export, HAS_FUNCTION: False}))
+        write_metadata(
+            copy, dataclasses.replace(metadata, export={**metadata.export, HAS_FUNCTION: False})
+        )
     return copy
 
 
@@ -135,12 +137,12 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
         SimpruneError: the graph was not made by simprune-deploy.
     """
     copy = _copy(graph)
-    facts = read_facts(copy)
-    if not facts.has_function:
-        variant = BodyVariant.of(facts.pruning, facts.num_prefix_tokens)
-        copy.functions.append(build_function(variant, int(facts.export["opset"])))
-        export = {name: value for name, value in facts.export.items() if name != HAS_FUNCTION}
-        write_facts(copy, dataclasses.replace(facts, export=export))
+    metadata = read_metadata(copy)
+    if not metadata.has_function:
+        variant = BodyVariant.of(metadata.pruning, metadata.num_prefix_tokens)
+        copy.functions.append(build_function(variant, int(metadata.export["opset"])))
+        export = {name: value for name, value in metadata.export.items() if name != HAS_FUNCTION}
+        write_metadata(copy, dataclasses.replace(metadata, export=export))
     return copy
 
 

@@ -1,7 +1,7 @@
-"""What runs a graph in a proof: ONNX Runtime on the CPU, or engines on a GPU.
+"""What runs a graph in a parity check: ONNX Runtime on the CPU, or engines on a GPU.
 
-The proof asks every backend the same: the outputs of the graph as it ships, and the outputs and
-decisions of the same graph with its decisions shown.
+The parity check asks every backend the same: the outputs of the graph as it ships, and the outputs
+and decisions of the same graph with its decisions shown.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from simprune_deploy.common.versions import package_version
 from simprune_deploy.engine import flavours
 from simprune_deploy.engine.build import EngineOptions, build_engine
 from simprune_deploy.engine.builders import like
+from simprune_deploy.engine.engine_metadata import EngineMetadata
 from simprune_deploy.engine.gpu import find_gpu
 from simprune_deploy.engine.inventory import FoundEngine, engine_to_verify
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.profile import batch_of
-from simprune_deploy.engine.sidecar import EngineFacts
 from simprune_deploy.onnx.exported_folder import MODEL
-from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.metadata import ModelMetadata
 from simprune_deploy.onnx.precision import LARGEST_FLOAT16, emulated, with_ranges
 from simprune_deploy.onnx.variants import with_diagnostics, with_function
 from simprune_deploy.parity.checks import MAX_TURNED, check_range
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Runs a graph for a proof.
+    """Runs a graph for a parity check.
 
     Attributes:
         title: What runs, for progress.
@@ -74,18 +74,18 @@ class OnnxRuntimeBackend:
 
     Args:
         graph: The graph as it ships.
-        facts: Its own.
+        metadata: Its own.
     """
 
     title = "ONNX Runtime"
 
-    def __init__(self, graph: onnx.ModelProto, facts: Facts) -> None:
-        self._facts = facts
-        self.batch = facts.batch
+    def __init__(self, graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
+        self._facts = metadata
+        self.batch = metadata.batch
         # it has no plugin for a file that leaves the operator to one
         self._graph = with_function(graph)
         # and its CPU provider no bfloat16 kernels
-        bf16 = facts.precision == "bf16"
+        bf16 = metadata.precision == "bf16"
         self._runnable = emulated(self._graph, "bf16") if bf16 else self._graph
 
     def environment(self) -> dict[str, Any]:
@@ -154,28 +154,33 @@ class EngineBackend:
 
     Args:
         shipped, diagnosis: The engine files.
-        facts: What the sidecar of the first says.
+        metadata: What the metadata of the first says.
         plugin: The library with the plugin that is in them. None: there is none.
         gpu: What the GPU is called, for the verdict.
     """
 
     def __init__(
-        self, shipped: Path, diagnosis: Path, facts: EngineFacts, plugin: Path | None, gpu: str
+        self,
+        shipped: Path,
+        diagnosis: Path,
+        metadata: EngineMetadata,
+        plugin: Path | None,
+        gpu: str,
     ) -> None:
-        self._shipped, self._diagnosis, self._facts = shipped, diagnosis, facts
+        self._shipped, self._diagnosis, self._facts = shipped, diagnosis, metadata
         self._plugin, self._gpu = plugin, gpu
         self._errors: list[str] = []
-        self.title = facts.title
-        self.batch = batch_of(facts.profile)
+        self.title = metadata.title
+        self.batch = batch_of(metadata.profile)
 
     def environment(self) -> dict[str, Any]:
-        facts = self._facts
+        metadata = self._facts
         return {
-            "runtime": f"{facts.title} on {self._gpu}, {facts.engine.file}",
+            "runtime": f"{metadata.title} on {self._gpu}, {metadata.engine.file}",
             "gpu": self._gpu,
-            "engine": {"file": facts.engine.file, "sha256": facts.engine.sha256},
-            "plugin": {"file": facts.plugin.file, "sha256": facts.plugin.sha256}
-            if facts.plugin
+            "engine": {"file": metadata.engine.file, "sha256": metadata.engine.sha256},
+            "plugin": {"file": metadata.plugin.file, "sha256": metadata.plugin.sha256}
+            if metadata.plugin
             else None,
             "decisions_from": (
                 f"{self._diagnosis.name}: a second engine of the same graph, with its decisions as "
@@ -216,7 +221,8 @@ class EngineBackend:
 
 
 NOT_MEASURED = (
-    "what lies between an engine's layers is not seen; the proof in ONNX Runtime measures every "
+    "what lies between an engine's layers is not seen; the parity check in ONNX Runtime measures "
+    "every "
     "float16 tensor of the graph"
 )
 
@@ -258,7 +264,7 @@ def _one_line(error: Exception) -> str:
 def choose_backend(
     target: Path, plugin: str | Path | None, progress: Progress
 ) -> tuple[Backend, Path]:
-    """Return what runs an engine in a proof, and the exported folder that it belongs to.
+    """Return what runs an engine in a parity check, and the exported folder that it belongs to.
 
     Args:
         target: The folder, whose engine for this machine is taken, or an engine.
@@ -276,18 +282,18 @@ def choose_backend(
 
 def _engine_backend(found: FoundEngine, plugin: Path | None, progress: Progress) -> Backend:
     """Build the engine that shows its decisions, if need be, and return what runs both."""
-    facts = found.facts
-    assert facts is not None
+    metadata = found.metadata
+    assert metadata is not None
     # before anything imports Polygraphy, which then chooses between the flavours
-    flavours.choose_for_polygraphy(facts.flavour)
+    flavours.choose_for_polygraphy(metadata.flavour)
     folder = found.path.absolute().parent.parent
-    library = find_library(folder, plugin) if facts.plugin is not None else None
+    library = find_library(folder, plugin) if metadata.plugin is not None else None
     gpu = find_gpu()
-    options = EngineOptions.like(facts)
+    options = EngineOptions.like(metadata)
     diagnosis = build_engine(
-        folder / MODEL, like(facts, gpu, library), options, of="diagnosis", progress=progress
+        folder / MODEL, like(metadata, gpu, library), options, of="diagnosis", progress=progress
     )
     from simprune_deploy.parity.backends import EngineBackend
 
     described = f"{gpu.name} (SM {gpu.compute_capability[0]}.{gpu.compute_capability[1]})"
-    return EngineBackend(found.path, diagnosis.path, facts, library, described)
+    return EngineBackend(found.path, diagnosis.path, metadata, library, described)

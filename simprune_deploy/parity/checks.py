@@ -1,4 +1,4 @@
-"""The questions of a proof, each a function from two runs to a :class:`Check`."""
+"""The questions of a parity check, each a function from two runs to a :class:`Check`."""
 
 from __future__ import annotations
 
@@ -303,11 +303,11 @@ def check_batch_invariance(alone: Run, mixed: Run, pruning: Pruning) -> Check:
 
 
 def check_pruning(run: Run, pruning: Pruning) -> Check:
-    """Say how many tokens went. Nothing pruned proves nothing."""
+    """Say how many tokens went. Nothing pruned shows nothing."""
     config, prefix = pruning.config, pruning.num_prefix_tokens
     if not config.layers:
         return Check(
-            "pruning", False, "the model has no prune layers, so nothing about pruning was proven"
+            "pruning", False, "the model has no prune layers, so nothing about pruning was checked"
         )
     kept = np.array([[len(r.heads()) for r in run.records[layer]] for layer in config.layers])
     read = np.array(
@@ -340,7 +340,7 @@ def check_pruning(run: Run, pruning: Pruning) -> Check:
         return Check(
             "pruning",
             False,
-            "nothing was pruned on these images, which proves nothing: lower --threshold, "
+            "nothing was pruned on these images, which shows nothing: lower --threshold, "
             "or give pictures of your own with --images",
             numbers,
         )

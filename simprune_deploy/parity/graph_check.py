@@ -11,28 +11,28 @@ from onnx import numpy_helper
 
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.onnx.function_body import BodyVariant, build_function
-from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.metadata import ModelMetadata
 from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types
 from simprune_deploy.onnx.variants import prune_nodes
 from simprune_deploy.parity.verdict import Check
 
 
-def check_graph(graph: onnx.ModelProto, facts: Facts) -> Check:
-    """Hold nodes, attributes, function body, thresholds, inputs and outputs against the facts."""
-    slips = [*_prune_slips(graph, facts), *_threshold_slips(graph, facts)]
-    slips += [*_signature_slips(graph, facts), *_body_slips(graph, facts)]
-    slips += _precision_slips(graph, facts)
+def check_graph(graph: onnx.ModelProto, metadata: ModelMetadata) -> Check:
+    """Hold nodes, attributes, function, thresholds, inputs and outputs against the metadata."""
+    slips = [*_prune_slips(graph, metadata), *_threshold_slips(graph, metadata)]
+    slips += [*_signature_slips(graph, metadata), *_body_slips(graph, metadata)]
+    slips += _precision_slips(graph, metadata)
     numbers: dict[str, Any] = {"prune_nodes": len(prune_nodes(graph)), "slips": slips}
     if slips:
         return Check("graph", False, f"the graph contradicts its description: {slips[0]}", numbers)
-    count = len(facts.pruning.layers)
+    count = len(metadata.pruning.layers)
     return Check(
         "graph", True, f"{count} prune nodes, their body and thresholds are as described", numbers
     )
 
 
-def _prune_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
-    config = facts.pruning
+def _prune_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
+    config = metadata.pruning
     nodes = prune_nodes(graph)
     expected = [f"prune_before_block_{layer}" for layer in config.layers]
     if [node.name for node in nodes] != expected:
@@ -42,13 +42,13 @@ def _prune_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
     for position, node in enumerate(nodes):
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         wanted = {
-            "num_prefix_tokens": facts.num_prefix_tokens,
+            "num_prefix_tokens": metadata.num_prefix_tokens,
             "selection": config.selection.encode(),
             "reduction": config.reduction.encode(),
             "capacity": config.capacity_of(position),
             "multiple_of": config.multiple_of,
         }
-        if hints := facts.export.get("opt_tokens"):
+        if hints := metadata.export.get("opt_tokens"):
             wanted["opt_tokens"] = hints[position]
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -56,12 +56,12 @@ def _prune_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
         if position and node.input[1] != nodes[position - 1].output[1]:
             yield f"{node.name} does not read the log-sizes of the prune node before it"
         shape = dims.get(node.input[0])
-        if shape is not None and len(shape) and shape[-1].dim_value != facts.embed_dim:
-            yield f"its tokens have {shape[-1].dim_value} channels, not {facts.embed_dim}"
+        if shape is not None and len(shape) and shape[-1].dim_value != metadata.embed_dim:
+            yield f"its tokens have {shape[-1].dim_value} channels, not {metadata.embed_dim}"
 
 
-def _threshold_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
-    runtime = bool(facts.export["runtime_threshold"])
+def _threshold_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
+    runtime = bool(metadata.export["runtime_threshold"])
     if runtime != ("threshold" in [value.name for value in graph.graph.input]):
         yield f"it has {'no' if runtime else 'a'} threshold input"
         return
@@ -72,42 +72,43 @@ def _threshold_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
             if name != "threshold":
                 yield f"{node.name} does not read the threshold input"
         elif name not in constants or not np.array_equal(
-            numpy_helper.to_array(constants[name]), np.array([facts.pruning.threshold], np.float32)
+            numpy_helper.to_array(constants[name]),
+            np.array([metadata.pruning.threshold], np.float32),
         ):
-            yield f"{node.name} has another threshold than {facts.pruning.threshold}"
+            yield f"{node.name} has another threshold than {metadata.pruning.threshold}"
 
 
-def _signature_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+def _signature_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
     images = graph.graph.input[0].type.tensor_type
     dims = images.shape.dim
-    low, high = facts.batch
+    low, high = metadata.batch
     kind = onnx.helper.tensor_dtype_to_np_dtype(images.elem_type).name
-    if kind != facts.image_dtype:
-        yield f"its images are {kind}, not {facts.image_dtype}"
-    if [dim.dim_value for dim in dims[1:]] != list(facts.image_shape):
+    if kind != metadata.image_dtype:
+        yield f"its images are {kind}, not {metadata.image_dtype}"
+    if [dim.dim_value for dim in dims[1:]] != list(metadata.image_shape):
         yield "its images have another size"
     if (dims[0].dim_value != low) if low == high else bool(dims[0].dim_value):
         yield f"its batch is not {low}..{high}"
     output = graph.graph.output[0]
-    if output.name != facts.output or (facts.num_classes > 0) == (output.name == "features"):
-        yield f"its output is {output.name}, not {facts.output}"
+    if output.name != metadata.output or (metadata.num_classes > 0) == (output.name == "features"):
+        yield f"its output is {output.name}, not {metadata.output}"
     width = output.type.tensor_type.shape.dim[-1].dim_value
-    if facts.num_classes and width != facts.num_classes:
-        yield f"it has {width} classes, not {facts.num_classes}"
+    if metadata.num_classes and width != metadata.num_classes:
+        yield f"it has {width} classes, not {metadata.num_classes}"
 
 
-def _precision_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+def _precision_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
     """Hold the tokens' and the weights' types against the precision that the file claims."""
-    wanted = PRECISIONS.get(facts.precision)
+    wanted = PRECISIONS.get(metadata.precision)
     if wanted is None:
-        yield f"its precision {facts.precision!r} is not known"
+        yield f"its precision {metadata.precision!r} is not known"
         return
     kinds = {int(each.data_type) for each in graph.graph.initializer}
-    if facts.precision == "fp32" and not kinds & set(PRECISIONS.values()) - {wanted}:
+    if metadata.precision == "fp32" and not kinds & set(PRECISIONS.values()) - {wanted}:
         return
     name_of = onnx.TensorProto.DataType.Name
     types = value_types(graph)
-    floats = graph.graph.input[1:] if facts.takes_uint8 else graph.graph.input
+    floats = graph.graph.input[1:] if metadata.takes_uint8 else graph.graph.input
     for value in (*floats, graph.graph.output[0]):
         if types[value.name] != onnx.TensorProto.FLOAT:
             yield f"its {value.name} is {name_of(types[value.name])}, not FLOAT"
@@ -118,7 +119,7 @@ def _precision_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
     others = set(PRECISIONS.values()) - {wanted, PRECISIONS["fp32"]}
     for name, kind in types.items():
         if kind in others:
-            yield f"{name} is {name_of(kind)} in a model of precision {facts.precision}"
+            yield f"{name} is {name_of(kind)} in a model of precision {metadata.precision}"
             return
     inside = {name for node in graph.graph.node if _is_block_product(node) for name in node.input}
     for name in sorted(inside & types.keys()):
@@ -131,21 +132,21 @@ def _is_block_product(node: onnx.NodeProto) -> bool:
     return node.op_type in ("MatMul", "Gemm") and module_of(node).startswith("blocks.")
 
 
-def _body_slips(graph: onnx.ModelProto, facts: Facts) -> Iterator[str]:
+def _body_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
     functions = list(graph.functions)
-    if not facts.pruning.layers:
+    if not metadata.pruning.layers:
         if functions:
             yield "it has a function, and prunes nowhere"
         return
     opset = next(entry.version for entry in graph.opset_import if not entry.domain)
-    if opset != facts.export["opset"]:
-        yield f"its opset is {opset}, not {facts.export['opset']}"
+    if opset != metadata.export["opset"]:
+        yield f"its opset is {opset}, not {metadata.export['opset']}"
         return
-    if not facts.has_function:
+    if not metadata.has_function:
         if functions:
             yield "it has a function, and says that it has none"
         return
-    variant = BodyVariant.of(facts.pruning, facts.num_prefix_tokens)
+    variant = BodyVariant.of(metadata.pruning, metadata.num_prefix_tokens)
     if len(functions) != 1 or functions[0] != build_function(variant, opset):
         made_by = graph.producer_version
         hint = "" if made_by == __version__ else f" (made by {made_by}, this is {__version__})"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from simprune_deploy.onnx.exported_folder import ACCEPTED
 
-Status = Literal["proven", "proven in emulation", "failed", "not proven"]
+Status = Literal["passed", "passed in emulation", "failed", "inconclusive"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a proof found.
+    """What a parity check found.
 
     Attributes:
         checks: In the order in which they are to be read.
@@ -45,16 +45,16 @@ class Verdict:
 
     @property
     def status(self) -> Status:
-        """ "failed" if a check failed, "not proven" if nothing was pruned, else "proven".
+        """ "failed" if a check failed, "inconclusive" if nothing was pruned, else "passed".
 
-        "proven in emulation" if what ran was not the file but the same numbers in float32.
+        "passed in emulation" if what ran was not the file but the same numbers in float32.
         """
         by_name = {check.name: check for check in self.checks}
         if any(check.passed is False for name, check in by_name.items() if name != "pruning"):
             return "failed"
         if not by_name["pruning"].passed:
-            return "not proven"
-        return "proven in emulation" if "run" in by_name else "proven"
+            return "inconclusive"
+        return "passed in emulation" if "run" in by_name else "passed"
 
     @property
     def accepted(self) -> bool:
@@ -63,7 +63,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Why it is not "proven"; empty if it is."""
+        """Why it is not "passed"; empty if it is."""
         return "; ".join(check.summary for check in self.checks if check.passed is False)
 
     def check(self, name: str) -> Check:

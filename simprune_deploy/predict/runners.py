@@ -31,7 +31,7 @@ class TorchRunner(BaseRunner):
         model: The reference, in eval mode, float32 on the CPU.
         output: The name of its output, as in the graph.
         softmax: Whether the graph ends with a softmax. Default False.
-        normalize: (mean, std) per channel if the graph normalises its pixels. Default None.
+        normalize: (mean, std) per channel if the graph normalizes its pixels. Default None.
         uint8: Whether images are uint8[B, H, W, C], as the graph's are. Default False.
     """
 
@@ -79,7 +79,7 @@ class TorchRunner(BaseRunner):
 
 
 def onnxruntime_runner(model: bytes, name: str) -> OnnxrtRunner:
-    """Return Polygraphy's ONNX Runtime runner, on the CPU, for a serialised model."""
+    """Return Polygraphy's ONNX Runtime runner, on the CPU, for a serialized model."""
     # a session, not a loader of one, which would load the model anew for every run
     return OnnxrtRunner(SessionFromOnnx(model, providers=["cpu"])(), name=name)
 

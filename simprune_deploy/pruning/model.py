@@ -106,7 +106,7 @@ class PrunedViT(nn.Module):
         """Classify images.
 
         Args:
-            images: float[B, C, H, W], normalised as the model wants it.
+            images: float[B, C, H, W], normalized as the model wants it.
             threshold: Overrides the configuration's for this run: a number, float32[1], or
                 float32[B] with one per image.
             traces: A list that receives a :class:`PruneTrace` for each prune layer.

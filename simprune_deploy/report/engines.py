@@ -10,7 +10,7 @@ from simprune_deploy.report.terminal import print_facts
 
 if TYPE_CHECKING:
     from simprune_deploy.engine.build import BuiltEngine
-    from simprune_deploy.engine.sidecar import EngineFacts
+    from simprune_deploy.engine.engine_metadata import EngineMetadata
 
 
 def print_engines(engines: list[BuiltEngine]) -> None:
@@ -19,37 +19,41 @@ def print_engines(engines: list[BuiltEngine]) -> None:
     for number, engine in enumerate(engines):
         if number:
             console.print()
-        when = "was there already" if engine.cached else f"{engine.facts.seconds:.1f} s"
-        size = f"{engine.facts.engine.bytes / 1e6:.1f} MB"
-        facts = {"engine": f"{engine.path} ({size}, {when})", **engine_facts(engine.facts)}
+        when = "was there already" if engine.cached else f"{engine.metadata.seconds:.1f} s"
+        size = f"{engine.metadata.engine.bytes / 1e6:.1f} MB"
+        metadata = {"engine": f"{engine.path} ({size}, {when})", **engine_facts(engine.metadata)}
         if engine.trtexec is not None:
-            facts["the same with trtexec"] = engine.trtexec
-        print_facts(console, facts)
+            metadata["the same with trtexec"] = engine.trtexec
+        print_facts(console, metadata)
 
 
-def engine_facts(facts: EngineFacts) -> dict[str, Any]:
+def engine_facts(metadata: EngineMetadata) -> dict[str, Any]:
     """Return what a person wants to know of an engine."""
-    names = f"{', '.join(facts.targets)} " if facts.targets else ""
-    names = names or (f"{facts.gpu} " if facts.gpu else "")
-    plugin = "none" if facts.of == "dense" else "none: the function in the file was compiled"
-    if facts.plugin is not None:
-        plugin = f"{facts.plugin.file} (SHA-256 {facts.plugin.sha256[:12]}...)"
+    names = f"{', '.join(metadata.targets)} " if metadata.targets else ""
+    names = names or (f"{metadata.gpu} " if metadata.gpu else "")
+    plugin = "none" if metadata.of == "dense" else "none: the function in the file was compiled"
+    if metadata.plugin is not None:
+        plugin = f"{metadata.plugin.file} (SHA-256 {metadata.plugin.sha256[:12]}...)"
     shapes = [
         f"{name} {_shape(each['min'])}"
         + (f" to {_shape(each['max'])}, tuned for {_shape(each['opt'])}" if _free(each) else "")
-        for name, each in facts.profile.items()
+        for name, each in metadata.profile.items()
     ]
     return {
-        "for": f"{names}(SM {', '.join(facts.compute_capabilities)})",
-        "built with": f"{facts.title}; an engine runs with this version only",
-        "of": {"pruned": "the model", "dense": "the model without pruning"}.get(facts.of, facts.of),
-        "precision": facts.precision,
+        "for": f"{names}(SM {', '.join(metadata.compute_capabilities)})",
+        "built with": f"{metadata.title}; an engine runs with this version only",
+        "of": {"pruned": "the model", "dense": "the model without pruning"}.get(
+            metadata.of, metadata.of
+        ),
+        "precision": metadata.precision,
         "plugin": plugin,
         "inputs": "; ".join(shapes),
-        "workspace": f"at most {facts.workspace_mib} MiB" if facts.workspace_mib else "no limit",
-        "status": facts.status,
-        "checked": facts.checked,
-        "not checked": facts.not_checked,
+        "workspace": f"at most {metadata.workspace_mib} MiB"
+        if metadata.workspace_mib
+        else "no limit",
+        "status": metadata.status,
+        "checked": metadata.checked,
+        "not checked": metadata.not_checked,
     }
 
 

@@ -1,8 +1,8 @@
 """Pictures of what was pruned, drawn with Pillow.
 
 Every panel shows the image as the model sees it. A kept patch that stands for itself alone is
-shown as it is; a cluster has a colour: its pruned patches are tinted, its kept patch is framed and
-carries the number of patches it stands for. A colour belongs to a kept patch, so it stays the same
+shown as it is; a cluster has a color: its pruned patches are tinted, its kept patch is framed and
+carries the number of patches it stands for. A color belongs to a kept patch, so it stays the same
 from layer to layer.
 """
 
@@ -38,8 +38,8 @@ def panel_size(grid: tuple[int, int]) -> tuple[int, int]:
     return rows * cell, columns * cell
 
 
-def colour_of(head: int) -> tuple[int, int, int]:
-    """Return the colour of the cluster that a patch heads, always the same one."""
+def color_of(head: int) -> tuple[int, int, int]:
+    """Return the color of the cluster that a patch heads, always the same one."""
     # steps of the golden ratio: patches side by side, and those near to one another in the grid,
     # get hues far apart
     hue = head * 0.6180339887 % 1
@@ -49,7 +49,7 @@ def colour_of(head: int) -> tuple[int, int, int]:
 
 
 def to_picture(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Return float32[C, H, W] in [0, 1] as a colour picture of the given height and width."""
+    """Return float32[C, H, W] in [0, 1] as a color picture of the given height and width."""
     from PIL import Image
 
     channels = pixels[np.arange(3) % len(pixels)] if len(pixels) < 3 else pixels[:3]
@@ -73,7 +73,7 @@ def draw_clusters(
         if head != position:
             y, x = position // columns * cell, position % columns * cell
             block = tint[y : y + cell, x : x + cell]
-            block += TINT * (np.array(colour_of(head), np.float32) - block)
+            block += TINT * (np.array(color_of(head), np.float32) - block)
     panel = Image.fromarray(tint.round().astype(np.uint8))
     draw = ImageDraw.Draw(panel)
     alone = np.vectorize(size_of.__getitem__)(member) == 1
@@ -103,10 +103,10 @@ def _draw_borders(
 
 
 def _draw_head(draw: ImageDraw.ImageDraw, y: int, x: int, cell: int, head: int, size: int) -> None:
-    """Frame a kept patch in its colour, with the number of patches it stands for."""
+    """Frame a kept patch in its color, with the number of patches it stands for."""
     frame = max(2, cell // 8)
     draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=INK, width=frame + 1)
-    draw.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), outline=colour_of(head), width=frame)
+    draw.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), outline=color_of(head), width=frame)
     text, font = str(size), _font(max(8, int(cell * 0.42)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     if right - left <= cell - 4 and bottom - top <= cell - 4:

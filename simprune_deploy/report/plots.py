@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#24292f"
-"""The colour of text and axes; an inlined plot takes the page's in its place."""
+"""The color of text and axes; an inlined plot takes the page's in its place."""
 
-# Okabe and Ito's colours, which most colour-blind people can tell apart, on white and on black
+# Okabe and Ito's colors, which most color-blind people can tell apart, on white and on black
 OUR_COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#8c6bb1")
 BASELINE_COLOURS = {
     "random": "#999999",
@@ -104,7 +104,7 @@ def render_pareto(result: SweepResult, kind: str) -> bytes:
 
 
 def inline_svg(result: SweepResult, cost: Measure) -> str:
-    """Return one panel as an SVG element for a page; its ink is the page's text colour."""
+    """Return one panel as an SVG element for a page; its ink is the page's text color."""
     svg = _render(result, [cost], "svg", transparent=True).decode("utf-8")
     element = svg[svg.index("<svg") :]
     title = f"{quality_of(result).label} over {cost.label}"
@@ -180,7 +180,7 @@ def _draw_panel(
             [x for x, _, _ in points],
             [y for _, y, _ in points],
             linestyle=curve.line,
-            color=curve.colour,
+            color=curve.color,
             marker=curve.marker,
             label=curve.label,
             markersize=5,
@@ -189,7 +189,7 @@ def _draw_panel(
         )
         for x, y, cell in points:
             if bounds := bounds_of(cell, quality):
-                axes.vlines(x, *bounds, color=curve.colour, alpha=0.45, linewidth=1.1)
+                axes.vlines(x, *bounds, color=curve.color, alpha=0.45, linewidth=1.1)
             if curve.labelled and len(points) <= LABELLED_POINTS:
                 axes.annotate(
                     f"{cell.setting.threshold:g}",
@@ -221,14 +221,14 @@ class Curve:
     Attributes:
         label: For the legend.
         cells: Its settings.
-        colour, marker, line: How it looks.
+        color, marker, line: How it looks.
         order: Later curves lie on top.
         labelled: Whether its points get their thresholds.
     """
 
     label: str
     cells: list[Cell]
-    colour: str
+    color: str
     marker: str
     line: str
     order: int
@@ -259,12 +259,12 @@ def curves_of(cells: Sequence[Cell]) -> list[Curve]:
             parts.append("fixed tokens")
         if layers_differ:
             parts.append(f"before {','.join(map(str, layers))}")
-        colour = BASELINE_COLOURS.get(method, OTHER_COLOUR)
+        color = BASELINE_COLOURS.get(method, OTHER_COLOUR)
         curves.append(
             Curve(
                 label=" ".join(parts),
                 cells=members,
-                colour=OUR_COLOURS[number % len(OUR_COLOURS)] if method == OURS else colour,
+                color=OUR_COLOURS[number % len(OUR_COLOURS)] if method == OURS else color,
                 marker=MARKERS[position % len(MARKERS)],
                 line="-" if method == OURS else "--",
                 order=4 if position == 0 else 3,

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[dim]not asked[/dim]"}
 COLOURS = {
-    "proven": "green",
-    "proven in emulation": "yellow",
+    "passed": "green",
+    "passed in emulation": "yellow",
     "failed": "red",
-    "not proven": "yellow",
+    "inconclusive": "yellow",
 }
 
 
@@ -135,13 +135,13 @@ def print_models(rows: list[PrunableModel], refused: list[tuple[str, str]], name
 def print_findings(findings: list[Finding]) -> None:
     """Print what the doctor found, with the remedy below what needs one."""
     console = Console()
-    colours = {"ok": "green", "optional": "dim"}
+    colors = {"ok": "green", "optional": "dim"}
     table = Table("what", "state", "version", "needed for", box=None, pad_edge=False)
     for each in findings:
-        colour = colours.get(each.state, "red")
+        color = colors.get(each.state, "red")
         table.add_row(
             escape(each.name),
-            f"[{colour}]{each.state}[/]",
+            f"[{color}]{each.state}[/]",
             escape(each.version or ""),
             each.needed_for,
         )
@@ -149,7 +149,7 @@ def print_findings(findings: list[Finding]) -> None:
     for each in findings:
         if each.remedy and each.state != "ok":
             # what is there and does not work needs a reason; what is missing does not
-            why = f"{each.detail}: " if each.detail and each.state not in colours else ""
+            why = f"{each.detail}: " if each.detail and each.state not in colors else ""
             console.print(escape(f"{each.name}: {why}{each.remedy}"), highlight=False)
 
 

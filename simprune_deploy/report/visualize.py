@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
     from simprune_deploy.evaluate.sources import Source
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.predict.runners import Run
     from simprune_deploy.pruning.model import PrunedViT
 
@@ -51,35 +51,35 @@ class Pictured:
 
     Attributes:
         title: What it is and what runs it.
-        facts: Its input and shape.
+        metadata: Its input and shape.
         layers: The blocks before which it prunes.
         runner: Polygraphy's, with the decisions among its outputs.
         threshold: What it is run at.
         batch: The smallest and the largest batch that it takes.
-        normalises: Whether it takes pixels in [0, 1].
+        normalizes: Whether it takes pixels in [0, 1].
     """
 
     title: str
-    facts: Facts
+    metadata: ModelMetadata
     layers: list[int]
     runner: BaseRunner
     threshold: float
     batch: tuple[int, int]
-    normalises: bool
+    normalizes: bool
 
 
 def of_model(source: str, model: PrunedViT) -> Pictured:
     """Return a pruned model in PyTorch on the CPU."""
-    from simprune_deploy.onnx.exporter import ExportOptions, model_facts
+    from simprune_deploy.onnx.exporter import ExportOptions, metadata_of_model
     from simprune_deploy.predict.runners import TorchRunner
 
-    facts = model_facts(model, ExportOptions())
-    wanted = preprocessing_of(facts)
-    normalise = (list(wanted.mean), list(wanted.std))
-    runner = TorchRunner(model.eval(), facts.output, normalize=normalise)
+    metadata = metadata_of_model(model, ExportOptions())
+    wanted = preprocessing_of(metadata)
+    normalize = (list(wanted.mean), list(wanted.std))
+    runner = TorchRunner(model.eval(), metadata.output, normalize=normalize)
     title = f"{source} (PyTorch)"
     limit = model.config.threshold
-    return Pictured(title, facts, list(model.config.layers), runner, limit, (1, CHUNK), True)
+    return Pictured(title, metadata, list(model.config.layers), runner, limit, (1, CHUNK), True)
 
 
 def of_export(path: Path, threshold: float | None = None) -> Pictured:
@@ -93,7 +93,7 @@ def of_export(path: Path, threshold: float | None = None) -> Pictured:
         SimpruneError: it prunes nowhere, or its threshold is fixed and another is asked for.
     """
     from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.precision import emulated
     from simprune_deploy.onnx.variants import pruned_layers, with_diagnostics
     from simprune_deploy.predict.runners import onnxruntime_runner, quiet_polygraphy
@@ -103,27 +103,27 @@ def of_export(path: Path, threshold: float | None = None) -> Pictured:
         read_manifest(path)
         file = path / MODEL
     graph: onnx.ModelProto = load_graph(file)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     layers = pruned_layers(graph)
     if not layers:
         raise SimpruneError(f"{path} prunes nowhere: there is nothing to see")
-    own = facts.pruning.threshold
-    if threshold is not None and threshold != own and not facts.export["runtime_threshold"]:
+    own = metadata.pruning.threshold
+    if threshold is not None and threshold != own and not metadata.export["runtime_threshold"]:
         raise SimpruneError(
             f"the threshold of {path} is fixed at {own:g}: leave --threshold out, export with "
             "--runtime-threshold, or give the checkpoint"
         )
-    runnable = emulated(graph, "bf16") if facts.precision == "bf16" else graph
+    runnable = emulated(graph, "bf16") if metadata.precision == "bf16" else graph
     with quiet_polygraphy():
         runner = onnxruntime_runner(with_diagnostics(runnable).SerializeToString(), "diagnosed")
     return Pictured(
-        title=f"{path} (ONNX Runtime, {facts.precision})",
-        facts=facts,
+        title=f"{path} (ONNX Runtime, {metadata.precision})",
+        metadata=metadata,
         layers=layers,
         runner=runner,
         threshold=own if threshold is None else threshold,
-        batch=facts.batch,
-        normalises=bool(facts.export["normalize"]),
+        batch=metadata.batch,
+        normalizes=bool(metadata.export["normalize"]),
     )
 
 
@@ -177,9 +177,9 @@ def write_pictures(
     Raises:
         SimpruneError: no picture can be read, or the folder cannot be written.
     """
-    facts = model.facts
-    wanted = preprocessing_of(facts)
-    grid = grid_of(facts.num_patches, *facts.image_size)
+    metadata = model.metadata
+    wanted = preprocessing_of(metadata)
+    grid = grid_of(metadata.num_patches, *metadata.image_size)
     height, width = panel_size(grid)
     # the same crop with more pixels, so that people see more than the model does
     sharp = dataclasses.replace(wanted, height=max(height, wanted.height),
@@ -204,8 +204,8 @@ def write_pictures(
             pixels = np.stack(inputs)
             run = _run(model, _as_input(model, wanted, pixels))
             for index, (name, picture) in enumerate(zip(names, shown, strict=True)):
-                layers = _clusters(run, index, facts)
-                says = _says(facts, run.outputs[index])
+                layers = _clusters(run, index, metadata)
+                says = _says(metadata, run.outputs[index])
                 file = f"{len(entries) + 1:03d}-{_safe(name)}.png"
                 draw_sheet(picture, layers, grid, name, says).save(staging / file)
                 panel = draw_clusters(picture, layers[-1], grid, marked=False)
@@ -228,7 +228,7 @@ def write_pictures(
             draw_contact_sheet(thumbs, title).save(staging / SHEET)
         numbers = {
             "model": model.title,
-            "architecture": facts.architecture,
+            "architecture": metadata.architecture,
             "threshold": model.threshold,
             "prune_layers": model.layers,
             "grid": list(grid),
@@ -242,35 +242,35 @@ def write_pictures(
 
 def _as_input(model: Pictured, wanted: Preprocessing, pixels: np.ndarray) -> np.ndarray:
     """Return float32[n, C, H, W] in [0, 1] as the model takes it."""
-    if model.facts.takes_uint8:
+    if model.metadata.takes_uint8:
         return as_uint8_nhwc(pixels)
-    return pixels if model.normalises else wanted.normalise(pixels)
+    return pixels if model.normalizes else wanted.normalize(pixels)
 
 
 def _run(model: Pictured, images: np.ndarray) -> Run:
     from simprune_deploy.predict.runners import Inputs, quiet_polygraphy, run
 
     thresholds = np.full(len(images), model.threshold, np.float32)
-    runtime = bool(model.facts.export["runtime_threshold"])
+    runtime = bool(model.metadata.export["runtime_threshold"])
     inputs = Inputs(images, thresholds, model.batch, runtime)
     with quiet_polygraphy():
         return run(model.runner, inputs, inputs.mixed(), model.layers)
 
 
-def _clusters(run: Run, index: int, facts: Facts) -> list[Clusters]:
+def _clusters(run: Run, index: int, metadata: ModelMetadata) -> list[Clusters]:
     records = {layer: found[index] for layer, found in run.records.items()}
-    layers = compose(records, facts.num_prefix_tokens, facts.num_patches)
-    check_sizes(records, layers, facts.num_prefix_tokens)
+    layers = compose(records, metadata.num_prefix_tokens, metadata.num_patches)
+    check_sizes(records, layers, metadata.num_prefix_tokens)
     return layers
 
 
-def _says(facts: Facts, outputs: np.ndarray) -> str:
+def _says(metadata: ModelMetadata, outputs: np.ndarray) -> str:
     """Return the class that the model gives, or nothing of a model without classes."""
-    if not facts.num_classes:
+    if not metadata.num_classes:
         return ""
     winner = int(outputs.argmax())
-    names = facts.preprocessing.get("label_names")
-    if isinstance(names, (list, tuple)) and len(names) == facts.num_classes:
+    names = metadata.preprocessing.get("label_names")
+    if isinstance(names, (list, tuple)) and len(names) == metadata.num_classes:
         return f"class: {names[winner]}"
     return f"class: {winner}"
 

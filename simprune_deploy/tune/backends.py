@@ -20,7 +20,7 @@ from simprune_deploy.tune.subject import Subject
 from simprune_deploy.tune.tallies import Executor, Runnable, by_graph
 
 if TYPE_CHECKING:
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.pruning.model import PrunedViT
 
 BACKENDS = ("onnxruntime", "torch", "engine")
@@ -31,12 +31,12 @@ class Backend(Protocol):
 
     Attributes:
         name: As in --backend.
-        facts: What a report says of it.
+        environment: What a report says of it.
         no_memory: Why the memory of a run cannot be measured. None: it can.
     """
 
     name: str
-    facts: dict[str, Any]
+    environment: dict[str, Any]
     no_memory: str | None
 
     def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -62,7 +62,7 @@ def backend_of(name: str, subject: Subject, batch: int, progress: Progress = sil
         SimpruneError: it is unknown, or cannot run this model here.
     """
     if name == "onnxruntime":
-        if subject.facts.precision == "bf16":
+        if subject.metadata.precision == "bf16":
             raise SimpruneError(
                 "ONNX Runtime's CPU provider has no bfloat16 kernels: sweep the checkpoint, or an "
                 "export in fp32 or fp16"
@@ -96,12 +96,12 @@ class OnnxBackend:
 
     def __init__(self, subject: Subject, batch: int) -> None:
         self.subject, self.batch = subject, batch
-        self.facts = {
+        self.environment = {
             "backend": self.name,
             "runtime": f"ONNX Runtime {_version('onnxruntime')} (CPU)",
             "graphs": "the exported file"
             if subject.graph is not None
-            else "exported for this sweep, one for all thresholds, and not proven: `export` proves",
+            else "exported for this sweep, one for all thresholds, and not verified: `export` does",
         }
 
     def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -117,7 +117,7 @@ class OnnxBackend:
     @functools.lru_cache(maxsize=1)  # noqa: B019  (a backend lives as long as its sweep)
     def _runnable(self, setting: Setting) -> OnnxRunnable:
         from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
-        from simprune_deploy.onnx.metadata import read_facts
+        from simprune_deploy.onnx.metadata import read_metadata
         from simprune_deploy.onnx.variants import dense
 
         graph, model = self.subject.graph, self.subject.model
@@ -125,17 +125,17 @@ class OnnxBackend:
             assert model is not None
             options = ExportOptions(batch=(1, self.batch), runtime_threshold=True)
             graph = export_onnx(configured(model, setting), options)
-        facts = read_facts(graph)
+        metadata = read_metadata(graph)
         pruned = graph.SerializeToString()
         return OnnxRunnable(
             key=hashlib.sha256(pruned).hexdigest(),
             pruned=pruned,
             dense=dense(graph).SerializeToString(),
-            layers=facts.pruning.layers,
-            prefix=facts.num_prefix_tokens,
-            normalise=None if facts.export["normalize"] else _mean_and_std(facts),
-            batch=facts.batch,
-            takes_uint8=facts.takes_uint8,
+            layers=metadata.pruning.layers,
+            prefix=metadata.num_prefix_tokens,
+            normalize=None if metadata.export["normalize"] else _mean_and_std(metadata),
+            batch=metadata.batch,
+            takes_uint8=metadata.takes_uint8,
         )
 
 
@@ -179,17 +179,17 @@ def compared(settings: Sequence[Setting]) -> list[Setting]:
 MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def _mean_and_std(facts: Facts) -> MeanAndStd:
+def _mean_and_std(metadata: ModelMetadata) -> MeanAndStd:
 
-    wanted = preprocessing_of(facts)
+    wanted = preprocessing_of(metadata)
     return wanted.mean, wanted.std
 
 
-def normalised(pixels: np.ndarray, normalise: MeanAndStd | None) -> np.ndarray:
-    """Return (pixels - mean) / std, or the pixels where the graph normalises them."""
-    if normalise is None:
+def normalized(pixels: np.ndarray, normalize: MeanAndStd | None) -> np.ndarray:
+    """Return (pixels - mean) / std, or the pixels where the graph normalizes them."""
+    if normalize is None:
         return pixels
-    mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in normalise)
+    mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in normalize)
     found: np.ndarray = (pixels - mean) / std
     return found
 
@@ -200,11 +200,11 @@ class OnnxRunnable:
 
     Attributes:
         key: Tells it from others.
-        pruned: The graph, serialised.
-        dense: The dense model's, serialised.
+        pruned: The graph, serialized.
+        dense: The dense model's, serialized.
         layers: Before which it prunes.
         prefix: Number of prefix tokens.
-        normalise: Mean and deviation, where the graph does not normalise.
+        normalize: Mean and deviation, where the graph does not normalize.
         batch: Smallest and largest batch that the graph takes.
         takes_uint8: Whether images are uint8[B, H, W, C]. Default False.
         purpose: "count" (the graph also gives the patches kept, the default), "time", or "memory"
@@ -216,7 +216,7 @@ class OnnxRunnable:
     dense: bytes
     layers: tuple[int, ...]
     prefix: int
-    normalise: MeanAndStd | None
+    normalize: MeanAndStd | None
     batch: tuple[int, int]
     takes_uint8: bool = False
     purpose: str = "count"
@@ -261,7 +261,7 @@ class _OnnxExecutor:
         count, low = len(pixels), self.spec.batch[0]
         # a graph of a fixed batch gets the last picture again, as often as one is missing
         filled = np.concatenate([pixels, np.repeat(pixels[-1:], max(0, low - count), 0)])
-        images = normalised(filled, self.spec.normalise)
+        images = normalized(filled, self.spec.normalize)
         feeds = {"images": as_uint8_nhwc(images) if self.spec.takes_uint8 else images}
         if threshold is not None:
             feeds["threshold"] = np.array([threshold], np.float32)
@@ -290,7 +290,7 @@ class TorchBackend:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.facts = {"backend": self.name, "runtime": f"PyTorch {_version('torch')} (CPU)"}
+        self.environment = {"backend": self.name, "runtime": f"PyTorch {_version('torch')} (CPU)"}
 
     def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
         return [list(settings)] if settings else []
@@ -298,9 +298,9 @@ class TorchBackend:
     def prepare(self, group: Sequence[Setting]) -> Runnable:
         assert self.subject.model is not None
         return TorchRunnable(
-            f"{self.subject.sha256} {self.subject.facts.pruning}",
+            f"{self.subject.sha256} {self.subject.metadata.pruning}",
             self.subject.model,
-            _mean_and_std(self.subject.facts),
+            _mean_and_std(self.subject.metadata),
         )
 
     def alone(self, group: Sequence[Setting], purpose: str) -> Runnable:
@@ -313,7 +313,7 @@ class TorchRunnable:
 
     key: str
     model: Any
-    normalise: MeanAndStd
+    normalize: MeanAndStd
 
     def open(self) -> Executor:
         return _TorchExecutor(self)
@@ -363,4 +363,4 @@ class _TorchExecutor:
     def _images(self, pixels: np.ndarray) -> Any:
         import torch
 
-        return torch.from_numpy(normalised(pixels, self.spec.normalise))
+        return torch.from_numpy(normalized(pixels, self.spec.normalize))

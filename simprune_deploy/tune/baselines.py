@@ -105,7 +105,7 @@ class Baseline:
 
         Args:
             model: Gives the weights and the prune layers; nothing else of its configuration counts.
-            images: float[B, C, H, W], normalised as the model wants it.
+            images: float[B, C, H, W], normalized as the model wants it.
             kept: Patches to keep: int64[B, L] for every image and prune layer, as
                 :func:`kept_counts` reads it from a run of ours, or L numbers for all images.
 

@@ -22,16 +22,16 @@ def cell_of(
     timed: Timing | None,
 ) -> Cell:
     """Turn the counts of a setting into what a report shows."""
-    facts, count = subject.facts, tally.images
-    labelled, classified = data.labels is not None, facts.num_classes > 0
+    metadata, count = subject.metadata, tally.images
+    labelled, classified = data.labels is not None, metadata.num_classes > 0
     processed, flops = _cost(subject, setting, tally)
-    dense_flops = facts.depth * block_flops(facts.block, facts.num_tokens)
+    dense_flops = metadata.depth * block_flops(metadata.block, metadata.num_tokens)
     kept = [sum(patches * images for patches, images in each.items()) for each in tally.kept]
     return Cell(
         setting=setting,
         images=count,
         top1=tally.right / count if labelled else None,
-        top5=tally.right_in_5 / count if labelled and facts.num_classes > 5 else None,
+        top5=tally.right_in_5 / count if labelled and metadata.num_classes > 5 else None,
         agreement=tally.agree / count if classified else None,
         cosine=tally.cosines / COSINE_STEPS / count,
         worst_cosine=tally.worst_cosine,
@@ -53,16 +53,16 @@ def cell_of(
 
 def _cost(subject: Subject, setting: Setting, tally: Tally) -> tuple[float, float]:
     """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
-    facts = subject.facts
-    stretches = _stretches(setting.layers, facts.depth)
-    per_stretch = [{facts.num_patches: tally.images}, *tally.kept]
+    metadata = subject.metadata
+    stretches = _stretches(setting.layers, metadata.depth)
+    per_stretch = [{metadata.num_patches: tally.images}, *tally.kept]
     tokens = flops = 0.0
     for blocks, counts in zip(stretches, per_stretch, strict=True):
         for patches, images in sorted(counts.items()):
-            seen = patches + facts.num_prefix_tokens
+            seen = patches + metadata.num_prefix_tokens
             tokens += blocks * images * seen
-            flops += blocks * images * block_flops(facts.block, seen)
-    return tokens / (tally.images * facts.depth * facts.num_tokens), flops / tally.images
+            flops += blocks * images * block_flops(metadata.block, seen)
+    return tokens / (tally.images * metadata.depth * metadata.num_tokens), flops / tally.images
 
 
 def _stretches(layers: Sequence[int], depth: int) -> list[int]:

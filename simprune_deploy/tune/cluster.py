@@ -41,7 +41,7 @@ class RayRunner:
     def __init__(self, address: str, cpus: int, nodes: int) -> None:
         self.cpus = cpus
         machines = f"{nodes} machine{'s' if nodes != 1 else ''}"
-        self.facts: dict[str, Any] = {
+        self.environment: dict[str, Any] = {
             "ray": f"{machines}, {cpus} cores, joined by {address!r}",
             "timed on": "the machine of the command, alone, after the cluster's work",
         }

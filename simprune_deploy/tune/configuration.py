@@ -113,7 +113,7 @@ def tuned(sweep: Sweep, found: Found, overflow: float | None, command: str) -> T
             measure the setting with them. Default (None): counts stay dynamic.
         command: What makes it again.
     """
-    setting, facts = found.cell.setting, sweep.subject.facts
+    setting, facts = found.cell.setting, sweep.subject.metadata
     kept = sweep.tally(setting).kept
     capacities = [capacity_for(kept, share) for share in SHARES]
     static = None

@@ -20,15 +20,15 @@ from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import cuda
 from simprune_deploy.engine.build import BuiltEngine, EngineOptions
 from simprune_deploy.engine.builders import Builder, for_this_gpu
+from simprune_deploy.engine.engine_metadata import TENSORRT
 from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.inventory import engines_in
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.runtime import Engine
-from simprune_deploy.engine.sidecar import TENSORRT
 from simprune_deploy.onnx.exported_folder import MANIFEST
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.onnx.variants import diagnostic_name
-from simprune_deploy.tune.backends import MeanAndStd, normalised
+from simprune_deploy.tune.backends import MeanAndStd, normalized
 from simprune_deploy.tune.results import Setting
 from simprune_deploy.tune.subject import Subject
 from simprune_deploy.tune.tallies import Executor, by_graph
@@ -100,7 +100,7 @@ class EngineBackend:
         gpu = _machine().gpu
         assert gpu is not None
         options, use_plugin = _like_the_one_there(folder)
-        low = subject.facts.batch[0]
+        low = subject.metadata.batch[0]
         if options.batch is not None and options.batch[0] > low:
             raise SimpruneError(
                 f"the engine of {folder} takes {options.batch[0]} images or more, and batches of "
@@ -111,13 +111,13 @@ class EngineBackend:
             for of in KINDS
         }
         self.subject, self.engines = subject, {of: each.path for of, each in built.items()}
-        stamp = built["pruned"].facts.plugin
+        stamp = built["pruned"].metadata.plugin
         self.plugin = find_library(folder, None) if stamp is not None else None
-        facts = built["pruned"].facts
+        metadata = built["pruned"].metadata
         names = {of: _named(each) for of, each in built.items()}
-        self.facts = {
+        self.environment = {
             "backend": self.name,
-            "runtime": f"{facts.title} on {gpu.name} (SM {facts.compute_capabilities[0]})",
+            "runtime": f"{metadata.title} on {gpu.name} (SM {metadata.compute_capabilities[0]})",
             # the cells of engines that were built anew do not belong with the old ones'
             "set of engines": " ".join(_digest(each) for each in built.values()),
             "plugin": f"{stamp.file} {stamp.sha256[:12]}" if stamp else "none",
@@ -125,8 +125,8 @@ class EngineBackend:
             f"outputs, and of {names['dense']}; that the shipped engine gives the same is for "
             "`simprune-deploy verify FOLDER --engine` to show",
             "times": f"of the shipped engine, {names['pruned']}, and of {names['dense']}, tuned "
-            f"for batch {facts.profile['images']['opt'][0]}: from arrays in the processor's memory "
-            "to arrays there, copies included",
+            f"for batch {metadata.profile['images']['opt'][0]}: from arrays in the processor's "
+            "memory to arrays there, copies included",
         }
 
     def groups(self, settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -139,33 +139,33 @@ class EngineBackend:
         return self._runnable("pruned")
 
     def _runnable(self, of: str) -> EngineRunnable:
-        facts, graph = self.subject.facts, self.subject.graph
+        metadata, graph = self.subject.metadata, self.subject.graph
         assert graph is not None
-        wanted = preprocessing_of(facts)
+        wanted = preprocessing_of(metadata)
         return EngineRunnable(
-            key=f"{self.facts['set of engines']} {of}",
+            key=f"{self.environment['set of engines']} {of}",
             pruned=self.engines[of],
             dense=self.engines["dense"],
             plugin=self.plugin,
             main=graph.graph.output[0].name,
-            decisions=facts.pruning.layers if of == "diagnosis" else (),
-            prefix=facts.num_prefix_tokens,
-            patches=facts.num_patches,
-            normalise=None if facts.export["normalize"] else (wanted.mean, wanted.std),
-            takes_uint8=facts.takes_uint8,
+            decisions=metadata.pruning.layers if of == "diagnosis" else (),
+            prefix=metadata.num_prefix_tokens,
+            patches=metadata.num_patches,
+            normalize=None if metadata.export["normalize"] else (wanted.mean, wanted.std),
+            takes_uint8=metadata.takes_uint8,
         )
 
 
 def _like_the_one_there(folder: Path) -> tuple[EngineOptions, bool]:
     """Return how the folder's engine for this machine was built, so that it is not replaced."""
     for found in engines_in(folder):
-        facts = found.facts
+        metadata = found.metadata
         if (
             found.problem is None
-            and facts is not None
-            and (facts.of, facts.flavour) == ("pruned", TENSORRT)
+            and metadata is not None
+            and (metadata.of, metadata.flavour) == ("pruned", TENSORRT)
         ):
-            return EngineOptions.like(facts), facts.plugin is not None
+            return EngineOptions.like(metadata), metadata.plugin is not None
     return EngineOptions(), True
 
 
@@ -174,7 +174,7 @@ def _named(engine: BuiltEngine) -> str:
 
 
 def _digest(engine: BuiltEngine) -> str:
-    return engine.facts.engine.sha256[:8]
+    return engine.metadata.engine.sha256[:8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ class EngineRunnable:
         decisions: The prune layers whose decisions the engine shows; empty: it shows none.
         prefix: Number of prefix tokens.
         patches: Number of patches of an image.
-        normalise: Mean and deviation, where the graph does not normalise.
+        normalize: Mean and deviation, where the graph does not normalize.
         takes_uint8: Whether images are uint8[B, H, W, C].
     """
 
@@ -202,7 +202,7 @@ class EngineRunnable:
     decisions: tuple[int, ...]
     prefix: int
     patches: int
-    normalise: MeanAndStd | None
+    normalize: MeanAndStd | None
     takes_uint8: bool
 
     def open(self) -> Executor:
@@ -240,7 +240,7 @@ class _EngineExecutor:
     def _feed(
         self, engine: Engine, pixels: np.ndarray, threshold: float | None
     ) -> dict[str, np.ndarray]:
-        images = normalised(pixels, self.spec.normalise)
+        images = normalized(pixels, self.spec.normalize)
         feed = {"images": as_uint8_nhwc(images) if self.spec.takes_uint8 else images}
         if "threshold" in engine.inputs:
             feed["threshold"] = np.array([threshold], np.float32)

@@ -13,7 +13,7 @@ from simprune_deploy.tune.results import OURS, Setting
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.pruning.model import PrunedViT
 
 
@@ -23,14 +23,14 @@ class Subject:
 
     Attributes:
         source: What the user gave.
-        facts: Input, preprocessing, shape and classes; of a checkpoint, as an export would say.
+        metadata: Input, preprocessing, shape and classes; of a checkpoint, as an export would say.
         sha256: Of the weights (checkpoint) or of the ONNX file.
         model: Of a checkpoint; None for an export.
         graph: Of an export; None for a checkpoint.
     """
 
     source: str
-    facts: Facts
+    metadata: ModelMetadata
     sha256: str
     model: PrunedViT | None = None
     graph: onnx.ModelProto | None = None
@@ -38,12 +38,12 @@ class Subject:
     @property
     def runtime_threshold(self) -> bool:
         """Whether one graph serves every threshold."""
-        return self.graph is None or bool(self.facts.export["runtime_threshold"])
+        return self.graph is None or bool(self.metadata.export["runtime_threshold"])
 
     @property
     def setting(self) -> Setting:
         """The setting that an export was made with."""
-        pruning = self.facts.pruning
+        pruning = self.metadata.pruning
         return Setting(
             OURS,
             pruning.threshold,
@@ -55,27 +55,27 @@ class Subject:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a report says of the model."""
-        facts = self.facts
+        metadata = self.metadata
         return {
-            "architecture": facts.architecture or "(unnamed)",
+            "architecture": metadata.architecture or "(unnamed)",
             "source": self.source,
             "kind": "exported graph" if self.graph is not None else "checkpoint",
             "sha256": self.sha256,
-            "image_size": list(facts.image_size),
-            "num_classes": facts.num_classes,
-            "num_patches": facts.num_patches,
-            "num_prefix_tokens": facts.num_prefix_tokens,
-            "depth": facts.depth,
-            "parameters": facts.parameters,
-            "precision": facts.precision,
-            "proportional_attention": facts.pruning.proportional_attention,
-            "multiple_of": facts.pruning.multiple_of,
+            "image_size": list(metadata.image_size),
+            "num_classes": metadata.num_classes,
+            "num_patches": metadata.num_patches,
+            "num_prefix_tokens": metadata.num_prefix_tokens,
+            "depth": metadata.depth,
+            "parameters": metadata.parameters,
+            "precision": metadata.precision,
+            "proportional_attention": metadata.pruning.proportional_attention,
+            "multiple_of": metadata.pruning.multiple_of,
         }
 
 
 def subject_of_model(source: str, model: Any) -> Subject:
     """Return a checkpoint's model, pruned or not, as the subject of a sweep."""
-    from simprune_deploy.onnx.exporter import ExportOptions, model_facts
+    from simprune_deploy.onnx.exporter import ExportOptions, metadata_of_model
     from simprune_deploy.pruning.model import prune
 
     pruned = prune(model)
@@ -84,7 +84,9 @@ def subject_of_model(source: str, model: Any) -> Subject:
     for name, tensor in sorted(pruned.vit.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return Subject(source, model_facts(pruned, ExportOptions()), digest.hexdigest(), model=pruned)
+    return Subject(
+        source, metadata_of_model(pruned, ExportOptions()), digest.hexdigest(), model=pruned
+    )
 
 
 def subject_of_export(path: Path) -> Subject:
@@ -95,17 +97,17 @@ def subject_of_export(path: Path) -> Subject:
     """
     from simprune_deploy.common.files import sha256
     from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
 
     file = path
     if path.is_dir():
         read_manifest(path)
         file = path / MODEL
     graph = load_graph(file)
-    facts = read_facts(graph)
-    if not facts.pruning.layers:
+    metadata = read_metadata(graph)
+    if not metadata.pruning.layers:
         raise SimpruneError(f"{path} is a dense model without prune layers: sweep its checkpoint")
-    return Subject(str(path), facts, sha256(file), graph=graph)
+    return Subject(str(path), metadata, sha256(file), graph=graph)
 
 
 def is_export(path: Path) -> bool:

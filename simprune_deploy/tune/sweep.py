@@ -58,10 +58,10 @@ class Runner(Protocol):
     """Where shards run.
 
     Attributes:
-        facts: What a report says of it.
+        environment: What a report says of it.
     """
 
-    facts: dict[str, Any]
+    environment: dict[str, Any]
 
     def run(
         self, runnable: Runnable, data: DataSet, batch: int, shards: Sequence[Shard]
@@ -72,7 +72,7 @@ class Runner(Protocol):
 class LocalRunner:
     """Runs shards one after another in this process."""
 
-    facts: dict[str, Any] = {}  # noqa: RUF012
+    environment: dict[str, Any] = {}  # noqa: RUF012
 
     def run(
         self, runnable: Runnable, data: DataSet, batch: int, shards: Sequence[Shard]
@@ -107,7 +107,7 @@ def batch_for(subject: Subject, wanted: int) -> int:
     """Return the batch to run: the wanted one, within what an exported graph takes."""
     if subject.graph is None:
         return wanted
-    low, high = subject.facts.batch
+    low, high = subject.metadata.batch
     return max(low, min(wanted, high))
 
 
@@ -238,8 +238,8 @@ class Sweep:
     def environment(self) -> dict[str, Any]:
         """Return what ran on what."""
         return {
-            **self.backend.facts,
-            **self.runner.facts,
+            **self.backend.environment,
+            **self.runner.environment,
             "simprune-deploy": __version__,
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -298,7 +298,7 @@ class Sweep:
 
 def _timing_batch(subject: Subject) -> int:
     """Return the batch that is timed: one picture, unless an exported graph takes more only."""
-    return subject.facts.batch[0] if subject.graph is not None else 1
+    return subject.metadata.batch[0] if subject.graph is not None else 1
 
 
 def memory_batch(batch: int) -> int:
@@ -313,12 +313,12 @@ def shard_size(batch: int) -> int:
 
 def identity_of(subject: Subject, data: DataSet, backend: Backend, batch: int) -> dict[str, Any]:
     """Return what must be the same for cells to belong together."""
-    pruning = subject.facts.pruning
+    pruning = subject.metadata.pruning
     return {
         "model": subject.sha256,
         "data": data.identity,
-        "runtime": backend.facts["runtime"],
-        "set of engines": backend.facts.get("set of engines"),
+        "runtime": backend.environment["runtime"],
+        "set of engines": backend.environment.get("set of engines"),
         "batch size": batch,
         "proportional attention": pruning.proportional_attention,
         "multiple of": pruning.multiple_of,

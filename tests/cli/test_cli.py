@@ -188,8 +188,8 @@ def rewrite_hashes(folder: Path) -> None:
     """Make a tampered folder's manifest agree with its files."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    for name, facts in manifest["files"].items():
-        facts["sha256"] = sha256(folder / name)
+    for name, metadata in manifest["files"].items():
+        metadata["sha256"] = sha256(folder / name)
     path.write_text(json.dumps(manifest))
 
 
@@ -226,7 +226,7 @@ class TestShell:
         folder, answer = first_export
         assert answer.code == 0, answer.err
         assert answer.err == ""
-        assert answer.out.rstrip().endswith("verdict: proven")
+        assert answer.out.rstrip().endswith("verdict: verified")
         for check in ("outputs", "top1", "decisions", "batch invariance", "pruning"):
             assert check in answer.out
         assert {path.name for path in folder.iterdir()} == FILES
@@ -273,7 +273,7 @@ class TestShell:
         answer = shell("verify", exported, "--json", code=WITHOUT_TORCH)
         assert answer.code == 0, answer.err
         assert answer.err == ""
-        assert answer.json["status"] == "proven"
+        assert answer.json["status"] == "passed"
         assert answer.json["checks"]["decisions"]["decisions"] > 0
 
     def test_inspect_and_doctor_without_torch(self, exported: Path) -> None:
@@ -328,11 +328,11 @@ class TestShell:
 class TestExport:
     def test_files_describe_the_model(self, exported: Path) -> None:
         manifest = json.loads((exported / "manifest.json").read_text())
-        assert manifest["verdict"] == "proven"
+        assert manifest["verdict"] == "passed"
         assert set(manifest["files"]) == FILES - {"manifest.json"}
-        for name, facts in manifest["files"].items():
-            assert facts["sha256"] == sha256(exported / name)
-            assert facts["bytes"] == (exported / name).stat().st_size
+        for name, metadata in manifest["files"].items():
+            assert metadata["sha256"] == sha256(exported / name)
+            assert metadata["bytes"] == (exported / name).stat().st_size
         assert manifest["model"]["architecture"] == ARCH
         assert manifest["model"]["pruning"]["layers"] == [1, 2]
         (images,), (logits,) = manifest["inputs"], manifest["outputs"]
@@ -341,16 +341,16 @@ class TestExport:
         assert logits == {"name": "logits", "dtype": "float32", "shape": [batch, CLASSES]}
         assert manifest["versions"]["simprune-deploy"] == simprune_deploy.__version__
         parity = json.loads((exported / "parity.json").read_text())
-        assert parity["status"] == "proven"
+        assert parity["status"] == "passed"
         assert parity["checks"]["pruning"]["pruned_patches"] > 0
         with np.load(exported / "golden.npz") as golden:
             assert golden["images"].shape[1:] == (3, 32, 32)
             assert golden["output"].shape == (len(golden["images"]), CLASSES)
 
     def test_batch_dimension_has_its_name(self, exported: Path) -> None:
-        facts = call("inspect", exported, "--json").json
-        assert facts["inputs"] == ["images float32[batch, 3, 32, 32]"]
-        assert facts["outputs"] == [f"logits float32[batch, {CLASSES}]"]
+        metadata = call("inspect", exported, "--json").json
+        assert metadata["inputs"] == ["images float32[batch, 3, 32, 32]"]
+        assert metadata["outputs"] == [f"logits float32[batch, {CLASSES}]"]
 
     def test_graph_is_valid_and_says_what_it_is(self, exported: Path) -> None:
         graph = onnx.load(exported / "model.onnx")
@@ -379,7 +379,7 @@ class TestExport:
         assert answer.err == ""
         result = answer.json
         assert result["output"] == str(folder)
-        assert result["verdict"]["status"] == "proven"
+        assert result["verdict"]["status"] == "passed"
         names = [each["name"] for each in result["manifest"]["inputs"]]
         assert names == ["images", "threshold"]
         names = [each["name"] for each in result["manifest"]["outputs"]]
@@ -493,12 +493,12 @@ class TestExport:
         options = ("--threshold", threshold, "--layers", "1", "--batch", "2", "--json")
         answer = call("export", source, "-o", folder, *options)
         assert answer.code == 1
-        assert answer.json["verdict"]["status"] == "not proven"
+        assert answer.json["verdict"]["status"] == "inconclusive"
         assert reason in answer.json["verdict"]["reason"]
-        assert json.loads((folder / "manifest.json").read_text())["verdict"] == "not proven"
+        assert json.loads((folder / "manifest.json").read_text())["verdict"] == "inconclusive"
         answer = call("verify", folder)
         assert answer.code == 1
-        assert answer.out.rstrip().endswith("verdict: not proven")
+        assert answer.out.rstrip().endswith("verdict: inconclusive")
 
 
 class TestVerify:
@@ -507,13 +507,13 @@ class TestVerify:
         answer = call("verify", exported / name)
         assert answer.code == 0, answer
         assert answer.err == ""
-        assert answer.out.rstrip().endswith("verdict: proven")
+        assert answer.out.rstrip().endswith("verdict: verified")
         assert "golden cases" in answer.out
 
     def test_reference(self, exported: Path, source: Path) -> None:
         answer = call("verify", exported, "--reference", source, "--json")
         assert answer.code == 0, answer
-        assert answer.json["status"] == "proven"
+        assert answer.json["status"] == "passed"
         assert len(answer.json["inputs"]["images"]) == 8
 
     def test_another_reference_fails(self, exported: Path, tmp_path: Path) -> None:
@@ -679,7 +679,7 @@ def decisions_in_padded_batches_shuffled(graph: onnx.ModelProto) -> None:
 
 
 class TestVerdict:
-    """A wrong model must not be called proven."""
+    """A wrong model must not be called verified."""
 
     def test_model_that_is_wrong_in_padded_batches(
         self, copy: Path, source: Path, tmp_path: Path
@@ -696,7 +696,7 @@ class TestVerdict:
         if wrong < 10 * checks["outputs"]["tolerance"]:
             pytest.skip("the pictures no longer make the graph wrong")
         assert checks["decisions"]["passed"] is False
-        assert answer.json["status"] != "proven"
+        assert answer.json["status"] != "passed"
 
     @pytest.mark.parametrize("change", ["prefix", "multiple", "comparison", "threshold"])
     def test_graph_that_is_not_what_it_says(self, change: str, copy: Path) -> None:
@@ -713,15 +713,15 @@ class TestVerdict:
             else:
                 change_weight(graph, "threshold", lambda value: value + 1e-6)
 
-        assert call("verify", change_model(copy, apply), "--json").json["status"] != "proven"
+        assert call("verify", change_model(copy, apply), "--json").json["status"] != "passed"
 
     @pytest.mark.parametrize("change", ["threshold", "layers", "runtime", "width", "classes"])
     def test_metadata_that_is_wrong(self, change: str, copy: Path) -> None:
-        facts = json.loads(onnx.load(copy / "model.onnx").metadata_props[0].value)
+        metadata = json.loads(onnx.load(copy / "model.onnx").metadata_props[0].value)
         changes = {
-            "threshold": {"pruning": {**facts["pruning"], "threshold": 0.2}},
-            "layers": {"pruning": {**facts["pruning"], "layers": [1]}},
-            "runtime": {"export": {**facts["export"], "runtime_threshold": True}},
+            "threshold": {"pruning": {**metadata["pruning"], "threshold": 0.2}},
+            "layers": {"pruning": {**metadata["pruning"], "layers": [1]}},
+            "runtime": {"export": {**metadata["export"], "runtime_threshold": True}},
             "width": {"embed_dim": 10**9},
             "classes": {"num_classes": 0},
         }[change]
@@ -734,33 +734,33 @@ class TestVerdict:
         shutil.copy(SAMPLES / "cat.jpg", tmp_path)
         answer = call("verify", exported, "--reference", source, "--images", tmp_path, "--json")
         invariance = answer.json["checks"]["batch_invariance"]["passed"]
-        assert invariance is True or answer.json["status"] != "proven"
+        assert invariance is True or answer.json["status"] != "passed"
 
 
 class TestOtherCommands:
     def test_inspect_folder(self, exported: Path) -> None:
-        facts = call("inspect", exported, "--json").json
-        assert facts["kind"] == "exported folder"
-        assert facts["verdict"] == "proven"
-        assert facts["prune_nodes"] == ["prune_before_block_1", "prune_before_block_2"]
-        assert facts["inputs"][0].startswith("images float32[")
+        metadata = call("inspect", exported, "--json").json
+        assert metadata["kind"] == "exported folder"
+        assert metadata["verdict"] == "passed"
+        assert metadata["prune_nodes"] == ["prune_before_block_1", "prune_before_block_2"]
+        assert metadata["inputs"][0].startswith("images float32[")
         text = call("inspect", exported)
         assert text.code == 0
         assert text.err == ""
         assert ARCH in text.out
 
     def test_inspect_onnx(self, exported: Path) -> None:
-        facts = call("inspect", exported / "model.onnx", "--json").json
-        assert facts["kind"] == "ONNX model"
-        assert facts["num_patches"] == PATCHES
-        assert facts["pruning"]["threshold"] == 0.85
+        metadata = call("inspect", exported / "model.onnx", "--json").json
+        assert metadata["kind"] == "ONNX model"
+        assert metadata["num_patches"] == PATCHES
+        assert metadata["pruning"]["threshold"] == 0.85
 
     def test_inspect_checkpoint(self, source: Path) -> None:
-        facts = call("inspect", source, "--json").json
-        assert facts["kind"] == "pruned model"
-        assert facts["architecture"] == ARCH
-        assert facts["num_patches"] == PATCHES
-        assert facts["pruning"]["layers"] == [1, 2]
+        metadata = call("inspect", source, "--json").json
+        assert metadata["kind"] == "pruned model"
+        assert metadata["architecture"] == ARCH
+        assert metadata["num_patches"] == PATCHES
+        assert metadata["pruning"]["layers"] == [1, 2]
         assert ARCH in call("inspect", source).out
 
     @pytest.mark.parametrize("kind", ["missing", "text", "empty folder"])

@@ -148,10 +148,10 @@ def test_too_many_samples_are_refused(count: int) -> None:
 
 
 @pytest.mark.parametrize("preprocessing", [SMALL, GREY])
-def test_normalise_is_what_normalize_does(preprocessing: Preprocessing) -> None:
+def test_normalize_is_what_normalize_does(preprocessing: Preprocessing) -> None:
     raw = sample_images(preprocessing, count=2, normalize=False).pixels
     ready = sample_images(preprocessing, count=2).pixels
-    np.testing.assert_array_equal(preprocessing.normalise(raw), ready)
+    np.testing.assert_array_equal(preprocessing.normalize(raw), ready)
 
 
 def test_other_channel_counts_repeat_rgb() -> None:
@@ -235,7 +235,7 @@ def test_damaged_bytes_never_stop_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("preprocessing", [SMALL, GREY])
-def test_every_colour_mode_is_read(tmp_path: Path, mode: str, preprocessing: Preprocessing) -> None:
+def test_every_color_mode_is_read(tmp_path: Path, mode: str, preprocessing: Preprocessing) -> None:
     grey = np.linspace(0, 255, 40 * 40).reshape(40, 40)
     if mode == "I;16":
         picture = Image.fromarray((grey * 257).astype(np.uint16))

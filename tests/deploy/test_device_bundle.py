@@ -1,4 +1,4 @@
-"""Bundles for devices: made from a proven export, unpacked in a clean place, every claim checked.
+"""Bundles for devices: made from a verified export, unpacked in a clean place, every claim checked.
 
 What needs no GPU of a bundle's README is run as it stands there, with its own wheel, without torch.
 """
@@ -52,7 +52,7 @@ PREBUILT = "plugin/prebuilt/libsimprune_plugin.so"
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of two photographs: enough to prove an export, and quick."""
+    """Return a folder of two photographs: enough to verify an export, and quick."""
     folder = tmp_path_factory.mktemp("pictures")
     for picture in sorted(Path(sd.__file__).parent.glob("sample_images/*.jpg"))[:2]:
         shutil.copy(picture, folder)
@@ -61,10 +61,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a proven export of the demo model. It is not to be changed."""
+    """Return a verified export of the demo model. It is not to be changed."""
     folder = tmp_path_factory.mktemp("bundles") / "demo"
     pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3])
-    assert sd.export(pruned, folder, images=pictures).verdict.status == "proven"  # type: ignore[union-attr]
+    assert sd.export(pruned, folder, images=pictures).verdict.status == "passed"  # type: ignore[union-attr]
     return folder
 
 
@@ -114,9 +114,9 @@ def refusal(*arguments: object) -> str:
     return line.removeprefix("error: ")
 
 
-def a_library(path: Path, machine: int = 183, sms: str = "87,110", **facts: Any) -> Path:
+def a_library(path: Path, machine: int = 183, sms: str = "87,110", **metadata: Any) -> Path:
     """A library of ours for a machine that is not at hand."""
-    given = {**FACTS, "version": sd.__version__, "architectures": sms, **facts}
+    given = {**FACTS, "version": sd.__version__, "architectures": sms, **metadata}
     code = fatbin(*((2, int(sm), 0) for sm in sms.split(",")))
     path.write_bytes(elf(machine, given, code))
     return path
@@ -319,19 +319,19 @@ class TestOnTheDevice:
         done = device("simprune-deploy", "verify", ".", "--json")
         assert done.returncode == 0, done.stderr
         verdict = json.loads(done.stdout)
-        assert verdict["status"] == "proven"
+        assert verdict["status"] == "passed"
         assert verdict["checks"]["pruning"]["passed"]
         assert verdict["inputs"]["source"] == "golden cases"
 
     def test_inspect(self, device: Any) -> None:
         done = device("simprune-deploy", "inspect", ".", "--json")
         assert done.returncode == 0, done.stderr
-        facts = json.loads(done.stdout)
-        assert facts["kind"] == "device bundle"
-        assert facts["verdict"] == "proven"
-        assert facts["targets"] == ["jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"]
-        assert facts["files"]["plugin/source"] > 100_000
-        assert not [name for name in facts["files"] if name.startswith("plugin/source/")]
+        metadata = json.loads(done.stdout)
+        assert metadata["kind"] == "device bundle"
+        assert metadata["verdict"] == "passed"
+        assert metadata["targets"] == ["jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"]
+        assert metadata["files"]["plugin/source"] > 100_000
+        assert not [name for name in metadata["files"] if name.startswith("plugin/source/")]
 
     def test_the_plugin_is_compiled_by_its_script(
         self, device: Any, unpacked: Path, tensorrt_headers: Path, tmp_path: Path
@@ -569,13 +569,13 @@ class TestBadInput:
         assert says in refusal("bundle", exported, "--target", target, "-o", tmp_path / "out")
         assert names_in(tmp_path) == set()
 
-    @pytest.mark.parametrize("verdict", ["failed", "not proven"])
+    @pytest.mark.parametrize("verdict", ["failed", "inconclusive"])
     def test_what_is_not_proven_gets_no_bundle(
         self, exported: Path, tmp_path: Path, verdict: str
     ) -> None:
         copy = Path(shutil.copytree(exported, tmp_path / "copy"))
         self.change(copy, lambda manifest: manifest.update(verdict=verdict))
-        assert "bundles are made of proven exports" in refusal("bundle", copy, "--target", ORIN)
+        assert "bundles are made of verified exports" in refusal("bundle", copy, "--target", ORIN)
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
     def test_no_exported_folder(self, tmp_path: Path) -> None:
@@ -593,7 +593,7 @@ class TestBadInput:
         assert (code, err) == (0, "")
         said = json.loads(out)
         assert said["archive"]["sha256"] == sha256(tmp_path / "out.tar.gz")
-        assert said["manifest"]["verdict"] == "proven"
+        assert said["manifest"]["verdict"] == "passed"
         assert f"{tmp_path / 'out'} already exists" in refusal(*call)
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "file").write_text("mine")
@@ -662,7 +662,7 @@ class TestCommandLine:
             f"{tmp_path / 'out.tar.gz'} (",
             "JetPack 6.1 or 6.2: model-plugin.onnx, the plugin is compiled there",
             "JetPack 7.2.2 or later: model.onnx",
-            "verdict          proven",
+            "verdict          verified",
             "nothing of this bundle was run on a GPU",
             "tar -xzf out.tar.gz, then its README.md",
         ):
@@ -685,11 +685,11 @@ class TestCommandLine:
         assert names_in(tmp_path) == {"vit-jetson-orin.tar.gz"}
 
     def test_an_export_that_is_not_proven_gets_none(self, pictures: Path, tmp_path: Path) -> None:
-        """Above 1 nothing is pruned, which proves nothing."""
+        """Above 1 nothing is pruned, which shows nothing."""
         call = ("export", DEMO, "--layers", "1", "-o", tmp_path / "vit", "--threshold", "1.5")
         code, out, _ = run(*call, "--images", pictures, "--target", ORIN)
         assert code == 1
-        assert "no bundle was made: the export is not proven" in out
+        assert "no bundle was made: the parity check did not pass" in out
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
 
     def test_an_export_stays_when_its_bundle_cannot_be_made(

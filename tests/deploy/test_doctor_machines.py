@@ -18,7 +18,7 @@ from typing import Any
 
 import made_up_library
 import pytest
-from engine_facts import facts_of
+from made_up_engine import metadata_of
 from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
@@ -31,8 +31,8 @@ from simprune_deploy.deploy.doctor.libraries import (
     examine_tools,
 )
 from simprune_deploy.deploy.doctor.machine import Facts, examine_machine, gather, run_command
+from simprune_deploy.engine.engine_metadata import FileStamp, metadata_path
 from simprune_deploy.engine.gpu import Gpu, NoGpuError
-from simprune_deploy.engine.sidecar import FileStamp, sidecar_of
 
 QUERY = ("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv")
 DPKG = ("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
@@ -289,8 +289,8 @@ class TestFolder:
         (folder / "engines").mkdir(exist_ok=True)
         path = folder / "engines" / name
         path.write_bytes(b"an engine")
-        facts = facts_of(path, **{"engine": FileStamp.of(path), "plugin": None, **changes})
-        sidecar_of(path).write_text(json.dumps(facts.to_dict()))
+        facts = metadata_of(path, **{"engine": FileStamp.of(path), "plugin": None, **changes})
+        metadata_path(path).write_text(json.dumps(facts.to_dict()))
         return path
 
     def look(self, folder: Path, facts: Facts, **versions: str) -> list[Finding]:

@@ -33,8 +33,8 @@ from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.deploy.triton import check_batch, write_repository
 from simprune_deploy.deploy.triton_config import render
-from simprune_deploy.engine.sidecar import EngineFacts, FileStamp, sidecar_of
-from simprune_deploy.onnx.metadata import load_graph, read_facts
+from simprune_deploy.engine.engine_metadata import EngineMetadata, FileStamp, metadata_path
+from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.report.triton import print_model
 
@@ -51,7 +51,7 @@ needs_server = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return proven exports of the demo model, with their repositories. Not to be changed."""
+    """Return verified exports of the demo model, with their repositories. Not to be changed."""
     folder = tmp_path_factory.mktemp("triton")
     pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=LAYERS)
     options = {
@@ -62,7 +62,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     assert tuple(options) == KINDS
     for name, each in options.items():
-        assert sd.export(pruned, folder / name, each).verdict.status == "proven"  # type: ignore[union-attr]
+        assert sd.export(pruned, folder / name, each).verdict.status == "passed"  # type: ignore[union-attr]
         write_repository(folder / name)
     return {name: folder / name for name in options}
 
@@ -388,9 +388,11 @@ def example_picture(export: Path, name: str) -> np.ndarray:
     """Return a sample photograph as the export's model takes it, loaded without the client."""
     from simprune_deploy.common.images import Preprocessing, sample_images
 
-    facts = read_facts(load_graph(export / "model.onnx"))
+    metadata = read_metadata(load_graph(export / "model.onnx"))
     model = sd.load(str(DEMO))
-    images = sample_images(Preprocessing.of_model(model), normalize=not facts.export["normalize"])
+    images = sample_images(
+        Preprocessing.of_model(model), normalize=not metadata.export["normalize"]
+    )
     return images.pixels[images.names.index(name)]  # type: ignore[no-any-return]
 
 
@@ -405,10 +407,10 @@ class TestEngineForm:
         (tmp_path / "libsimprune_plugin.so").write_bytes(b"a library")
         return folder
 
-    def sidecar(self, export: Path, **changes: Any) -> Path:
+    def engine(self, export: Path, **changes: Any) -> Path:
         """Write an engine's metadata, changed as wanted."""
         engine = export / "engines" / "model.engine"
-        facts = EngineFacts(
+        metadata = EngineMetadata(
             flavour="tensorrt",
             version="11.4.1",
             compute_capabilities=("8.9",),
@@ -429,13 +431,13 @@ class TestEngineForm:
             seconds=0.0,
             created="2026-11-24T00:00:00+00:00",
         )
-        facts = dataclasses.replace(facts, **changes)
-        sidecar_of(engine).write_text(json.dumps(facts.to_dict()))
+        metadata = dataclasses.replace(metadata, **changes)
+        metadata_path(engine).write_text(json.dumps(metadata.to_dict()))
         return engine
 
     def test_with_the_plugin(self, export: Path, tmp_path: Path) -> None:
         library = tmp_path / "libsimprune_plugin.so"
-        engine = self.sidecar(export, plugin=FileStamp.of(library))
+        engine = self.engine(export, plugin=FileStamp.of(library))
         model = write_repository(export, tmp_path / "repository", engine=engine, plugin=library)
         config = parsed(model.path)
         assert (config.name, config.backend) == ("a_model_turned_tensorrt", "tensorrt")
@@ -450,7 +452,7 @@ class TestEngineForm:
         assert any("--backend-config=tensorrt,plugins=" in note for note in model.notes)
 
     def test_without_it(self, export: Path, tmp_path: Path) -> None:
-        model = write_repository(export, tmp_path / "repository", engine=self.sidecar(export))
+        model = write_repository(export, tmp_path / "repository", engine=self.engine(export))
         assert model.plugin is None
         assert not (model.path / "plugins").exists()
 
@@ -458,29 +460,29 @@ class TestEngineForm:
         def profile(low: int, high: int) -> dict[str, Any]:
             return {"images": {"min": [low], "opt": [low], "max": [high]}}
 
-        engine = self.sidecar(export, profile=profile(1, 4))
+        engine = self.engine(export, profile=profile(1, 4))
         assert write_repository(export, tmp_path / "repository", engine=engine).max_batch_size == 4
-        engine = self.sidecar(export, profile=profile(4, 4))
+        engine = self.engine(export, profile=profile(4, 4))
         self.refused(export, r"takes batches of 4 to 4 .* --batch 1\.\.4", engine)
 
     def test_an_engine_of_tensorrt_rtx(self, export: Path) -> None:
-        engine = self.sidecar(export, flavour="tensorrt-rtx", version="1.7.1")
+        engine = self.engine(export, flavour="tensorrt-rtx", version="1.7.1")
         says = r"Triton cannot load model.engine, an engine of TensorRT-RTX 1\.7\.1: .* ONNX form"
         self.refused(export, says, engine)
 
     def test_what_does_not_belong_together(self, export: Path, tmp_path: Path) -> None:
         library = tmp_path / "libsimprune_plugin.so"
         other = FileStamp("other", 1, "0" * 64)
-        self.refused(export, "built from another model", self.sidecar(export, onnx=other))
-        self.refused(export, "SHA-256 differs", self.sidecar(export, engine=other))
-        self.refused(export, "the dense engine", self.sidecar(export, of="dense"))
-        with_plugin = self.sidecar(export, plugin=other)
+        self.refused(export, "built from another model", self.engine(export, onnx=other))
+        self.refused(export, "SHA-256 differs", self.engine(export, engine=other))
+        self.refused(export, "the dense engine", self.engine(export, of="dense"))
+        with_plugin = self.engine(export, plugin=other)
         self.refused(export, "name its library too", with_plugin)
         self.refused(export, "not the library", with_plugin, plugin=library)
         self.refused(export, "cannot be read", with_plugin, plugin=tmp_path / "nowhere.so")
-        self.refused(export, "built without the plugin", self.sidecar(export), plugin=library)
+        self.refused(export, "built without the plugin", self.engine(export), plugin=library)
         self.refused(export, "goes with a TensorRT engine", None, plugin=library)
-        sidecar_of(with_plugin).unlink()
+        metadata_path(with_plugin).unlink()
         self.refused(export, "is missing", with_plugin)
 
     def refused(self, export: Path, says: str, engine: Path | None, **more: Any) -> None:
@@ -514,9 +516,9 @@ class TestFiles:
             write_repository(exports["half"], tmp_path, force=True)
 
     def test_the_exports_own_files_stay(self, exports: dict[str, Path]) -> None:
-        assert sd.verify(exports["half"]).status == "proven"
+        assert sd.verify(exports["half"]).status == "passed"
 
-    @pytest.mark.parametrize("verdict", ["failed", "not proven"])
+    @pytest.mark.parametrize("verdict", ["failed", "inconclusive"])
     def test_what_is_not_proven_is_not_served(
         self, exports: dict[str, Path], tmp_path: Path, verdict: str
     ) -> None:
@@ -567,5 +569,5 @@ class TestCommandLine:
     def test_not_proven(self, tmp_path: Path) -> None:
         answer = self.export(tmp_path, "--threshold", "2")
         assert answer.exit_code == 1
-        assert "no Triton repository was written: the export is not proven" in answer.output
+        assert "no Triton repository was written: the parity check did not pass" in answer.output
         assert not (tmp_path / "demo" / "triton").exists()

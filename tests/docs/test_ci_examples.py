@@ -71,7 +71,7 @@ def shell(tmp_path: Path) -> Any:
 
 def test_the_github_workflow_runs(shell: Any, tmp_path: Path) -> None:
     steps = github_steps()
-    for name in ("Export and prove", "Compare with the dense model"):
+    for name in ("Export and verify", "Compare with the dense model"):
         done = shell(steps[name])
         assert done.returncode == 0, done.stdout + done.stderr
     assert "accuracy check: passed" in done.stdout

@@ -30,9 +30,9 @@ from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import flavours, gpu, libraries
 from simprune_deploy.engine.build import STRIPPED, TIMING_CACHE
+from simprune_deploy.engine.engine_metadata import FileStamp, read_engine_metadata
 from simprune_deploy.engine.folder_engines import build_here
-from simprune_deploy.engine.sidecar import FileStamp, read_sidecar
-from simprune_deploy.onnx.metadata import load_graph, read_facts
+from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics, without_function
 from simprune_deploy.parity.backends import EngineBackend
 from simprune_deploy.predict.runners import onnxruntime_runner
@@ -51,7 +51,7 @@ def export(folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a proven export with a run-time threshold. It is not to be changed."""
+    """Return a verified export with a run-time threshold. It is not to be changed."""
     return export(tmp_path_factory.mktemp("here") / "demo", runtime_threshold=True)
 
 
@@ -124,18 +124,18 @@ class TestBuild:
         assert asked["workspace"] == 64 << 20
         assert asked["profiles"] == 1
 
-        facts = read_sidecar(path)
-        assert (facts.flavour, facts.version) == ("tensorrt", version)
-        assert (facts.gpu, facts.cuda) == ("GPU double", "13.0")
-        assert (facts.compute_capabilities, facts.targets) == (("8.7",), ())
-        assert facts.plugin == FileStamp.of(plugin_library)
-        assert facts.onnx == FileStamp.of(folder / "model.onnx")
-        assert facts.profile == {
+        metadata = read_engine_metadata(path)
+        assert (metadata.flavour, metadata.version) == ("tensorrt", version)
+        assert (metadata.gpu, metadata.cuda) == ("GPU double", "13.0")
+        assert (metadata.compute_capabilities, metadata.targets) == (("8.7",), ())
+        assert metadata.plugin == FileStamp.of(plugin_library)
+        assert metadata.onnx == FileStamp.of(folder / "model.onnx")
+        assert metadata.profile == {
             "images": {"min": [2, 1, 28, 28], "opt": [4, 1, 28, 28], "max": [4, 1, 28, 28]},
             "threshold": {"min": [1], "opt": [1], "max": [4]},
         }
-        assert facts.status == "built, not run"
-        assert facts.workspace_mib == 64
+        assert metadata.status == "built, not run"
+        assert metadata.workspace_mib == 64
 
     def test_before_10_7_the_function_leaves_the_file(
         self, machine: Machine, folder: Path, plugin_library: Path
@@ -179,7 +179,7 @@ class TestBuild:
         came_along = folder / libraries.PREBUILT
         came_along.parent.mkdir(parents=True)
         shutil.copy(plugin_library, came_along)
-        assert build_here(folder).facts.plugin == FileStamp.of(plugin_library)
+        assert build_here(folder).metadata.plugin == FileStamp.of(plugin_library)
 
     def test_without_the_plugin(self, machine: Machine, folder: Path) -> None:
         machine("10.14.1")
@@ -188,7 +188,7 @@ class TestBuild:
         path = folder / "engines" / "model-trt-sm87.engine"
         assert read_record(path)["operator"] == "function"
         assert read_record(path)["plugins"] == []
-        assert read_sidecar(path).plugin is None
+        assert read_engine_metadata(path).plugin is None
         assert "--dynamicPlugins" not in result.stdout
 
     def test_the_unpruned_model(self, machine: Machine, folder: Path) -> None:
@@ -199,7 +199,7 @@ class TestBuild:
         asked = read_record(engine.path)
         assert (asked["operator"], asked["plugins"]) == ("none", [])
         assert asked["inputs"] == {"images": ["FLOAT", -1, 1, 28, 28]}
-        assert (engine.facts.of, engine.facts.plugin, engine.trtexec) == ("dense", None, None)
+        assert (engine.metadata.of, engine.metadata.plugin, engine.trtexec) == ("dense", None, None)
         assert not list((folder / "engines").glob("*.onnx"))
 
     def test_the_timing_cache_is_kept_and_used(
@@ -491,7 +491,7 @@ def test_export_with_an_engine(
     assert result.exit_code == 0, result.stderr
     assert names_in(out / "triton") >= {"out_onnx/1/model.onnx", "out_tensorrt/1/model.plan"}
     assert "model-trt-sm89.engine" in result.stdout
-    assert read_sidecar(out / "engines" / "model-trt-sm89.engine").precision == "fp16"
+    assert read_engine_metadata(out / "engines" / "model-trt-sm89.engine").precision == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_polygraphy_cannot_change_its_flavour(monkeypatch: pytest.MonkeyPatch) -
 
 
 class TestVerify:
-    """The proof with engines; ONNX Runtime runs what the engines were built of."""
+    """The parity check with engines; ONNX Runtime runs what the engines were built of."""
 
     @pytest.fixture
     def run_by_onnxruntime(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -554,9 +554,9 @@ class TestVerify:
 
         def runner(self: EngineBackend, engine: Path) -> Any:
             graph = load_graph(engine.parent.parent / "model.onnx")
-            if read_sidecar(engine).of == "diagnosis":
+            if read_engine_metadata(engine).of == "diagnosis":
                 graph = with_diagnostics(graph)
-            harm = wrong.get(read_sidecar(engine).of)
+            harm = wrong.get(read_engine_metadata(engine).of)
             if harm is not None:
                 harm(graph)
             return onnxruntime_runner(graph.SerializeToString(), engine.name)
@@ -576,7 +576,7 @@ class TestVerify:
         result = call("verify", built, "--engine", "--json")
         assert (result.exit_code, result.stderr) == (0, "")
         verdict = json.loads(result.stdout)
-        assert verdict["status"] == "proven"
+        assert verdict["status"] == "passed"
         assert verdict["checks"]["same_engine"]["alike"] == 4
         engine = built / "engines" / "model-trt-sm87.engine"
         environment = verdict["environment"]
@@ -585,8 +585,11 @@ class TestVerify:
         assert environment["engine"] == {"file": engine.name, "sha256": sha256(engine)}
         assert environment["plugin"]["sha256"] == sha256(built / "plugin" / libraries.LIBRARY)
         assert environment["decisions_from"].startswith("model-diagnosis-trt-sm87.engine: a second")
-        facts = read_sidecar(engine.with_name("model-diagnosis-trt-sm87.engine"))
-        assert (facts.of, facts.profile) == ("diagnosis", read_sidecar(engine).profile)
+        metadata = read_engine_metadata(engine.with_name("model-diagnosis-trt-sm87.engine"))
+        assert (metadata.of, metadata.profile) == (
+            "diagnosis",
+            read_engine_metadata(engine).profile,
+        )
         assert read_record(engine.with_name("model-diagnosis-trt-sm87.engine"))[
             "outputs"
         ].keys() >= {
@@ -612,7 +615,7 @@ class TestVerify:
         result = call("verify", engine, "--reference", DEMO, "--json")
         assert result.exit_code == 0, result.stderr
         verdict = json.loads(result.stdout)
-        assert verdict["status"] == "proven"
+        assert verdict["status"] == "passed"
         assert verdict["checks"]["outputs"]["images"] == 16
 
     def test_a_wrong_engine(self, built: Path, run_by_onnxruntime: dict[str, Any]) -> None:
@@ -685,21 +688,25 @@ class TestVerify:
 
     def test_inspect(self, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         engine = built / "engines" / "model-trt-sm87.engine"
-        facts = json.loads(call("inspect", engine, "--json").stdout)
-        assert (facts["kind"], facts["of"], facts["version"]) == ("engine", "pruned", "10.14.1")
-        assert (facts["fits_this_machine"], facts["problem"]) == (True, None)
+        metadata = json.loads(call("inspect", engine, "--json").stdout)
+        assert (metadata["kind"], metadata["of"], metadata["version"]) == (
+            "engine",
+            "pruned",
+            "10.14.1",
+        )
+        assert (metadata["fits_this_machine"], metadata["problem"]) == (True, None)
         folder = json.loads(call("inspect", built, "--json").stdout)
         assert folder["engines"] == {engine.name: "fits this machine"}
         monkeypatch.setattr(gpu, "DRIVER", str(driver(tmp_path, (8, 9))))
-        facts = json.loads(call("inspect", engine, "--json").stdout)
-        assert facts["fits_this_machine"] is False
-        assert "this is SM 8.9" in facts["problem"]
+        metadata = json.loads(call("inspect", engine, "--json").stdout)
+        assert metadata["fits_this_machine"] is False
+        assert "this is SM 8.9" in metadata["problem"]
         assert "this is SM 8.9" in call("inspect", built).stdout
 
 
 def shift_the_head(graph: onnx.ModelProto) -> None:
     """Change the outputs by 0.1: add it to the bias of the last layer."""
-    last = next(n for n in reversed(graph.graph.node) if read_facts(graph).output in n.output)
+    last = next(n for n in reversed(graph.graph.node) if read_metadata(graph).output in n.output)
     bias = next(i for i in graph.graph.initializer if i.name in last.input and len(i.dims) == 1)
     values = onnx.numpy_helper.to_array(bias) + np.float32(0.1)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))

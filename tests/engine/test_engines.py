@@ -35,9 +35,9 @@ from simprune_deploy.engine import process
 from simprune_deploy.engine import worker as engine_worker
 from simprune_deploy.engine.build import BuiltEngine, EngineOptions, build_engine
 from simprune_deploy.engine.builders import ahead_of_time, check_targets
+from simprune_deploy.engine.engine_metadata import TENSORRT_RTX, FileStamp, read_engine_metadata
 from simprune_deploy.engine.folder_engines import build_ahead
 from simprune_deploy.engine.profile import optimization_profile
-from simprune_deploy.engine.sidecar import TENSORRT_RTX, FileStamp, read_sidecar
 from simprune_deploy.engine.targets import HERE, Fact, find_targets
 
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
@@ -96,29 +96,33 @@ print("simprune:answer", json.dumps(answer))
 @needs_rtx
 class TestRealBuilds:
     def test_one_engine_for_four_gpus(self, portable: BuiltEngine) -> None:
-        facts = portable.facts
+        metadata = portable.metadata
         assert portable.path.name == "model-rtx-sm86-sm89-sm120-sm121.engine"
         assert not portable.cached
-        assert json.loads(portable.sidecar.read_text(encoding="utf-8")) == facts.to_dict()
-        assert read_sidecar(portable.path) == facts
-        assert facts.compute_capabilities == ("8.6", "8.9", "12.0", "12.1")
-        assert facts.targets == ("rtx-ampere", "rtx-ada", "rtx-blackwell", "dgx-spark")
+        assert json.loads(portable.metadata_path.read_text(encoding="utf-8")) == metadata.to_dict()
+        assert read_engine_metadata(portable.path) == metadata
+        assert metadata.compute_capabilities == ("8.6", "8.9", "12.0", "12.1")
+        assert metadata.targets == ("rtx-ampere", "rtx-ada", "rtx-blackwell", "dgx-spark")
         model = portable.path.parent.parent / "model.onnx"
-        assert facts.onnx == FileStamp.of(model)
-        assert facts.engine == FileStamp.of(portable.path)
-        assert facts.engine.bytes > model.stat().st_size
-        assert (facts.flavour, facts.of, facts.precision) == ("tensorrt-rtx", "pruned", "fp32")
-        assert (facts.gpu, facts.cuda, facts.plugin, portable.trtexec) == (None,) * 4
-        assert facts.profile == {
+        assert metadata.onnx == FileStamp.of(model)
+        assert metadata.engine == FileStamp.of(portable.path)
+        assert metadata.engine.bytes > model.stat().st_size
+        assert (metadata.flavour, metadata.of, metadata.precision) == (
+            "tensorrt-rtx",
+            "pruned",
+            "fp32",
+        )
+        assert (metadata.gpu, metadata.cuda, metadata.plugin, portable.trtexec) == (None,) * 4
+        assert metadata.profile == {
             "images": {"min": [1, 1, 28, 28], "opt": [1, 1, 28, 28], "max": [8, 1, 28, 28]}
         }
-        assert names_in(portable.path.parent) == {portable.path.name, portable.sidecar.name}
+        assert names_in(portable.path.parent) == {portable.path.name, portable.metadata_path.name}
 
     def test_nothing_is_said_to_be_verified(self, portable: BuiltEngine) -> None:
-        text = portable.sidecar.read_text(encoding="utf-8")
-        assert portable.facts.status.startswith("built, not run")
-        assert "outputs" in portable.facts.not_checked
-        assert not {"verified", "proven", "passed"} & set(text.replace('"', " ").split())
+        text = portable.metadata_path.read_text(encoding="utf-8")
+        assert portable.metadata.status.startswith("built, not run")
+        assert "outputs" in portable.metadata.not_checked
+        assert not {"verified", "passed"} & set(text.replace('"', " ").split())
 
     def test_one_engine_for_each(self, folder: Path) -> None:
         engines = build_ahead(folder, find_targets("rtx-ada,gb10"), per_target=True)
@@ -126,14 +130,14 @@ class TestRealBuilds:
             "model-rtx-sm89.engine",
             "model-rtx-sm121.engine",
         ]
-        assert [each.facts.targets for each in engines] == [("rtx-ada",), ("dgx-spark",)]
+        assert [each.metadata.targets for each in engines] == [("rtx-ada",), ("dgx-spark",)]
 
     def test_fixed_tokens_a_fixed_batch_and_a_runtime_threshold(self, tmp_path: Path) -> None:
         options = {"batch": (2, 2), "runtime_threshold": True, "precision": "fp16"}
         made = export(tmp_path / "fixed", tokens=60, **options)
         (engine,) = build_ahead(made, find_targets("rtx,dgx-spark"))
-        assert engine.facts.precision == "fp16"
-        profile = engine.facts.profile
+        assert engine.metadata.precision == "fp16"
+        profile = engine.metadata.profile
         assert profile["images"]["min"] == profile["images"]["max"] == [2, 1, 28, 28]
         assert profile["threshold"] == {"min": [1], "opt": [1], "max": [2]}
 
@@ -145,17 +149,17 @@ class TestRealBuilds:
         options = EngineOptions(batch=(2, 4), opt_batch=3, workspace_mib=512)
         engine = build_engine(made / "model.onnx", builder, options, of=of)
         assert engine.path.name == f"model-{of}-rtx-sm120.engine"
-        assert (engine.facts.of, engine.facts.precision) == (of, "bf16")
-        assert engine.facts.profile["images"]["opt"] == [3, 1, 28, 28]
-        assert ("threshold" in engine.facts.profile) == (of == "diagnosis")
-        assert names_in(engine.path.parent) == {engine.path.name, engine.sidecar.name}
+        assert (engine.metadata.of, engine.metadata.precision) == (of, "bf16")
+        assert engine.metadata.profile["images"]["opt"] == [3, 1, 28, 28]
+        assert ("threshold" in engine.metadata.profile) == (of == "diagnosis")
+        assert names_in(engine.path.parent) == {engine.path.name, engine.engine_metadata.name}
 
     def test_a_full_size_vit_with_three_prune_layers(self, tmp_path: Path) -> None:
         """Random weights: what is built and how large it is depends on the graph alone."""
         vit = timm.create_model("vit_small_patch16_224", pretrained=False).eval()
         sd.export(sd.prune(vit, threshold=0.85, layers=[3, 6, 9]), tmp_path / "s", verify=False)
         (engine,) = build_ahead(tmp_path / "s", find_targets("rtx,dgx-spark"))
-        assert engine.facts.profile["images"]["max"] == [8, 3, 224, 224]
+        assert engine.metadata.profile["images"]["max"] == [8, 3, 224, 224]
         assert engine.path.stat().st_size > (tmp_path / "s" / "model.onnx").stat().st_size
 
     def test_progress_names_the_builders_phases(self, folder: Path) -> None:
@@ -168,10 +172,10 @@ class TestRealBuilds:
     def test_what_the_builder_refuses_is_told_in_its_own_words(self, folder: Path) -> None:
         """SM 7.5 has no float32 matrix products; the targets file keeps it from the builder."""
         (turing,) = find_targets("rtx-turing")
-        facts = {**turing.facts, "build": Fact(HERE, ("a test",))}
+        metadata = {**turing.metadata, "build": Fact(HERE, ("a test",))}
         before = names_in(folder)
         with pytest.raises(SimpruneError, match="FP32 GEMM is not supported") as raised:
-            build_ahead(folder, [dataclasses.replace(turing, facts=facts)])
+            build_ahead(folder, [dataclasses.replace(turing, metadata=metadata)])
         assert str(raised.value).startswith("TensorRT-RTX cannot build model.onnx for SM 7.5: ")
         assert names_in(folder) == before
 
@@ -238,7 +242,7 @@ class TestCache:
         before = built.path.stat()
         again = self.build(folder)
         assert again.cached
-        assert again.facts == built.facts
+        assert again.metadata == built.metadata
         assert built.path.stat().st_mtime_ns == before.st_mtime_ns
 
     def test_the_order_of_targets_does_not_matter(self, built: BuiltEngine, folder: Path) -> None:
@@ -247,26 +251,26 @@ class TestCache:
     def test_force_builds_again(self, built: BuiltEngine, folder: Path) -> None:
         again = self.build(folder, options=EngineOptions(force=True))
         assert not again.cached
-        assert again.facts.engine.sha256 != built.facts.engine.sha256
+        assert again.metadata.engine.sha256 != built.metadata.engine.sha256
 
     @pytest.mark.parametrize("change", OTHER)
     def test_built_from_something_else(self, built: BuiltEngine, folder: Path, change: str) -> None:
-        built.sidecar.write_text(
-            json.dumps({**built.facts.to_dict(), change: OTHER[change]}), encoding="utf-8"
+        built.metadata_path.write_text(
+            json.dumps({**built.metadata.to_dict(), change: OTHER[change]}), encoding="utf-8"
         )
         assert not self.build(folder).cached
         assert self.build(folder).cached
 
-    @pytest.mark.parametrize("harm", ["engine changed", "engine gone", "no sidecar", "no JSON"])
+    @pytest.mark.parametrize("harm", ["engine changed", "engine gone", "no metadata", "no JSON"])
     def test_damaged_or_half_there(self, built: BuiltEngine, folder: Path, harm: str) -> None:
         if harm == "engine changed":
             built.path.write_bytes(built.path.read_bytes() + b"x")
         elif harm == "engine gone":
             built.path.unlink()
-        elif harm == "no sidecar":
-            built.sidecar.unlink()
+        elif harm == "no metadata":
+            built.metadata_path.unlink()
         else:
-            built.sidecar.write_text("[1", encoding="utf-8")
+            built.metadata_path.write_text("[1", encoding="utf-8")
         assert not self.build(folder).cached
         assert self.build(folder).cached
 
@@ -318,7 +322,7 @@ class TestFailures:
         with pytest.raises(SimpruneError, match="cannot build"):
             build_ahead(folder, find_targets("rtx-ada"), options=EngineOptions(force=True))
         assert names_in(folder) == before
-        assert sha256(engine.path) == engine.facts.engine.sha256
+        assert sha256(engine.path) == engine.metadata.engine.sha256
 
     def test_the_worker_reports_a_full_disk(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -382,9 +386,9 @@ class TestRefusedBeforeAnyWork:
 
     def test_a_capability_that_is_unknown(self) -> None:
         (orin,) = find_targets("igx-orin")
-        facts = {**orin.facts, "build": Fact(HERE, ("a test",))}
+        metadata = {**orin.metadata, "build": Fact(HERE, ("a test",))}
         with pytest.raises(SimpruneError, match="compute capability is unknown"):
-            check_targets([dataclasses.replace(orin, facts=facts)])
+            check_targets([dataclasses.replace(orin, metadata=metadata)])
 
 
 class TestProfile:
@@ -427,7 +431,7 @@ class TestCommandLine:
         folder = tmp_path / "out"
         done = shell("export", DEMO, "--layers", "1,3,4", "--target", "rtx-ada", "-o", folder)
         assert done.returncode == 0, done.stderr
-        for text in ("verdict: proven", "model-rtx-sm89.engine", "built, not run"):
+        for text in ("verdict: verified", "model-rtx-sm89.engine", "built, not run"):
             assert text in done.stdout
         again = shell("build", folder, "--target", "rtx-ada", "--json")
         assert again.returncode == 0
@@ -461,12 +465,12 @@ class TestCommandLine:
         assert says in result.stderr
         assert names_in(folder) == before
 
-    @pytest.mark.parametrize("verdict", ["failed", "not proven"])
+    @pytest.mark.parametrize("verdict", ["failed", "inconclusive"])
     def test_what_is_not_proven_gets_no_engine(self, folder: Path, verdict: str) -> None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         text = json.dumps({**manifest, "verdict": verdict})
         (folder / "manifest.json").write_text(text, encoding="utf-8")
-        self.refused(folder, f"'{verdict}', and engines are built of proven exports")
+        self.refused(folder, f"'{verdict}', and engines are built of verified exports")
 
     def test_a_changed_model(self, folder: Path) -> None:
         with (folder / "model.onnx").open("ab") as file:
@@ -529,11 +533,11 @@ class TestCommandLine:
     def test_export_that_is_not_proven_builds_none(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Above 1 nothing is pruned, which proves nothing."""
+        """Above 1 nothing is pruned, which shows nothing."""
         worker(tmp_path, monkeypatch, ANSWER)
         result = self.export(tmp_path, "--threshold", "1.5", "--target", "rtx-ada")
         assert result.exit_code == 1
-        assert "no engine was built: the export is not proven" in result.stdout
+        assert "no engine was built: the parity check did not pass" in result.stdout
         assert not (tmp_path / "out" / "engines").exists()
 
     def export(self, tmp_path: Path, *arguments: str) -> Any:

@@ -138,7 +138,7 @@ def test_a_graph_of_sizes_that_depend_on_the_image(build: Callable[..., Built]) 
     golden = golden_of(built)
     feed = {"images": golden.images[:2], "threshold": golden.thresholds[:2]}
     with Engine(built.engine, plugin=built.plugin, cuda_graph=True) as engine:
-        if engine.facts.flavour == "tensorrt":
+        if engine.metadata.flavour == "tensorrt":
             with pytest.raises(SimpruneError, match="no CUDA graph can be recorded"):
                 engine.run(feed)
         else:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import running_double
 import torch
-from engine_facts import facts_of
+from made_up_engine import metadata_of
 from places import ROOT
 from running_double import CAPTURE_REFUSED, Cuda, Device
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import write_json
 from simprune_deploy.engine import cuda, flavours, loading
+from simprune_deploy.engine.engine_metadata import metadata_path
 from simprune_deploy.engine.gpu import NoGpuError, find_gpu
 from simprune_deploy.engine.runtime import Engine
-from simprune_deploy.engine.sidecar import sidecar_of
 from simprune_deploy.engine.tensors import Tensor, check_inputs
 from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.parity.golden import Golden, load_golden
@@ -82,7 +82,7 @@ def written(
         "images": {"min": [1, 1, 28, 28], "opt": [1, 1, 28, 28], "max": [4, 1, 28, 28]},
         "threshold": {"min": [1], "opt": [1], "max": [4]},
     }
-    write_json(sidecar_of(path), facts_of(path, plugin=None, profile=profile).to_dict())
+    write_json(metadata_path(path), metadata_of(path, plugin=None, profile=profile).to_dict())
     monkeypatch.setitem(sys.modules, "tensorrt", running_double.tensorrt(stand_in, profile))
     return path
 
@@ -321,7 +321,7 @@ def test_the_example_of_the_page(
     engines = tmp_path / "model-pruned" / "engines"
     engines.mkdir(parents=True)
     named = engines / "model-trt-sm87.engine"
-    sidecar_of(path).rename(sidecar_of(named))
+    metadata_path(path).rename(metadata_path(named))
     path.rename(named)
     (engines.parent / "golden.npz").symlink_to(deciding_demo / "golden.npz")
     monkeypatch.chdir(tmp_path)
@@ -335,8 +335,8 @@ def test_the_example_of_the_page(
 
 
 def test_the_metadata_is_asked_first(path: Path) -> None:
-    facts = facts_of(path, plugin=None, version="10.7.0")
-    write_json(sidecar_of(path), facts.to_dict())
+    metadata = metadata_of(path, plugin=None, version="10.7.0")
+    write_json(metadata_path(path), metadata.to_dict())
     with pytest.raises(SimpruneError, match=r"with TensorRT 10\.7\.0; this is SM 8\.7 with"):
         Engine(path)
     path.write_bytes(b"changed")
@@ -346,7 +346,7 @@ def test_the_metadata_is_asked_first(path: Path) -> None:
 
 def test_bytes_that_tensorrt_does_not_take(path: Path, stand_in: Cuda) -> None:
     path.write_bytes(b"nothing")
-    write_json(sidecar_of(path), facts_of(path, plugin=None).to_dict())
+    write_json(metadata_path(path), metadata_of(path, plugin=None).to_dict())
     with pytest.raises(SimpruneError, match=r"does not load .*: Serialization: the magic tag is w"):
         Engine(path)
     assert stand_in.memory == stand_in.handles == {}
@@ -385,7 +385,7 @@ def test_cuda_itself_without_a_gpu() -> None:
         pytest.skip("there is a GPU")
 
 
-# --- NVIDIA's own deserialiser --------------------------------------------------------------------
+# --- NVIDIA's own deserializer --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -313,11 +313,11 @@ def test_an_engine_is_asked_in_place_of_the_graph(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No GPU here: ONNX Runtime stands in the engine's place; the way to it is tested."""
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.parity.backends import OnnxRuntimeBackend
 
     graph = load_graph(exported / "model.onnx")
-    backend = OnnxRuntimeBackend(graph, read_facts(graph))
+    backend = OnnxRuntimeBackend(graph, read_metadata(graph))
     environment = {"runtime": "TensorRT on a double", "gpu": "none"}
     monkeypatch.setattr(backend, "environment", lambda: environment)
     monkeypatch.setattr(

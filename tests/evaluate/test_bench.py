@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from engine_facts import facts_of
+from made_up_engine import metadata_of
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from places import ROOT
@@ -27,15 +27,15 @@ from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import sha256, write_json
 from simprune_deploy.deploy.doctor.machine import Machine
 from simprune_deploy.engine.build import BuiltEngine
+from simprune_deploy.engine.engine_metadata import FileStamp, metadata_path
 from simprune_deploy.engine.flavours import load_module
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
-from simprune_deploy.engine.sidecar import FileStamp, sidecar_of
 from simprune_deploy.evaluate.bench import BenchOptions, benchmark, on_engines
 from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens, feed_of
 from simprune_deploy.evaluate.bench.machine import describe_machine, is_busy
 from simprune_deploy.evaluate.bench.on_onnxruntime import _memory
 from simprune_deploy.evaluate.timing import Latency, Plan, Speedup, latency, measure, speedup
-from simprune_deploy.onnx.metadata import load_graph, read_facts
+from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.onnx.variants import dense
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.pruning.cost import BlockShape, allowed_speedup, block_flops
@@ -258,13 +258,13 @@ def test_tokens_are_those_of_the_golden_cases(exported: Path) -> None:
     """They hold PyTorch's decisions, each at a threshold of its own: the same counts."""
     golden = load_golden(exported / "golden.npz", LAYERS)
     graph = load_graph(exported / "model.onnx")
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     assert len(set(golden.thresholds)) > 1
     for row, threshold in enumerate(golden.thresholds):
-        feed = feed_of(facts, golden.images[row : row + 1], float(threshold))
+        feed = feed_of(metadata, golden.images[row : row + 1], float(threshold))
         records = golden.reference.records
         kept = {str(layer): len(records[layer][row].heads()) for layer in LAYERS}
-        assert count_tokens(graph, facts, [feed])["kept"] == kept
+        assert count_tokens(graph, metadata, [feed])["kept"] == kept
 
 
 def test_a_folder_of_pictures(exported: Path, pictures: Path) -> None:
@@ -384,9 +384,9 @@ def on_orin(
         path = folder / "engines" / name
         path.write_bytes(data)
         onnx_file = FileStamp.of(folder / "model.onnx")
-        facts = facts_of(path, plugin=None, profile=profile, onnx=onnx_file, **changes)
-        write_json(sidecar_of(path), facts.to_dict())
-        return BuiltEngine(path, facts, cached=False, trtexec=None)
+        metadata = metadata_of(path, plugin=None, profile=profile, onnx=onnx_file, **changes)
+        write_json(metadata_path(path), metadata.to_dict())
+        return BuiltEngine(path, metadata, cached=False, trtexec=None)
 
     def build(model: Path, builder: Any, options: Any, *, of: str, progress: Any) -> BuiltEngine:
         asked.append((builder, options, of))

@@ -20,7 +20,7 @@ from places import ROOT
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.evaluate.datasets import DataOptions, DataSet, open_data
-from simprune_deploy.onnx.metadata import Facts
+from simprune_deploy.onnx.metadata import ModelMetadata
 from simprune_deploy.pruning.config import PruneConfig
 
 SLICE = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"
@@ -31,9 +31,9 @@ NAMES = [
 COUNT = 40
 
 
-def facts(**changes: object) -> Facts:
+def facts(**changes: object) -> ModelMetadata:
     """What the demo model's export says of itself."""
-    base = Facts(
+    base = ModelMetadata(
         architecture="vit_tiny_patch16_224",
         model_args={},
         preprocessing={"mean": [0.286], "std": [0.353], "crop_pct": 1.0, "label_names": NAMES},
@@ -202,7 +202,7 @@ def test_unreadable_pictures_are_named_counted_and_limited(
         strict.check_skipped(skipped)
 
 
-def refused(path: Path, match: str, model: Facts | None = None, **options: object) -> None:
+def refused(path: Path, match: str, model: ModelMetadata | None = None, **options: object) -> None:
     with pytest.raises(SimpruneError, match=match) as caught:
         open_data(path, model or facts(), DataOptions(**options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import made
-from engine_facts import facts_of
+from made_up_engine import metadata_of
 from plugin_build import CPP_EXAMPLE, cpp_example
 from tensorrt_wheels import installed_lean
 
 from simprune_deploy.common.files import write_json
+from simprune_deploy.engine.engine_metadata import metadata_path
 from simprune_deploy.engine.gpu import NoGpuError, find_gpu
-from simprune_deploy.engine.sidecar import sidecar_of
 
 LEAN = "10.16.1"
 
@@ -38,8 +38,8 @@ def engine(tmp_path: Path) -> Path:
 
 
 def describe(engine: Path, **changes: Any) -> None:
-    facts = facts_of(engine, **{"version": LEAN, "plugin": None, **changes})
-    write_json(sidecar_of(engine), facts.to_dict())
+    metadata = metadata_of(engine, **{"version": LEAN, "plugin": None, **changes})
+    write_json(metadata_path(engine), metadata.to_dict())
 
 
 @pytest.fixture
@@ -79,7 +79,10 @@ def test_without_a_gpu_it_says_so(program: Path, engine: Path, image: Path) -> N
         ({"version": "10.3.0"}, "SM 8.7 with tensorrt 10.3.0; this is TensorRT 10.16.1: run"),
         ({"version": "10.16.10"}, "10.16.10; this is TensorRT 10.16.1: run"),
         ({"flavour": "tensorrt-rtx"}, "tensorrt-rtx 10.16.1, and this program is linked with Tens"),
-        ({"plugin": facts_of(Path(__file__)).plugin}, "libsimprune_plugin.so in it: name it with"),
+        (
+            {"plugin": metadata_of(Path(__file__)).plugin},
+            "libsimprune_plugin.so in it: name it with",
+        ),
     ],
     ids=["older", "longer number", "rtx", "plugin"],
 )
@@ -102,13 +105,13 @@ def test_what_does_not_fit_is_refused_before_tensorrt_sees_it(
         (" " * 2_000_000, "is damaged"),
     ],
 )
-def test_a_damaged_sidecar(
+def test_damaged_metadata(
     program: Path, engine: Path, image: Path, text: str | None, says: str
 ) -> None:
-    sidecar = sidecar_of(engine)
-    sidecar.unlink()
+    metadata = metadata_path(engine)
+    metadata.unlink()
     if text is not None:
-        sidecar.write_text(text, encoding="utf-8")
+        metadata.write_text(text, encoding="utf-8")
     ends_with(says, program, engine, image)
 
 
@@ -127,14 +130,14 @@ def test_an_engine_for_another_gpu(program: Path, engine: Path, tmp_path: Path) 
     """What needs a GPU in the example: the same functions, told which GPU it is."""
     source = tmp_path / "told.cpp"
     source.write_text(
-        '#include <cstdio>\n#include "sidecar.h"\n'
+        '#include <cstdio>\n#include "engine_metadata.h"\n'
         "int main(int, char** argv) {\n"
-        "    try { checkGpu(readSidecar(argv[1]), argv[2]); return 0; }\n"
+        "    try { checkGpu(readEngineMetadata(argv[1]), argv[2]); return 0; }\n"
         '    catch (Failure const& error) { std::fprintf(stderr, "error: %s\\n", error.what()); }\n'
         "    return 2;\n}\n",
         encoding="utf-8",
     )
-    (compiled,) = program.parent.rglob("sidecar.cpp.o")
+    (compiled,) = program.parent.rglob("engine_metadata.cpp.o")
     told = tmp_path / "told"
     command = ["c++", "-std=c++17", "-I", CPP_EXAMPLE, source, compiled, "-o", told]
     subprocess.run([str(part) for part in command], check=True)

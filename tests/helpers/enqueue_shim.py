@@ -73,7 +73,7 @@ def shape_of(tokens: torch.Tensor, threshold: torch.Tensor) -> _Shape:
 
 
 class Plugin:
-    """One layer: built, serialised, restored and attached to a context.
+    """One layer: built, serialized, restored and attached to a context.
 
     Args:
         shim: The compiled shim.

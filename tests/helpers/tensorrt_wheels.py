@@ -34,7 +34,7 @@ DEFAULTS = {
 }
 ONE_PREFIX = ["num_prefix_tokens", "INT32", 1]
 
-# name -> fields, and what the plugin made from them serialises
+# name -> fields, and what the plugin made from them serializes
 GOOD: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "defaults": ([ONE_PREFIX], DEFAULTS),
     "int64": ([["num_prefix_tokens", "INT64", 1]], DEFAULTS),

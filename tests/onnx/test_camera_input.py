@@ -1,4 +1,4 @@
-"""``--input uint8-nhwc``: images as a camera gives them, converted and normalised in the graph."""
+"""``--input uint8-nhwc``: images as a camera gives them, converted and normalized in the graph."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from simprune_deploy.common.images import Preprocessing, as_uint8_nhwc, sample_i
 from simprune_deploy.deploy.verification import verify
 from simprune_deploy.engine.targets import find_targets
 from simprune_deploy.onnx.exporter import ExportOptions
-from simprune_deploy.onnx.metadata import read_facts, write_facts
+from simprune_deploy.onnx.metadata import read_metadata, write_metadata
 from simprune_deploy.onnx.precision import value_types, with_precision
 from simprune_deploy.onnx.variants import dense
+from simprune_deploy.parity.comparison import compare_with_torch
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.parity.graph_check import check_graph
-from simprune_deploy.parity.proof import prove_against_torch
 from simprune_deploy.pruning.model import PrunedViT, prune
 
 CLASS_TOKEN = next(each for each in ARCHITECTURES if each.what == "class token")
@@ -49,7 +49,7 @@ def exported(model: PrunedViT, tmp_path_factory: pytest.TempPathFactory) -> Path
     command = ["export", place / "model.safetensors", "--input", "uint8-nhwc", "--batch", "1..4"]
     answer = call(*command, "-o", place / "exported", "--json")
     assert answer.exit_code == 0, answer.output
-    assert json.loads(answer.stdout)["verdict"]["status"] == "proven"
+    assert json.loads(answer.stdout)["verdict"]["status"] == "passed"
     return place / "exported"
 
 
@@ -64,9 +64,11 @@ def call(*arguments: object) -> Any:
 
 def narrowed(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """Return the graph in a precision, as the exporter does it."""
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     narrow, _ = with_precision(graph, precision)
-    write_facts(narrow, dataclasses.replace(facts, export={**facts.export, "precision": precision}))
+    write_metadata(
+        narrow, dataclasses.replace(metadata, export={**metadata.export, "precision": precision})
+    )
     return narrow
 
 
@@ -94,14 +96,14 @@ def test_the_file_says_what_it_takes(exported: Path, graph: onnx.ModelProto) -> 
     assert images.elem_type == TensorProto.UINT8
     shape = [dim.dim_param or dim.dim_value for dim in images.shape.dim]
     assert shape == ["batch", 128, 128, 3]
-    facts = read_facts(graph)
-    assert facts.takes_uint8
-    assert facts.export["normalize"] is True, "it is implied"
+    metadata = read_metadata(graph)
+    assert metadata.takes_uint8
+    assert metadata.export["normalize"] is True, "it is implied"
     (described,) = json.loads((exported / "manifest.json").read_text())["inputs"]
     assert described == {"name": "images", "dtype": "uint8", "shape": ["batch", 128, 128, 3]}
-    old = facts.to_dict()
+    old = metadata.to_dict()
     del old["export"]["input"]
-    assert not type(facts).from_dict(old).takes_uint8
+    assert not type(metadata).from_dict(old).takes_uint8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -127,20 +129,20 @@ def test_it_computes_what_the_float_path_computes(
     import torch
 
     preprocessing = Preprocessing.of_model(model)
-    normalised = sample_images(preprocessing, 4).pixels
+    normalized = sample_images(preprocessing, 4).pixels
     camera = as_uint8_nhwc(sample_images(preprocessing, 4, normalize=False).pixels)
     session = onnxruntime.InferenceSession(
         exported / "model.onnx", providers=["CPUExecutionProvider"]
     )
     (actual,) = session.run(None, {"images": camera})
     with torch.inference_mode():
-        expected = model(torch.from_numpy(normalised)).numpy()
+        expected = model(torch.from_numpy(normalized)).numpy()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     plain = onnxruntime.InferenceSession(
         dense(graph).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     with torch.inference_mode():
-        expected = model.vit(torch.from_numpy(normalised)).numpy()
+        expected = model.vit(torch.from_numpy(normalized)).numpy()
     np.testing.assert_allclose(plain.run(None, {"images": camera})[0], expected, rtol=0, atol=1e-5)
 
 
@@ -148,18 +150,18 @@ def test_golden_cases_are_camera_images_and_verify_runs_them(exported: Path) -> 
     golden = load_golden(exported / "golden.npz", [1])
     assert golden.images.dtype == np.uint8
     assert golden.images.shape[1:] == (128, 128, 3)
-    assert verify(exported).status == "proven"
+    assert verify(exported).status == "passed"
 
 
 def test_verify_against_the_checkpoint(model: PrunedViT, exported: Path) -> None:
-    assert verify(exported, reference=model).status == "proven"
+    assert verify(exported, reference=model).status == "passed"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_16_bits_are_proven(model: PrunedViT, graph: onnx.ModelProto, precision: str) -> None:
     pictures = sample_images(Preprocessing.of_model(model), 4, normalize=False)
     camera = dataclasses.replace(pictures, pixels=as_uint8_nhwc(pictures.pixels))
-    verdict, _ = prove_against_torch(narrowed(graph, precision), model, camera)
+    verdict, _ = compare_with_torch(narrowed(graph, precision), model, camera)
     assert verdict.check("graph").passed, verdict.reason
     assert verdict.check("outputs").passed, verdict.reason
 
@@ -178,10 +180,10 @@ def test_another_scale_fails_the_proof(exported: Path, tmp_path: Path) -> None:
 
 
 def test_the_graph_check_wants_the_input_that_the_facts_name(graph: onnx.ModelProto) -> None:
-    facts = read_facts(graph)
-    assert check_graph(graph, facts).passed
-    export = {**facts.export, "input": "float32-nchw"}
-    check = check_graph(graph, dataclasses.replace(facts, export=export))
+    metadata = read_metadata(graph)
+    assert check_graph(graph, metadata).passed
+    export = {**metadata.export, "input": "float32-nchw"}
+    check = check_graph(graph, dataclasses.replace(metadata, export=export))
     assert check.passed is False
     assert "its images are uint8, not float32" in check.summary
 
@@ -189,7 +191,7 @@ def test_the_graph_check_wants_the_input_that_the_facts_name(graph: onnx.ModelPr
 def test_float_images_are_refused(model: PrunedViT, graph: onnx.ModelProto) -> None:
     pictures = sample_images(Preprocessing.of_model(model), 2)
     with pytest.raises(SimpruneError, match=r"float32\[3, 128, 128\].* uint8\[128, 128, 3\]"):
-        prove_against_torch(graph, model, pictures)
+        compare_with_torch(graph, model, pictures)
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
@@ -212,4 +214,4 @@ def test_tensorrt_rtx_builds_it(graph: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(narrowed(graph, "fp16"), path)
     engine = build_engine(path, ahead_of_time(find_targets("rtx-ada"))[0])
     assert engine.path.stat().st_size > 0
-    assert engine.facts.profile["images"]["max"] == [4, 128, 128, 3]
+    assert engine.metadata.profile["images"]["max"] == [4, 128, 128, 3]

@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, build, photographs
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
-from simprune_deploy.onnx.metadata import read_facts, write_facts
+from simprune_deploy.onnx.metadata import read_metadata, write_metadata
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
     dense,
@@ -54,9 +54,11 @@ def dense_export(what: str) -> onnx.ModelProto:
 
 def narrowed(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """Return a graph in a precision, as the exporter does it."""
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     narrow, _ = with_precision(graph, precision)
-    write_facts(narrow, dataclasses.replace(facts, export={**facts.export, "precision": precision}))
+    write_metadata(
+        narrow, dataclasses.replace(metadata, export={**metadata.export, "precision": precision})
+    )
     return narrow
 
 
@@ -97,9 +99,9 @@ def hold(graph: onnx.ModelProto, expected: onnx.ModelProto, pixels: Any) -> None
     for name, shape in shapes(actual).items():
         assert "" not in shape, name
         assert set(shape) <= {"batch", *[each for each in shape if isinstance(each, int)]}, name
-    facts = read_facts(actual)
-    assert facts.pruning.layers == facts.pruning.capacities == ()
-    assert check_graph(actual, facts).passed
+    metadata = read_metadata(actual)
+    assert metadata.pruning.layers == metadata.pruning.capacities == ()
+    assert check_graph(actual, metadata).passed
     np.testing.assert_allclose(run(actual, pixels), run(expected, pixels), rtol=1e-5, atol=1e-6)
     assert dense(actual) == actual
 
@@ -146,9 +148,9 @@ def test_what_belongs_to_pruning_leaves_inputs_and_outputs() -> None:
         prune(model, layers=()), dataclasses.replace(options, runtime_threshold=False)
     )
     hold(graph, expected, photographs(model, 2).pixels * 0.1 + 0.5)
-    facts = read_facts(dense(graph))
-    assert facts.export["runtime_threshold"] is facts.export["emit_assignments"] is False
-    assert facts.has_function
+    metadata = read_metadata(dense(graph))
+    assert metadata.export["runtime_threshold"] is metadata.export["emit_assignments"] is False
+    assert metadata.has_function
 
 
 def test_a_graph_that_was_changed_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 models: types, proofs, what a proof must notice, TensorRT-RTX engines."""
+"""float16 and bfloat16 models: types, parity checks and what they must notice, TensorRT-RTX engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from places import ROOT
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
-from simprune_deploy.onnx.metadata import read_facts
+from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.precision import (
     PRECISIONS,
     emulated,
@@ -33,8 +33,8 @@ from simprune_deploy.onnx.precision import (
     with_precision,
 )
 from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics
+from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
 from simprune_deploy.parity.golden import load_golden, save_golden
-from simprune_deploy.parity.proof import prove_against_golden, prove_against_torch
 from simprune_deploy.parity.replay import replay
 from simprune_deploy.parity.tolerance import Tolerance
 from simprune_deploy.predict.runners import Inputs, TorchRunner, run
@@ -165,13 +165,13 @@ def test_float32_is_what_it_was() -> None:
     assert same == graph
     assert set(value_types(graph).values()) <= {FLOAT, INT64}
     assert not [node for node in graph.graph.node if node.op_type == "Cast"]
-    facts = read_facts(graph)
-    assert facts.precision == "fp32"
-    assert facts.export["log_size_in_keys"] is True
-    assert facts.rounding == {}
-    old = facts.to_dict()
+    metadata = read_metadata(graph)
+    assert metadata.precision == "fp32"
+    assert metadata.export["log_size_in_keys"] is True
+    assert metadata.rounding == {}
+    old = metadata.to_dict()
     del old["export"]["precision"], old["rounding"]
-    assert type(facts).from_dict(old).precision == "fp32"
+    assert type(metadata).from_dict(old).precision == "fp32"
 
 
 @narrow
@@ -248,21 +248,21 @@ def test_weights_too_small_for_float16_are_counted() -> None:
     model = model_of("class token")
     with torch.no_grad():
         model.vit.blocks[0].mlp.fc1.weight[0, :5] = 1e-9
-    facts = read_facts(export_onnx(model, ExportOptions(precision="fp16")))
-    others = read_facts(exported("class token", precision="fp16")).rounding["flushed_to_zero"]
-    assert facts.rounding["flushed_to_zero"] == others + 5
-    facts = read_facts(export_onnx(model, ExportOptions(precision="bf16")))
-    assert facts.rounding["flushed_to_zero"] == 0
+    metadata = read_metadata(export_onnx(model, ExportOptions(precision="fp16")))
+    others = read_metadata(exported("class token", precision="fp16")).rounding["flushed_to_zero"]
+    assert metadata.rounding["flushed_to_zero"] == others + 5
+    metadata = read_metadata(export_onnx(model, ExportOptions(precision="bf16")))
+    assert metadata.rounding["flushed_to_zero"] == 0
 
 
 def test_tokens_too_small_for_float16_fail_the_proof_and_bfloat16_takes_them() -> None:
-    """Below 6e-5 float16 has fewer and fewer digits, and a normalisation brings that to light."""
+    """Below 6e-5 float16 has fewer and fewer digits, and a normalization brings that to light."""
     model = build_pruned(by_name["norm of queries and keys"])
     assert model.vit.cls_token.abs().max() < 1e-5
     images = photographs(model, 4)
-    for precision, status in (("fp16", "failed"), ("bf16", "proven in emulation")):
+    for precision, status in (("fp16", "failed"), ("bf16", "passed in emulation")):
         graph = export_onnx(model, ExportOptions(batch=(1, 4), precision=precision))
-        verdict, _ = prove_against_torch(graph, model, images)
+        verdict, _ = compare_with_torch(graph, model, images)
         assert verdict.status == status, precision
         assert verdict.check("outputs").passed is (precision == "bf16")
 
@@ -277,7 +277,7 @@ def test_an_activation_beyond_float16_fails_the_proof() -> None:
         model.vit.blocks[0].mlp.fc2.weight[0, 0] = 2.0
         model.vit.blocks[0].mlp.fc2.bias[0] = -60000.0
     images = photographs(model, 4)
-    verdict, _ = prove_against_torch(
+    verdict, _ = compare_with_torch(
         export_onnx(model, ExportOptions(batch=(1, 4), precision="fp16")), model, images
     )
     check = verdict.check("range")
@@ -287,7 +287,7 @@ def test_an_activation_beyond_float16_fails_the_proof() -> None:
     assert verdict.status == "failed"
 
 
-# --- proofs ---------------------------------------------------------------------------------------
+# --- parity checks --------------------------------------------------------------------------------
 
 
 @narrow
@@ -295,8 +295,8 @@ def test_an_activation_beyond_float16_fails_the_proof() -> None:
 def test_the_export_is_proven(architecture: Architecture, precision: str) -> None:
     model = model_of(architecture.what)
     graph = exported(architecture.what, precision=precision)
-    verdict, _ = prove_against_torch(graph, model, photographs(model))
-    expected = "proven" if precision == "fp16" else "proven in emulation"
+    verdict, _ = compare_with_torch(graph, model, photographs(model))
+    expected = "passed" if precision == "fp16" else "passed in emulation"
     assert verdict.status == expected, verdict.reason
     assert verdict.accepted
     assert verdict.check("pruning").numbers["pruned_patches"] > 0
@@ -333,7 +333,7 @@ def test_every_form_of_export_is_proven(options: dict[str, Any], precision: str)
 
         images = sample_images(Preprocessing.of_model(model), 4, normalize=False)
     graph = exported("class token", precision=precision, **options)
-    verdict, _ = prove_against_torch(graph, model, images)
+    verdict, _ = compare_with_torch(graph, model, images)
     assert verdict.accepted, verdict.reason
 
 
@@ -346,7 +346,7 @@ def test_every_form_of_export_is_proven(options: dict[str, Any], precision: str)
 def test_every_way_to_prune_is_proven(changes: dict[str, Any], precision: str) -> None:
     model = prune(model_of("class token"), **changes)
     graph = export_onnx(model, ExportOptions(batch=(1, 4), precision=precision))
-    verdict, _ = prove_against_torch(graph, model, photographs(model, 4))
+    verdict, _ = compare_with_torch(graph, model, photographs(model, 4))
     assert verdict.accepted, verdict.reason
 
 
@@ -355,8 +355,8 @@ def test_a_model_without_prune_nodes(precision: str) -> None:
     model = prune(build(by_name["class token"]), threshold=2.0, layers=[1])
     graph = export_onnx(model, ExportOptions(batch=(1, 4), precision=precision))
     assert value_types(graph)["logits"] == FLOAT
-    verdict, _ = prove_against_torch(graph, model, photographs(model, 2))
-    assert verdict.status == "not proven"
+    verdict, _ = compare_with_torch(graph, model, photographs(model, 2))
+    assert verdict.status == "inconclusive"
     assert verdict.check("outputs").passed
 
 
@@ -384,9 +384,9 @@ def test_a_wrong_graph_fails_though_the_tolerance_is_wide(precision: str) -> Non
     model = prune(sd.load(DEMO), threshold=0.85, layers=[1, 3])
     images = photographs(model)
     graph = export_onnx(model, ExportOptions(batch=(1, 4), precision=precision))
-    good, _ = prove_against_torch(graph, model, images)
+    good, _ = compare_with_torch(graph, model, images)
     assert good.accepted, good.reason
-    bad, _ = prove_against_torch(without_log_sizes(graph), model, images)
+    bad, _ = compare_with_torch(without_log_sizes(graph), model, images)
     assert bad.check("outputs").passed is False
     assert bad.status == "failed"
 
@@ -397,11 +397,11 @@ def test_a_file_of_another_precision_than_it_says_fails(precision: str) -> None:
     graph = onnx.ModelProto()
     graph.CopyFrom(exported("class token", precision=precision))
     entry = next(each for each in graph.metadata_props if each.key == "simprune")
-    facts = json.loads(entry.value)
+    metadata = json.loads(entry.value)
     for claim in {"fp32", "fp16", "bf16", "fp8"} - {precision}:
-        facts["export"]["precision"] = claim
-        entry.value = json.dumps(facts)
-        verdict, _ = prove_against_torch(graph, model, photographs(model, 2))
+        metadata["export"]["precision"] = claim
+        entry.value = json.dumps(metadata)
+        verdict, _ = compare_with_torch(graph, model, photographs(model, 2))
         assert verdict.status == "failed", claim
         assert verdict.check("graph").passed is False
         assert verdict.check("outputs").passed is None
@@ -411,14 +411,14 @@ def test_a_file_of_another_precision_than_it_says_fails(precision: str) -> None:
 def test_golden_cases_prove_it_again(precision: str, tmp_path: Path) -> None:
     model = model_of("class token")
     graph = exported("class token", precision=precision)
-    _, golden = prove_against_torch(graph, model, photographs(model))
+    _, golden = compare_with_torch(graph, model, photographs(model))
     save_golden(tmp_path / "golden.npz", golden)
     read = load_golden(tmp_path / "golden.npz", [0, 1])
     assert "told the decisions" in read.reference.name
-    verdict = prove_against_golden(graph, read)
-    assert verdict.status == ("proven" if precision == "fp16" else "proven in emulation")
+    verdict = compare_with_golden(graph, read)
+    assert verdict.status == ("passed" if precision == "fp16" else "passed in emulation")
     far = dataclasses.replace(read.reference, outputs=read.reference.outputs + np.float32(0.5))
-    assert prove_against_golden(graph, dataclasses.replace(read, reference=far)).status == "failed"
+    assert compare_with_golden(graph, dataclasses.replace(read, reference=far)).status == "failed"
 
 
 def test_decisions_are_judged_on_the_tokens_that_were_seen() -> None:
@@ -430,7 +430,7 @@ def test_decisions_are_judged_on_the_tokens_that_were_seen() -> None:
     names = [value.name for value in shown.get_outputs()]
     found = dict(zip(names, shown.run(None, {"images": pixels[:4]}), strict=True))
     assert found["diagnosis_0/tokens"].dtype == np.float16
-    verdict, _ = prove_against_torch(graph, model, photographs(model))
+    verdict, _ = compare_with_torch(graph, model, photographs(model))
     decisions = verdict.check("decisions").numbers
     assert decisions["largest_violation"] <= decisions["float_noise"] < 2e-6
 
@@ -484,7 +484,7 @@ def test_the_demo_model_from_export_to_verify(precision: str, tmp_path: Path) ->
     done = simprune("export", DEMO, "--precision", precision, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    expected = "proven" if precision == "fp16" else "proven in emulation"
+    expected = "passed" if precision == "fp16" else "passed in emulation"
     assert answer["verdict"]["status"] == answer["manifest"]["verdict"] == expected
     assert answer["manifest"]["model"]["export"]["precision"] == precision
     assert answer["manifest"]["inputs"][0]["dtype"] == "float32"

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from simprune_deploy.cli import app
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
 from simprune_deploy.onnx.function_body import ATTRIBUTES, DOMAIN, BodyVariant, build_function
-from simprune_deploy.onnx.metadata import METADATA_KEY, read_facts, write_facts
+from simprune_deploy.onnx.metadata import METADATA_KEY, read_metadata, write_metadata
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
     prune_nodes,
@@ -29,9 +29,9 @@ from simprune_deploy.onnx.variants import (
     with_function,
     without_function,
 )
+from simprune_deploy.parity.comparison import compare_with_torch
 from simprune_deploy.parity.golden import save_golden
 from simprune_deploy.parity.graph_check import check_graph
-from simprune_deploy.parity.proof import prove_against_torch
 from simprune_deploy.pruning.model import PrunedViT, prune
 
 by_name = {each.what: each for each in ARCHITECTURES}
@@ -86,10 +86,10 @@ def pruned(architecture: Architecture, **choices: Any) -> PrunedViT:
 def traced(tokens: str, precision: str) -> onnx.ModelProto:
     if precision != "fp32":  # a pass over the float32 graph, as in the exporter
         wide = traced(tokens, "fp32")
-        facts = read_facts(wide)
+        metadata = read_metadata(wide)
         graph, _ = with_precision(wide, precision)
-        export = {**facts.export, "precision": precision}
-        write_facts(graph, dataclasses.replace(facts, export=export))
+        export = {**metadata.export, "precision": precision}
+        write_metadata(graph, dataclasses.replace(metadata, export=export))
         return graph
     model = pruned(CLASS_TOKEN, tokens=40 if tokens == FIXED else None)
     return export_onnx(model, ExportOptions(batch=(1, 4), runtime_threshold=True))
@@ -105,16 +105,16 @@ def in_form(
     """
     graph = onnx.ModelProto()
     graph.CopyFrom(traced(tokens, precision))
-    facts = read_facts(graph)
-    config = dataclasses.replace(facts.pruning, selection=selection, reduction=reduction)
+    metadata = read_metadata(graph)
+    config = dataclasses.replace(metadata.pruning, selection=selection, reduction=reduction)
     for node in prune_nodes(graph):
         for attribute in node.attribute:
             if attribute.name in ("selection", "reduction"):
                 attribute.s = str(getattr(config, attribute.name)).encode()
     del graph.functions[:]
-    variant = BodyVariant.of(config, facts.num_prefix_tokens)
-    graph.functions.append(build_function(variant, facts.export["opset"]))
-    write_facts(graph, dataclasses.replace(facts, pruning=config))
+    variant = BodyVariant.of(config, metadata.num_prefix_tokens)
+    graph.functions.append(build_function(variant, metadata.export["opset"]))
+    write_metadata(graph, dataclasses.replace(metadata, pruning=config))
     return graph
 
 
@@ -181,7 +181,7 @@ def test_the_function_comes_back_byte_for_byte(tokens: str, selection: str, redu
     before = whole.SerializeToString()
     stripped = without_function(whole)
     assert whole.SerializeToString() == before
-    assert not read_facts(stripped).has_function
+    assert not read_metadata(stripped).has_function
     assert with_function(stripped).SerializeToString() == before
     assert with_function(whole).SerializeToString() == before
     assert without_function(stripped).SerializeToString() == stripped.SerializeToString()
@@ -201,9 +201,12 @@ def test_a_graph_that_prunes_nowhere_has_no_function_to_strip() -> None:
 def test_the_graph_check_wants_the_function_exactly_where_the_facts_say_so() -> None:
     whole = traced(DYNAMIC, "fp32")
     stripped = without_function(whole)
-    assert check_graph(whole, read_facts(whole)).passed
-    assert check_graph(stripped, read_facts(stripped)).passed
-    lost, extra = check_graph(stripped, read_facts(whole)), check_graph(whole, read_facts(stripped))
+    assert check_graph(whole, read_metadata(whole)).passed
+    assert check_graph(stripped, read_metadata(stripped)).passed
+    lost, extra = (
+        check_graph(stripped, read_metadata(whole)),
+        check_graph(whole, read_metadata(stripped)),
+    )
     assert lost.passed is extra.passed is False
     assert "function body is not the operator's" in lost.summary
     assert "it has a function, and says that it has none" in extra.summary
@@ -212,8 +215,8 @@ def test_the_graph_check_wants_the_function_exactly_where_the_facts_say_so() -> 
 def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
     model = pruned(CLASS_TOKEN)
     stripped = without_function(traced(DYNAMIC, "fp32"))
-    verdict, golden = prove_against_torch(stripped, model, photographs(model))
-    assert verdict.status == "proven", verdict.reason
+    verdict, golden = compare_with_torch(stripped, model, photographs(model))
+    assert verdict.status == "passed", verdict.reason
     assert "function put back" in verdict.environment["runtime"]
     skipped = {each["check"]: each["why"] for each in verdict.to_dict()["skipped"]}
     assert "none was run here" in skipped["plugin"]
@@ -223,7 +226,7 @@ def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["verify", str(tmp_path / "model.onnx"), "--json"])
     assert answer.exit_code == 0, answer.output
     again = json.loads(answer.stdout)
-    assert again["status"] == "proven"
+    assert again["status"] == "passed"
     assert [each["check"] for each in again["skipped"]] == ["plugin"]
 
 
@@ -231,7 +234,7 @@ def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
 def test_a_proof_of_a_stripped_16_bit_file_says_what_ran(precision: str) -> None:
     model = pruned(CLASS_TOKEN)
     stripped = without_function(traced(DYNAMIC, precision))
-    verdict, _ = prove_against_torch(stripped, model, photographs(model, 4))
+    verdict, _ = compare_with_torch(stripped, model, photographs(model, 4))
     assert verdict.check("outputs").passed, verdict.reason
     assert verdict.check("plugin").passed is None
 
@@ -242,4 +245,4 @@ def test_files_from_before_there_was_a_choice_have_the_function() -> None:
     (entry,) = graph.metadata_props
     assert entry.key == METADATA_KEY
     assert "function" not in json.loads(entry.value)["export"]
-    assert read_facts(graph).has_function
+    assert read_metadata(graph).has_function

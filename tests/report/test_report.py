@@ -201,11 +201,11 @@ def test_wishes_are_met_by_the_cheapest_setting_and_doubt_is_told(sweep: SweepRe
     assert [choice.setting for choice in choices(unlabelled(sweep))] == ["0.95", "0.95", "0.9"]
 
 
-def test_plots_hold_every_curve_in_its_colour(sweep: SweepResult) -> None:
+def test_plots_hold_every_curve_in_its_color(sweep: SweepResult) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(render_pareto(sweep, "png"))).convert("RGB"))
-    for colour in (OUR_COLOURS[0], BASELINE_COLOURS["random"], BASELINE_COLOURS["tome"]):
-        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (pixels == wanted).all(-1).sum() > 20, colour
+    for color in (OUR_COLOURS[0], BASELINE_COLOURS["random"], BASELINE_COLOURS["tome"]):
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == wanted).all(-1).sum() > 20, color
     svg = render_pareto(sweep, "svg")
     ElementTree.fromstring(svg)
     assert b"<dc:date>" not in svg
@@ -225,7 +225,7 @@ def test_curves_of_different_layers_are_told_apart(sweep: SweepResult) -> None:
     both = (*sweep.cells[:5], *other)
     curves = curves_of(both)
     assert [curve.label for curve in curves] == ["ours before 1,3,4", "ours before 2"]
-    assert len({(curve.colour, curve.marker) for curve in curves}) == 2
+    assert len({(curve.color, curve.marker) for curve in curves}) == 2
     assert len(set(names_of(both))) == len(both)
 
 

@@ -23,7 +23,7 @@ from simprune_deploy.predict.records import PruneRecord
 from simprune_deploy.report.clusters import Clusters, check_sizes, compose, grid_of
 from simprune_deploy.report.pictures import (
     TINT,
-    colour_of,
+    color_of,
     draw_clusters,
     draw_sheet,
     panel_size,
@@ -168,19 +168,19 @@ def test_panels_show_kept_patches_and_tint_the_others() -> None:
 
     for alone in (10, 23):
         assert (inner(panel, alone) == inner(plain, alone)).all()
-    tinted = inner(plain, 8) + TINT * (np.array(colour_of(0)) - inner(plain, 8))
+    tinted = inner(plain, 8) + TINT * (np.array(color_of(0)) - inner(plain, 8))
     assert np.abs(inner(panel, 8) - tinted).max() <= 1
     frame = panel[2 : cell - 2, 2]  # the left edge of the kept patch
-    assert (np.abs(frame.astype(int) - colour_of(0)).sum(1) < 3).mean() > 0.9
+    assert (np.abs(frame.astype(int) - color_of(0)).sum(1) < 3).mean() > 0.9
     # two untouched patches have no line between them
     assert (panel[cell * 2 :, cell * 3 :] == plain[cell * 2 :, cell * 3 :]).all()
 
 
-def test_colours_are_stable_and_neighbours_differ() -> None:
+def test_colors_are_stable_and_neighbours_differ() -> None:
     for columns in (14, 16, 24, 37):
         for head in range(columns * 4):
             for other in (head + 1, head + columns):
-                apart = np.abs(np.subtract(colour_of(head), colour_of(other))).sum()
+                apart = np.abs(np.subtract(color_of(head), color_of(other))).sum()
                 assert apart > 60, (columns, head, other)
 
 

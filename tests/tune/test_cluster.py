@@ -35,7 +35,7 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def data(subject: Subject) -> DataSet:
-    return open_data(IMAGES, subject.facts, DataOptions(limit=8 * SHARDS))
+    return open_data(IMAGES, subject.metadata, DataOptions(limit=8 * SHARDS))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def alone(subject: Subject, data: DataSet, tmp_path_factory: pytest.TempPathFact
 class Killing:
     """Runs on the cluster, and kills the process that gave the first result."""
 
-    facts: dict[str, object] = {}  # noqa: RUF012
+    metadata: dict[str, object] = {}  # noqa: RUF012
 
     def __init__(self, cluster: RayRunner) -> None:
         self.cluster = cluster

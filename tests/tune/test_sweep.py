@@ -65,12 +65,12 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def data(subject: Subject) -> DataSet:
-    return open_data(IMAGES, subject.facts, DataOptions(limit=COUNT))
+    return open_data(IMAGES, subject.metadata, DataOptions(limit=COUNT))
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose threshold is chosen at run time, with normalisation in the graph."""
+    """An export whose threshold is chosen at run time, with normalization in the graph."""
     folder = tmp_path_factory.mktemp("exported") / "pruned"
     options = ExportOptions(runtime_threshold=True, normalize=True, batch=(1, 16))
     sd.export(sd.prune(sd.load(MODEL)), folder, options, verify=False)
@@ -257,7 +257,7 @@ def test_what_changed_is_not_gone_on_with(subject: Subject, data: DataSet, tmp_p
     changed = sd.load(MODEL)
     changed.get_parameter("head.bias").data[0] += 1
     refused("was swept with another model", model=subject_of_model("x", changed))
-    other = open_data(IMAGES, subject.facts, DataOptions(limit=COUNT - 1))
+    other = open_data(IMAGES, subject.metadata, DataOptions(limit=COUNT - 1))
     refused("was swept with another data", pictures=other)
     with pytest.raises(SimpruneError, match="already exists: go on with --resume"):
         measured(subject, data, folder, [HIGH])
@@ -277,12 +277,12 @@ def test_feature_models_and_unlabelled_data_have_no_accuracy(
     vit = sd.load(MODEL)
     vit.reset_classifier(0)  # type: ignore[operator]
     features = subject_of_model("features", vit)
-    data = open_data(IMAGES, features.facts, DataOptions(limit=16))
+    data = open_data(IMAGES, features.metadata, DataOptions(limit=16))
     dense, cell = measured(features, data, tmp_path / "a", [LOW])
     assert (cell.top1, cell.top5, cell.agreement, cell.classes) == (None, None, None, ())
     assert cell.cosine is not None
     assert 0 < cell.cosine < 1 == dense.cosine
-    data = open_data(IMAGES, subject.facts, DataOptions(limit=16, labels=False))
+    data = open_data(IMAGES, subject.metadata, DataOptions(limit=16, labels=False))
     _, cell = measured(subject, data, tmp_path / "b", [LOW])
     assert (cell.top1, cell.right_only_here, cell.classes) == (None, None, ())
     assert cell.agreement is not None
@@ -301,7 +301,7 @@ def test_outputs_that_are_no_numbers_stop_it(tmp_path: Path, subject: Subject) -
     vit = sd.load(MODEL)
     vit.get_parameter("head.bias").data[3] = float("nan")
     broken = subject_of_model("broken", vit)
-    data = open_data(IMAGES, broken.facts, DataOptions(limit=8))
+    data = open_data(IMAGES, broken.metadata, DataOptions(limit=8))
     with pytest.raises(SimpruneError, match=r"NaN or infinity \(dense\)"):
         measured(broken, data, tmp_path / "s", [LOW])
 
@@ -409,7 +409,7 @@ def test_the_command_writes_and_prints_its_table(
     result = load_sweep(folder / "sweep.json")
     assert [cell.setting.threshold for cell in result.cells] == [None, 0.9, 0.8]
     assert result.environment["command"] == "simprune-deploy sweep 'a model'"
-    assert "not proven" in result.environment["graphs"]
+    assert "inconclusive" in result.environment["graphs"]
     for cell in result.cells:
         assert cell.milliseconds is not None
         assert cell.milliseconds > 0

@@ -28,9 +28,9 @@ from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.engine import build, flavours
 from simprune_deploy.engine.build import EngineOptions
+from simprune_deploy.engine.engine_metadata import read_engine_metadata
 from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.gpu import NoGpuError, find_gpu
-from simprune_deploy.engine.sidecar import read_sidecar
 from simprune_deploy.evaluate.datasets import DataOptions, open_data
 from simprune_deploy.onnx.variants import diagnostic_name
 from simprune_deploy.tune import engine_backend
@@ -85,7 +85,7 @@ def sweep_of(
     folder: Path, backend: str, place: Path, limit: int, batch: int, timing: int = 0
 ) -> Sweep:
     subject = subject_of_export(folder)
-    data = open_data(IMAGES, subject.facts, DataOptions(limit=limit))
+    data = open_data(IMAGES, subject.metadata, DataOptions(limit=limit))
     options = SweepOptions(batch, timing)
     return start_sweep(subject, data, backend_of(backend, subject, batch), place, options)
 
@@ -112,12 +112,12 @@ def test_cells_are_those_of_onnxruntime(folder: Path, tmp_path: Path, install: I
     sweep = sweep_of(folder, "engine", tmp_path / "a", 50, 4, timing=10)
     result = sweep.result(settings, "a command")
     assert asked == [ENGINE, DENSE, DIAGNOSIS]  # the one that was there was not built again
-    assert read_sidecar(before.path) == before.facts
+    assert read_engine_metadata(before.path) == before.metadata
     for name in (DENSE, DIAGNOSIS):
-        facts = read_sidecar(folder / "engines" / name)
-        assert (facts.workspace_mib, facts.profile["images"]) == (
+        metadata = read_engine_metadata(folder / "engines" / name)
+        assert (metadata.workspace_mib, metadata.profile["images"]) == (
             64,
-            before.facts.profile["images"],
+            before.metadata.profile["images"],
         )
 
     wanted = sweep_of(folder, "onnxruntime", tmp_path / "b", 50, 4).measure(settings)
@@ -130,7 +130,7 @@ def test_cells_are_those_of_onnxruntime(folder: Path, tmp_path: Path, install: I
     environment = result.environment
     assert environment["runtime"] == "TensorRT 10.3.0 on Orin (SM 8.7)"
     for name in (ENGINE, DENSE, DIAGNOSIS):
-        digest = read_sidecar(folder / "engines" / name).engine.sha256[:8]
+        digest = read_engine_metadata(folder / "engines" / name).engine.sha256[:8]
         assert f"{name} {digest}" in environment["answers"] + environment["times"]
         assert digest in environment["set of engines"]
     assert DIAGNOSIS in environment["answers"]
@@ -238,7 +238,7 @@ def test_what_engines_cannot_do_is_refused(folder: Path, tmp_path: Path, install
     refused("--compare runs in PyTorch, not engine", "sweep", folder, *base, "--compare")
     assert asked == []
     exported = subject_of_export(folder)
-    checkpoint = Subject("checkpoint", exported.facts, exported.sha256)
+    checkpoint = Subject("checkpoint", exported.metadata, exported.sha256)
     with pytest.raises(SimpruneError, match="runs exported folders, and checkpoint is none"):
         backend_of("engine", checkpoint, 4)
 

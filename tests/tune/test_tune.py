@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import CheckFailedError, SimpruneError
-from simprune_deploy.onnx.metadata import read_facts
+from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.variants import prune_nodes
 from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.tune.capacity import capacity_for, size_hints
@@ -203,7 +203,7 @@ def test_the_pages_commands_run_and_the_configuration_is_exported(
     assert len(tuned["evaluated"]) <= 8
     assert all(cell["images"] == 400 for cell in tuned["evaluated"])
     manifest = json.loads((tmp_path / "tuned" / "manifest.json").read_text())
-    assert manifest["verdict"] == "proven"
+    assert manifest["verdict"] == "passed"
     pruning = manifest["model"]["pruning"]
     assert pruning["threshold"] == found.setting.threshold
     assert pruning["layers"] == [1, 3, 4]
@@ -217,7 +217,7 @@ def test_the_pages_commands_run_and_the_configuration_is_exported(
     assert [each["max_tokens"] for each in attributes] == [197] * 3
     assert manifest["model"]["export"]["opt_tokens"] == hints
     next(a for a in prune_nodes(graph)[1].attribute if a.name == "opt_tokens").i += 1
-    assert not check_graph(graph, read_facts(graph)).passed
+    assert not check_graph(graph, read_metadata(graph)).passed
     one_percent = tuned["calibration"]["tokens"][2]
     assert one_percent["share"] == 0.01
     assert max(one_percent["overflow"]) <= 0.01

@@ -154,8 +154,8 @@ def make_bundle(
         The bundle. The same export, installation and library give the same bytes.
 
     Raises:
-        SimpruneError: the folder is damaged or its proof failed, a target or the library does not
-            fit, or the destination cannot be written.
+        SimpruneError: the folder is damaged or its parity check failed, a target or the library
+            does not fit, or the destination cannot be written.
     """
     from simprune_deploy.onnx.metadata import load_graph
 
@@ -208,7 +208,7 @@ def _read_export(folder: Path) -> dict[str, Any]:
         raise SimpruneError(f"{folder} is a bundle already: give the exported folder it came from")
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
         raise SimpruneError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and bundles are made of proven "
+            f"the verdict on {folder} is {manifest['verdict']!r}, and bundles are made of verified "
             "exports: export again, or with --no-verify if you want one all the same"
         )
     if MODEL not in manifest["files"]:
@@ -288,7 +288,7 @@ def _about(
     unchecked.append(f"{PLUGIN_SOURCE}: not compiled from here")
     engine = "built on the device; nothing of this bundle was run on a GPU"
     if gpu != "none used":
-        engine = f"built on the device; the proof of {MODEL} used a GPU: {gpu}"
+        engine = f"built on the device; the parity check of {MODEL} used a GPU: {gpu}"
     return {
         "targets": [_describe(target, library, stripped) for target in targets],
         "wheel": wheel,

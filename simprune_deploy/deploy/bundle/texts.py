@@ -34,9 +34,9 @@ def write_texts(folder: Path, name: str, graph: onnx.ModelProto, about: dict[str
     Raises:
         SimpruneError: the package ``jinja2`` is missing.
     """
-    from simprune_deploy.onnx.metadata import read_facts
+    from simprune_deploy.onnx.metadata import read_metadata
 
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     releases = [release for target in about["targets"] for release in target["releases"]]
     architectures = {target["sm"] for target in about["targets"]}
     stripped = (folder / STRIPPED).exists()
@@ -46,8 +46,8 @@ def write_texts(folder: Path, name: str, graph: onnx.ModelProto, about: dict[str
         "quoted": shlex.quote(name),
         "cuda_12": any((each["cuda"] or "").startswith("12") for each in releases),
         "version": __version__,
-        "architecture": facts.architecture or "A Vision Transformer",
-        "precision": facts.precision,
+        "architecture": metadata.architecture or "A Vision Transformer",
+        "precision": metadata.precision,
         "titles": [target["title"] for target in about["targets"]],
         "stripped": stripped,
         "replaces_from": load_targets().plugin_replaces_function_from.value,
@@ -87,7 +87,7 @@ def _trtexec_lines(
     """
     from simprune_deploy.engine.profile import optimization_profile
     from simprune_deploy.engine.trtexec import trtexec_line
-    from simprune_deploy.onnx.metadata import read_facts
+    from simprune_deploy.onnx.metadata import read_metadata
 
     first = load_targets().plugin_replaces_function_from.value
     versions: set[tuple[int, ...] | None] = set()
@@ -95,7 +95,7 @@ def _trtexec_lines(
         found = [release["tensorrt"] for release in target["releases"]] or [None]
         versions |= {version_numbers(each) if each else None for each in found}
     versions = {each for each in versions if each is None or each >= OLDEST_TENSORRT}
-    profile = optimization_profile(graph, read_facts(graph).batch)
+    profile = optimization_profile(graph, read_metadata(graph).batch)
     lines = []
     for title, model, version, end in (
         (f"Before TensorRT {first}", early, "10.0", version_numbers(first)),

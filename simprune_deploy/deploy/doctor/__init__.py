@@ -12,7 +12,7 @@ from simprune_deploy.deploy.doctor.libraries import (
 )
 from simprune_deploy.deploy.doctor.machine import Machine, examine_machine, gather
 from simprune_deploy.deploy.doctor.packages import examine_packages
-from simprune_deploy.engine.sidecar import TENSORRT, TENSORRT_RTX
+from simprune_deploy.engine.engine_metadata import TENSORRT, TENSORRT_RTX
 
 __all__ = ["Finding", "Machine", "all_needed_present", "examine", "is_older"]
 

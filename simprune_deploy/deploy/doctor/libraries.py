@@ -11,16 +11,16 @@ from pathlib import Path
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.deploy.doctor.findings import Finding, is_older, major, one_line
 from simprune_deploy.deploy.doctor.machine import UPDATE_DRIVER, Facts, Machine
-from simprune_deploy.engine.plugin import toolchain
-from simprune_deploy.engine.sidecar import (
+from simprune_deploy.engine.engine_metadata import (
     NAMES,
     TENSORRT,
     TENSORRT_RTX,
-    EngineFacts,
+    EngineMetadata,
     Here,
     misfit,
-    read_sidecar,
+    read_engine_metadata,
 )
+from simprune_deploy.engine.plugin import toolchain
 from simprune_deploy.pruning.kernel_library import LIBRARY_VARIABLE, read_info
 
 PLUGINS = (
@@ -217,7 +217,7 @@ def _examine_engine(
     name = engine.name if engine.name.isprintable() else ascii(engine.name)
     finding = Finding(name, "ok", "", "running this engine", "")
     try:
-        said = read_sidecar(engine)
+        said = read_engine_metadata(engine)
     except SimpruneError as error:
         return dataclasses.replace(
             finding, state="broken", remedy=_build(engine, None), detail=one_line(error)
@@ -249,7 +249,7 @@ def _examine_engine(
     )
 
 
-def _build(engine: Path, said: EngineFacts | None) -> str:
+def _build(engine: Path, said: EngineMetadata | None) -> str:
     """Return the command that builds an engine again."""
     command = f"simprune-deploy build {engine.parent.parent}"
     if said is not None and said.flavour == TENSORRT_RTX and said.targets:

@@ -214,7 +214,7 @@ def _with_providers(finding: Finding) -> Finding:
 
 
 def _with_cuda(finding: Finding) -> Finding:
-    """Say which CUDA torch was built for; a CPU build exports and proves as well."""
+    """Say which CUDA torch was built for; a CPU build exports and verifies as well."""
     cuda = importlib.import_module("torch").version.cuda
     built = f"built for CUDA {cuda}" if cuda else "a CPU build, which runs nothing on a GPU"
     return dataclasses.replace(finding, detail=built)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
     from simprune_deploy.evaluate.bench.inputs import Feed
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 __all__ = ["BenchOptions", "benchmark"]
 
@@ -57,40 +57,40 @@ def benchmark(
         SimpruneError: the folder is damaged, an option does not fit the model, or there is
             nothing here to run it with.
     """
-    from simprune_deploy.onnx.metadata import load_graph, read_facts
+    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.variants import prune_nodes
 
     options = options or BenchOptions()
     folder = Path(folder)
     manifest = read_manifest(folder)
     graph = load_graph(folder / MODEL)
-    facts = read_facts(graph)
+    metadata = read_metadata(graph)
     if not prune_nodes(graph):
         raise SimpruneError(
-            f"{folder} prunes nothing (threshold {facts.pruning.threshold}): there is nothing to "
-            "compare"
+            f"{folder} prunes nothing (threshold {metadata.pruning.threshold}): there is nothing "
+            "to compare"
         )
-    thresholds = thresholds_of(facts, options)
-    pictures = load_pictures(folder, graph, facts, options)
+    thresholds = thresholds_of(metadata, options)
+    pictures = load_pictures(folder, graph, metadata, options)
     feeds = {
-        threshold: [feed_of(facts, batch, threshold) for batch in pictures.batches]
+        threshold: [feed_of(metadata, batch, threshold) for batch in pictures.batches]
         for threshold in thresholds
     }
     machine, busy = describe_machine(), is_busy()
     with contextlib.ExitStack() as stack:
-        subjects = _subjects(stack, folder, graph, facts, feeds, options, progress)
+        subjects = _subjects(stack, folder, graph, metadata, feeds, options, progress)
         plan = Plan(options.iterations, options.warm_up, len(pictures.batches))
         runners = {subject.name: subject.run for subject in subjects.models}
         times = measure(runners, plan, progress=progress)
     progress("counting tokens")
-    tokens = {name: count_tokens(graph, facts, each) for name, each in feeds.items()}
+    tokens = {name: count_tokens(graph, metadata, each) for name, each in feeds.items()}
     return {
         "model": {
             "folder": str(folder),
-            "architecture": facts.architecture,
-            "image_size": list(facts.image_size),
-            "precision": facts.precision,
-            "pruning": facts.pruning.to_dict(),
+            "architecture": metadata.architecture,
+            "image_size": list(metadata.image_size),
+            "precision": metadata.precision,
+            "pruning": metadata.pruning.to_dict(),
             "verdict": manifest["verdict"],
         },
         "machine": machine,
@@ -144,7 +144,7 @@ def _subjects(
     stack: contextlib.ExitStack,
     folder: Path,
     graph: onnx.ModelProto,
-    facts: Facts,
+    metadata: ModelMetadata,
     feeds: dict[float, list[Feed]],
     options: BenchOptions,
     progress: Progress,
@@ -152,7 +152,7 @@ def _subjects(
     if options.backend == "onnxruntime":
         from simprune_deploy.evaluate.bench.on_onnxruntime import onnxruntime_subjects
 
-        return onnxruntime_subjects(folder, graph, facts, feeds, options, progress)
+        return onnxruntime_subjects(folder, graph, metadata, feeds, options, progress)
     from simprune_deploy.evaluate.bench.on_engines import engine_subjects
 
-    return engine_subjects(stack, folder, facts, feeds, options, progress)
+    return engine_subjects(stack, folder, metadata, feeds, options, progress)

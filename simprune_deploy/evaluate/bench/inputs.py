@@ -18,7 +18,7 @@ from simprune_deploy.onnx.metadata import preprocessing_of
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 MOST_IMAGES = 16
 
@@ -43,24 +43,24 @@ class Pictures:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-def thresholds_of(facts: Facts, options: BenchOptions) -> tuple[float, ...]:
+def thresholds_of(metadata: ModelMetadata, options: BenchOptions) -> tuple[float, ...]:
     """Return the thresholds to time.
 
     Raises:
         SimpruneError: others than the model's own were asked for, and it cannot do them.
     """
     if not options.thresholds:
-        return (facts.pruning.threshold,)
-    if not facts.export["runtime_threshold"]:
+        return (metadata.pruning.threshold,)
+    if not metadata.export["runtime_threshold"]:
         raise SimpruneError(
-            f"the threshold of this export is fixed at {facts.pruning.threshold}: export with "
+            f"the threshold of this export is fixed at {metadata.pruning.threshold}: export with "
             "--runtime-threshold to time others"
         )
     return tuple(dict.fromkeys(options.thresholds))
 
 
 def load_pictures(
-    folder: Path, graph: onnx.ModelProto, facts: Facts, options: BenchOptions
+    folder: Path, graph: onnx.ModelProto, metadata: ModelMetadata, options: BenchOptions
 ) -> Pictures:
     """Return the folder's golden images, or those that the user named, in batches.
 
@@ -69,7 +69,7 @@ def load_pictures(
     """
     from simprune_deploy.onnx.variants import pruned_layers
 
-    low, high = facts.batch
+    low, high = metadata.batch
     batch = low if options.batch is None else options.batch
     if not low <= batch <= high:
         raise SimpruneError(
@@ -83,9 +83,9 @@ def load_pictures(
         return Pictures(_batches(images, batch), len(images), "the golden cases of the folder")
     from simprune_deploy.common.images import load_folder
 
-    preprocessing = preprocessing_of(facts)
+    preprocessing = preprocessing_of(metadata)
     found = load_folder(
-        options.images, preprocessing, MOST_IMAGES, normalize=not facts.export["normalize"]
+        options.images, preprocessing, MOST_IMAGES, normalize=not metadata.export["normalize"]
     )
     return Pictures(_batches(found.pixels, batch), len(found.pixels), found.source, found.skipped)
 
@@ -97,9 +97,9 @@ def _batches(images: Array, batch: int) -> list[Array]:
     return [np.ascontiguousarray(images[row]) for row in rows]
 
 
-def feed_of(facts: Facts, images: Array, threshold: float) -> Feed:
+def feed_of(metadata: ModelMetadata, images: Array, threshold: float) -> Feed:
     """Return the pruned model's inputs for a batch."""
-    if not facts.export["runtime_threshold"]:
+    if not metadata.export["runtime_threshold"]:
         return {"images": images}
     return {"images": images, "threshold": np.array([threshold], np.float32)}
 
@@ -109,7 +109,9 @@ def images_only(feed: Feed) -> Feed:
     return {"images": feed["images"]}
 
 
-def count_tokens(graph: onnx.ModelProto, facts: Facts, feeds: list[Feed]) -> dict[str, Any]:
+def count_tokens(
+    graph: onnx.ModelProto, metadata: ModelMetadata, feeds: list[Feed]
+) -> dict[str, Any]:
     """Return how many tokens the batches kept, and the speed-up that these counts allow.
 
     Counted where decisions can be seen, in ONNX Runtime on the CPU.
@@ -128,23 +130,23 @@ def count_tokens(graph: onnx.ModelProto, facts: Facts, feeds: list[Feed]) -> dic
         from simprune_deploy.predict.onnxruntime_session import cpu_session
 
         shown = with_diagnostics(with_function(graph))
-        if facts.precision == "bf16":
-            shown = emulated(shown, facts.precision)
+        if metadata.precision == "bf16":
+            shown = emulated(shown, metadata.precision)
         session = cpu_session(shown.SerializeToString(), usable_cores())
     except ImportError:
         return {"unknown": "tokens are counted in ONNX Runtime: pip install onnxruntime"}
     names = [diagnostic_name(layer, "kept_index") for layer in layers]
-    height, width = facts.image_size
-    embed = 2.0 * facts.channels * height * width * facts.embed_dim
+    height, width = metadata.image_size
+    embed = 2.0 * metadata.channels * height * width * metadata.embed_dim
     kept, shares, costs = [], [], []
     for feed in feeds:
         counts = [float(found.shape[1]) for found in session.run(names, feed)]
-        by_block = spread_over_blocks(facts.num_tokens, layers, counts, facts.depth)
+        by_block = spread_over_blocks(metadata.num_tokens, layers, counts, metadata.depth)
         kept.append(counts)
-        shares.append(sum(by_block) / facts.depth / facts.num_tokens)
-        costs.append(1 / allowed_speedup(facts.block, facts.num_tokens, by_block, embed))
+        shares.append(sum(by_block) / metadata.depth / metadata.num_tokens)
+        costs.append(1 / allowed_speedup(metadata.block, metadata.num_tokens, by_block, embed))
     return {
-        "before": facts.num_tokens,
+        "before": metadata.num_tokens,
         "kept": dict(zip(map(str, layers), np.mean(kept, axis=0).round(2).tolist(), strict=True)),
         "processed_share": round(float(np.mean(shares)), 4),
         "allowed_speedup": round(1 / float(np.mean(costs)), 4),

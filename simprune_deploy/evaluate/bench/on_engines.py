@@ -11,12 +11,12 @@ from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.build import EngineOptions, build_engine
 from simprune_deploy.engine.builders import like
+from simprune_deploy.engine.engine_metadata import TENSORRT, EngineMetadata
 from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.gpu import find_gpu
 from simprune_deploy.engine.inventory import engines_in
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.engine.runtime import Engine
-from simprune_deploy.engine.sidecar import TENSORRT, EngineFacts
 from simprune_deploy.evaluate.bench.inputs import Feed, images_only
 from simprune_deploy.evaluate.bench.options import BenchOptions
 from simprune_deploy.evaluate.bench.subjects import DENSE, Subject, Subjects, name_of
@@ -24,13 +24,13 @@ from simprune_deploy.evaluate.timing import Runner
 from simprune_deploy.onnx.exported_folder import MODEL
 
 if TYPE_CHECKING:
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 
 def engine_subjects(
     stack: contextlib.ExitStack,
     folder: Path,
-    facts: Facts,
+    metadata: ModelMetadata,
     feeds: dict[float, list[Feed]],
     options: BenchOptions,
     progress: Progress,
@@ -43,7 +43,7 @@ def engine_subjects(
     Args:
         stack: Closes the engines.
         folder: The exported folder.
-        facts: Its model.
+        metadata: Its model.
         feeds: By threshold, the batches to run.
         options: The user's choices.
         progress: Called with a word on each step.
@@ -60,7 +60,7 @@ def engine_subjects(
         of="dense",
         progress=progress,
     )
-    fixed = bool(facts.pruning.capacities) and all(facts.pruning.capacities)
+    fixed = bool(metadata.pruning.capacities) and all(metadata.pruning.capacities)
     graphs = {DENSE: options.cuda_graph, "pruned": options.cuda_graph and fixed}
     progress("loading the engines")
     engines = {
@@ -81,7 +81,7 @@ def engine_subjects(
         "tuned_for": f"batch {built.profile['images']['opt'][0]}",
         "cuda_graphs": [name for name, used in graphs.items() if used] or "none",
     }
-    paths = {path: built, dense.path: dense.facts}
+    paths = {path: built, dense.path: dense.metadata}
     lines = tuple(
         _trtexec(each, known, library, _first(feeds))
         for each, known in paths.items()
@@ -92,11 +92,15 @@ def engine_subjects(
 
 def _pruned_engine(
     folder: Path, options: BenchOptions, batch: int, progress: Progress
-) -> tuple[Path, EngineFacts]:
+) -> tuple[Path, EngineMetadata]:
     if not options.force:
         for found in engines_in(folder, options.plugin):
-            if found.problem is None and found.facts is not None and found.facts.of == "pruned":
-                return found.path, found.facts
+            if (
+                found.problem is None
+                and found.metadata is not None
+                and found.metadata.of == "pruned"
+            ):
+                return found.path, found.metadata
     wanted = EngineOptions(opt_batch=batch, force=options.force)
     try:
         built = build_here(folder, plugin=options.plugin, options=wanted, progress=progress)
@@ -105,7 +109,7 @@ def _pruned_engine(
             f"no engine of {folder} runs here: {error}; --backend onnxruntime times the ONNX file "
             "on the CPU"
         ) from error
-    return built.path, built.facts
+    return built.path, built.metadata
 
 
 def _runner(engine: Engine, batches: list[Feed]) -> Runner:
@@ -119,7 +123,7 @@ def _runner(engine: Engine, batches: list[Feed]) -> Runner:
 def _memory(engine: Engine) -> dict[str, int]:
     memory = engine.memory
     return {
-        "engine file": engine.facts.engine.bytes,
+        "engine file": engine.metadata.engine.bytes,
         "scratch": memory.scratch,
         "inputs and outputs": memory.arrays,
         "taken of the GPU": memory.taken,
@@ -130,19 +134,19 @@ def _first(feeds: dict[float, list[Feed]]) -> Feed:
     return next(iter(feeds.values()))[0]
 
 
-def _trtexec(path: Path, facts: EngineFacts, library: Path | None, feed: Feed) -> str:
+def _trtexec(path: Path, metadata: EngineMetadata, library: Path | None, feed: Feed) -> str:
     """Return the line that times an engine with NVIDIA's own program, on given images.
 
     Without --loadInputs trtexec runs on noise, of which other counts of tokens stay.
     """
     shapes, files = [], []
-    for name, profile in facts.profile.items():
+    for name, profile in metadata.profile.items():
         array: Any = feed[name]
         if profile["min"] != profile["max"]:
             shapes.append(f"{name}:{'x'.join(map(str, array.shape))}")
         files.append(f"{name}:{name}.raw")
     parts = ["trtexec", f"--loadEngine={path}"]
-    if facts.plugin is not None:
+    if metadata.plugin is not None:
         parts.append(f"--dynamicPlugins={library}")
     if shapes:
         parts.append(f"--shapes={','.join(shapes)}")

@@ -25,13 +25,13 @@ from simprune_deploy.predict.onnxruntime_session import cpu_session
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.onnx.metadata import Facts
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 
 def onnxruntime_subjects(
     folder: Path,
     graph: onnx.ModelProto,
-    facts: Facts,
+    metadata: ModelMetadata,
     feeds: dict[float, list[Feed]],
     options: BenchOptions,
     progress: Progress,
@@ -40,7 +40,7 @@ def onnxruntime_subjects(
 
     Args:
         folder: The exported folder.
-        graph, facts: Its model.
+        graph, metadata: Its model.
         feeds: By threshold, the batches to run.
         options: The user's choices.
         progress: Called with a word on each step.
@@ -56,7 +56,7 @@ def onnxruntime_subjects(
         raise SimpruneError(
             f"onnxruntime does not load ({error}): pip install onnxruntime"
         ) from None
-    if facts.precision == "bf16":
+    if metadata.precision == "bf16":
         raise SimpruneError(
             "ONNX Runtime has no bfloat16 on the CPU: time an engine, or an export in fp32"
         )
@@ -67,7 +67,7 @@ def onnxruntime_subjects(
     with tempfile.TemporaryDirectory() as scratch:
         unpruned, pruned = Path(scratch) / "dense.onnx", folder / MODEL
         unpruned.write_bytes(dense(graph).SerializeToString())
-        if not facts.has_function:
+        if not metadata.has_function:
             pruned = Path(scratch) / MODEL
             pruned.write_bytes(with_function(graph).SerializeToString())
         progress(f"memory: {DENSE}")
@@ -84,7 +84,7 @@ def onnxruntime_subjects(
         "run_by": f"the ONNX file in ONNX Runtime {onnxruntime.__version__}, on the CPU",
         "threads": threads,
     }
-    if facts.precision == "fp16":
+    if metadata.precision == "fp16":
         environment["note"] = (
             "on a CPU, ONNX Runtime casts much of a float16 model to float32 and back: this says "
             "nothing about a GPU"

@@ -38,7 +38,7 @@ DEFAULTS = {
 }
 ONE_PREFIX = ["num_prefix_tokens", "INT32", 1]
 
-# name -> fields, and what the plugin made from them serialises
+# name -> fields, and what the plugin made from them serializes
 GOOD: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "defaults": ([ONE_PREFIX], DEFAULTS),
     "int64": ([["num_prefix_tokens", "INT64", 1]], DEFAULTS),
@@ -193,7 +193,7 @@ def test_it_creates_plugins_from_good_fields(answer: dict[str, Any], name: str, 
     in_cpp = case["in_cpp"]
     assert in_cpp["timing_cache_id"] == plugin["timing_cache_id"]
     assert in_cpp["num_outputs"] == outputs
-    assert in_cpp["serialised"] == fields
+    assert in_cpp["serialized"] == fields
     assert in_cpp["formats"] == [{"linear": types, "others": 0} for types in LINEAR[: 3 + outputs]]
     assert in_cpp["output_types"].pop("int8") is None
     assert set(in_cpp["output_types"]) == {"float32", "float16", "bfloat16"}

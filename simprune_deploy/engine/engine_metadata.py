@@ -2,7 +2,7 @@
 
 An engine is machine code for one kind of GPU and one version of one flavour of TensorRT, made from
 one ONNX file, and for one plugin if it has one in it. TensorRT itself notices some mismatches with
-an error, and some with a crash; the sidecar turns all of them into a sentence beforehand.
+an error, and some with a crash; the metadata turns all of them into a sentence beforehand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMAT = 2
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 NAMES = {TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}
 KINDS = ("pruned", "dense", "diagnosis")
-LARGEST_SIDECAR = 1 << 20
+LARGEST_METADATA = 1 << 20
 
 Capability = tuple[int, int]
 Profile = dict[str, dict[str, list[int]]]
@@ -46,7 +46,7 @@ class FileStamp:
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineFacts:
+class EngineMetadata:
     """What is known of an engine.
 
     Attributes:
@@ -59,7 +59,7 @@ class EngineFacts:
         plugin: The library with the plugin that is in it; None if it runs the ONNX function.
         onnx: The ONNX file it was built from.
         of: "pruned" (the model as shipped), "dense" (without pruning) or "diagnosis" (with the
-            decisions as outputs, for a proof).
+            decisions as outputs, for a parity check).
         precision: "fp32", "fp16" or "bf16".
         profile: By input, the shapes "min", "opt" and "max".
         workspace_mib: The limit on the builder's and the engine's workspace; None: no limit.
@@ -104,7 +104,7 @@ class EngineFacts:
         return {"format": FORMAT, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EngineFacts:
+    def from_dict(cls, values: dict[str, Any]) -> EngineMetadata:
         """Build facts from :meth:`to_dict`'s result.
 
         Raises:
@@ -115,12 +115,12 @@ class EngineFacts:
             known[name] = tuple(known[name])
         for name in ("plugin", "onnx", "engine"):
             known[name] = None if known[name] is None else FileStamp(**known[name])
-        facts = cls(**known)
-        facts._check()
-        return facts
+        metadata = cls(**known)
+        metadata._check()
+        return metadata
 
     def _check(self) -> None:
-        hints = get_type_hints(EngineFacts)
+        hints = get_type_hints(EngineMetadata)
         texts = [name for name, hint in hints.items() if hint is str]
         texts += [name for name in ("gpu", "cuda") if getattr(self, name) is not None]
         lists = {name: getattr(self, name) for name in ("compute_capabilities", "targets")}
@@ -177,31 +177,31 @@ class Here:
     plugin: str | None = None
 
 
-def sidecar_of(engine: Path) -> Path:
+def metadata_path(engine: Path) -> Path:
     """Return where an engine's metadata is: ``x.engine.json`` beside ``x.engine``."""
     return engine.with_name(engine.name + ".json")
 
 
-def read_sidecar(engine: Path, *, check_hash: bool = True) -> EngineFacts:
+def read_engine_metadata(engine: Path, *, check_hash: bool = True) -> EngineMetadata:
     """Read what is known of an engine, and see that it is the engine that was built.
 
     Args:
-        engine: The engine file, not the sidecar.
+        engine: The engine file, not the metadata.
         check_hash: Read the engine and compare its SHA-256. Default True.
 
     Raises:
-        SimpruneError: there is no engine or no sidecar, the sidecar is damaged or of a newer
+        SimpruneError: there is no engine or no metadata, the metadata is damaged or of a newer
             format, or the engine was changed.
     """
-    path = sidecar_of(engine)
+    path = metadata_path(engine)
     if not engine.is_file():
         raise SimpruneError(f"{engine} does not exist: `simprune-deploy build` makes engines")
     try:
-        if path.stat().st_size > LARGEST_SIDECAR:
+        if path.stat().st_size > LARGEST_METADATA:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
         found = int(values["format"])
-        facts = EngineFacts.from_dict(values) if found == FORMAT else None
+        metadata = EngineMetadata.from_dict(values) if found == FORMAT else None
     except FileNotFoundError:
         raise SimpruneError(
             f"{path} is missing: without it nobody knows what {engine.name} is for; build it again"
@@ -209,48 +209,52 @@ def read_sidecar(engine: Path, *, check_hash: bool = True) -> EngineFacts:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(f"{error!r}".split())[:200]
         raise SimpruneError(f"{path} is damaged ({why}): build the engine again") from error
-    if facts is None:
+    if metadata is None:
         remedy = "update simprune-deploy" if found > FORMAT else "build the engine again"
         raise SimpruneError(f"{path} has format {found}, and this version reads {FORMAT}: {remedy}")
-    if check_hash and FileStamp.of(engine) != dataclasses.replace(facts.engine, file=engine.name):
+    if check_hash and FileStamp.of(engine) != dataclasses.replace(
+        metadata.engine, file=engine.name
+    ):
         raise SimpruneError(
             f"{engine} is not the engine that was built: its SHA-256 differs; build it again"
         )
-    return facts
+    return metadata
 
 
-def check_fits(facts: EngineFacts, here: Here) -> None:
+def check_fits(metadata: EngineMetadata, here: Here) -> None:
     """Refuse an engine that this machine cannot load or would load wrongly.
 
     Raises:
         SimpruneError: with what it was built for, what is here, and the way out.
     """
-    problem = misfit(facts, here)
+    problem = misfit(metadata, here)
     if problem is not None:
-        raise SimpruneError(f"{facts.engine.file} {problem}")
+        raise SimpruneError(f"{metadata.engine.file} {problem}")
 
 
-def misfit(facts: EngineFacts, here: Here) -> str | None:
+def misfit(metadata: EngineMetadata, here: Here) -> str | None:
     """Return why an engine does not fit a machine, as the end of a sentence; None if it does."""
-    built = f"was built for SM {', '.join(facts.compute_capabilities)} with {facts.title}"
-    again = f"run `{_build_command(facts)}`"
-    if here.flavour != facts.flavour:
+    built = f"was built for SM {', '.join(metadata.compute_capabilities)} with {metadata.title}"
+    again = f"run `{_build_command(metadata)}`"
+    if here.flavour != metadata.flavour:
         return f"{built}, and {NAMES[here.flavour]} cannot load it"
     if here.version is None:
         return f"{built}, and {NAMES[here.flavour]} is not installed here"
     if here.compute_capability is None:
         return f"{built}, and no GPU was found here"
     mine = f"{here.compute_capability[0]}.{here.compute_capability[1]}"
-    if mine not in facts.compute_capabilities or not same_version(facts.version, here.version):
+    if mine not in metadata.compute_capabilities or not same_version(
+        metadata.version, here.version
+    ):
         return f"{built}; this is SM {mine} with {here.version}: {again}"
-    if facts.cuda and here.cuda and _major(here.cuda) < _major(facts.cuda):
-        return f"{built} and CUDA {facts.cuda}; this driver knows CUDA {here.cuda}: {again}"
-    if facts.plugin is not None and here.plugin != facts.plugin.sha256:
-        name = facts.plugin.file
+    if metadata.cuda and here.cuda and _major(here.cuda) < _major(metadata.cuda):
+        return f"{built} and CUDA {metadata.cuda}; this driver knows CUDA {here.cuda}: {again}"
+    if metadata.plugin is not None and here.plugin != metadata.plugin.sha256:
+        name = metadata.plugin.file
         if here.plugin is None:
             return f"has the plugin of {name} in it, and no library was found: name it (--plugin)"
         return (
-            f"was built with another {name} (SHA-256 {facts.plugin.sha256[:12]}...) than the "
+            f"was built with another {name} (SHA-256 {metadata.plugin.sha256[:12]}...) than the "
             f"library here ({here.plugin[:12]}...): name that one (--plugin), or {again}"
         )
     return None
@@ -268,10 +272,10 @@ def parse_capability(text: str) -> Capability:
     return int(major), int(minor)
 
 
-def _build_command(facts: EngineFacts) -> str:
-    if facts.flavour == TENSORRT:
+def _build_command(metadata: EngineMetadata) -> str:
+    if metadata.flavour == TENSORRT:
         return "simprune-deploy build FOLDER"
-    return f"simprune-deploy build FOLDER --target {','.join(facts.targets) or 'NAME'}"
+    return f"simprune-deploy build FOLDER --target {','.join(metadata.targets) or 'NAME'}"
 
 
 def _major(version: str) -> int:

@@ -11,7 +11,7 @@ struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-struct Sidecar {
+struct EngineMetadata {
     std::string flavour;                           // "tensorrt" or "tensorrt-rtx"
     std::string version;                           // of the TensorRT that built it, and that alone runs it
     std::vector<std::string> computeCapabilities;  // such as "8.7"
@@ -20,10 +20,10 @@ struct Sidecar {
 };
 
 // Reads ENGINE.json beside an engine. Throws Failure.
-Sidecar readSidecar(std::string const& engine);
+EngineMetadata readEngineMetadata(std::string const& engine);
 
 // Throws Failure unless the TensorRT here ("10.3.0") is the one that built an engine.
-void checkTensorRT(Sidecar const& sidecar, std::string const& version);
+void checkTensorRT(EngineMetadata const& engine_metadata, std::string const& version);
 
 // Throws Failure unless an engine is for a GPU ("8.7").
-void checkGpu(Sidecar const& sidecar, std::string const& computeCapability);
+void checkGpu(EngineMetadata const& engine_metadata, std::string const& computeCapability);

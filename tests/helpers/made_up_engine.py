@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.engine.sidecar import (
-    EngineFacts,
+from simprune_deploy.engine.engine_metadata import (
+    EngineMetadata,
     FileStamp,
     Here,
 )
@@ -15,8 +15,8 @@ from simprune_deploy.engine.sidecar import (
 ORIN = Here("tensorrt", "10.3.0", (8, 7), "12.6", "b" * 64)
 
 
-def facts_of(path: Path, **changes: Any) -> EngineFacts:
-    facts = EngineFacts(
+def metadata_of(path: Path, **changes: Any) -> EngineMetadata:
+    metadata = EngineMetadata(
         flavour="tensorrt",
         version="10.3.0",
         compute_capabilities=("8.7",),
@@ -37,4 +37,4 @@ def facts_of(path: Path, **changes: Any) -> EngineFacts:
         seconds=1.5,
         created="2026-11-24T00:00:00+00:00",
     )
-    return dataclasses.replace(facts, **changes)
+    return dataclasses.replace(metadata, **changes)

@@ -15,7 +15,7 @@ import onnx
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.versions import package_version
-from simprune_deploy.onnx.metadata import Facts, read_facts
+from simprune_deploy.onnx.metadata import ModelMetadata, read_metadata
 from simprune_deploy.onnx.variants import pruned_layers
 from simprune_deploy.parity.backends import Backend, OnnxRuntimeBackend
 from simprune_deploy.parity.checks import (
@@ -51,7 +51,7 @@ SPREAD = (-0.15, 0.1)
 the model's to this much above."""
 
 
-def prove_against_torch(
+def compare_with_torch(
     graph: onnx.ModelProto,
     model: PrunedViT,
     images: ImageSet,
@@ -63,21 +63,23 @@ def prove_against_torch(
     Args:
         graph: From :func:`simprune_deploy.onnx.exporter.export_onnx`.
         model: The reference.
-        images: As the graph takes them: normalised unless the graph normalises, or uint8.
+        images: As the graph takes them: normalized unless the graph normalizes, or uint8.
         progress: Called with a word on what runs next.
         backend: What runs the graph. Default: ONNX Runtime.
 
     Returns:
         The verdict, and golden cases for other machines.
     """
-    facts = read_facts(graph)
-    if model.config != facts.pruning and facts.pruning.layers:
+    metadata = read_metadata(graph)
+    if model.config != metadata.pruning and metadata.pruning.layers:
         raise SimpruneError("the reference is pruned otherwise than the exported model says it is")
-    backend = backend or OnnxRuntimeBackend(graph, facts)
-    inputs = _inputs(facts, images.pixels, backend.batch)
+    backend = backend or OnnxRuntimeBackend(graph, metadata)
+    inputs = _inputs(metadata, images.pixels, backend.batch)
     layers = pruned_layers(graph)
-    normalize = (facts.mean, facts.std) if facts.export["normalize"] else None
-    runner = TorchRunner(model, facts.output, facts.export["softmax"], normalize, facts.takes_uint8)
+    normalize = (metadata.mean, metadata.std) if metadata.export["normalize"] else None
+    runner = TorchRunner(
+        model, metadata.output, metadata.export["softmax"], normalize, metadata.takes_uint8
+    )
     was_training = model.training
     model.eval()
     progress("PyTorch reference")
@@ -93,8 +95,8 @@ def prove_against_torch(
         "images": list(images.names),
         "skipped": [list(pair) for pair in images.skipped],
     }
-    if facts.precision == "fp32":
-        verdict, _ = _prove(graph, facts, reference, inputs, described, progress, backend)
+    if metadata.precision == "fp32":
+        verdict, _ = _prove(graph, metadata, reference, inputs, described, progress, backend)
         return verdict, golden_of(inputs, reference)
 
     def told(decided: Run) -> Run:
@@ -103,37 +105,37 @@ def prove_against_torch(
         progress("PyTorch, told the decisions")
         return replay(runner, decided, inputs, f"{name}, told the decisions")
 
-    verdict, used = _prove(graph, facts, reference, inputs, described, progress, backend, told)
+    verdict, used = _prove(graph, metadata, reference, inputs, described, progress, backend, told)
     return verdict, golden_of(inputs, used)
 
 
-def prove_against_golden(
+def compare_with_golden(
     graph: onnx.ModelProto,
     golden: Golden,
     progress: Progress = silent,
     backend: Backend | None = None,
 ) -> Verdict:
     """Compare a graph with golden cases, in ONNX Runtime by default. Needs no torch."""
-    facts = read_facts(graph)
-    backend = backend or OnnxRuntimeBackend(graph, facts)
-    _check_shape(facts, golden.images)
-    _check_golden(facts, golden)
+    metadata = read_metadata(graph)
+    backend = backend or OnnxRuntimeBackend(graph, metadata)
+    _check_shape(metadata, golden.images)
+    _check_golden(metadata, golden)
     inputs = Inputs(
         golden.images,
         golden.thresholds,
         backend.batch,
-        bool(facts.export["runtime_threshold"]),
+        bool(metadata.export["runtime_threshold"]),
     )
     described = {"source": "golden cases", "images": len(golden.images), "skipped": []}
-    return _prove(graph, facts, golden.reference, inputs, described, progress, backend)[0]
+    return _prove(graph, metadata, golden.reference, inputs, described, progress, backend)[0]
 
 
-def _inputs(facts: Facts, pixels: Any, batch: tuple[int, int]) -> Inputs:
+def _inputs(metadata: ModelMetadata, pixels: Any, batch: tuple[int, int]) -> Inputs:
     """Return the images, twice over if each can have a threshold of its own."""
-    _check_shape(facts, pixels)
-    config = facts.pruning
+    _check_shape(metadata, pixels)
+    config = metadata.pruning
     thresholds = np.full(len(pixels), config.threshold, np.float32)
-    runtime = bool(facts.export["runtime_threshold"])
+    runtime = bool(metadata.export["runtime_threshold"])
     if runtime:
         own = config.threshold + np.linspace(*SPREAD, len(pixels), dtype=np.float32)
         thresholds = np.concatenate([thresholds, np.clip(own, -1, 2).astype(np.float32)])
@@ -141,26 +143,26 @@ def _inputs(facts: Facts, pixels: Any, batch: tuple[int, int]) -> Inputs:
     return Inputs(pixels, thresholds, batch, runtime)
 
 
-def _check_shape(facts: Facts, pixels: Any) -> None:
-    expected = facts.image_shape
-    if pixels.shape[1:] != expected or pixels.dtype != facts.image_dtype:
+def _check_shape(metadata: ModelMetadata, pixels: Any) -> None:
+    expected = metadata.image_shape
+    if pixels.shape[1:] != expected or pixels.dtype != metadata.image_dtype:
         raise SimpruneError(
             f"the images are {pixels.dtype}{list(pixels.shape[1:])}, and the model takes "
-            f"{facts.image_dtype}{list(expected)}"
+            f"{metadata.image_dtype}{list(expected)}"
         )
 
 
-def _check_golden(facts: Facts, golden: Golden) -> None:
+def _check_golden(metadata: ModelMetadata, golden: Golden) -> None:
     """Refuse golden cases of another model or another threshold."""
-    width = facts.num_classes or facts.embed_dim
+    width = metadata.num_classes or metadata.embed_dim
     outputs = golden.reference.outputs
     if outputs.shape != (len(golden.images), width) or outputs.dtype.kind != "f":
         raise SimpruneError(
             f"the golden outputs are {outputs.dtype}{list(outputs.shape)}, and the model gives "
             f"float32{[len(golden.images), width]}: export again"
         )
-    wanted = np.float32(facts.pruning.threshold)
-    if not facts.export["runtime_threshold"] and (golden.thresholds != wanted).any():
+    wanted = np.float32(metadata.pruning.threshold)
+    if not metadata.export["runtime_threshold"] and (golden.thresholds != wanted).any():
         raise SimpruneError(
             f"the golden cases have threshold {golden.thresholds[0]}, the model {wanted}: "
             "export again"
@@ -169,7 +171,7 @@ def _check_golden(facts: Facts, golden: Golden) -> None:
 
 def _prove(
     graph: onnx.ModelProto,
-    facts: Facts,
+    metadata: ModelMetadata,
     reference: Run,
     inputs: Inputs,
     described: dict[str, Any],
@@ -183,15 +185,15 @@ def _prove(
     """
     layers = pruned_layers(graph)
     pruning = Pruning(
-        facts.pruning,
-        facts.num_prefix_tokens,
-        facts.num_tokens,
-        facts.depth,
-        facts.block,
-        facts.precision,
+        metadata.pruning,
+        metadata.num_prefix_tokens,
+        metadata.num_tokens,
+        metadata.depth,
+        metadata.block,
+        metadata.precision,
     )
-    environment = _environment(reference.name, facts.precision, backend)
-    graph_check = check_graph(graph, facts)
+    environment = _environment(reference.name, metadata.precision, backend)
+    graph_check = check_graph(graph, metadata)
     if not graph_check.passed:
         # what follows reads the graph by its description: it would mean nothing
         skipped = "not asked, because the graph contradicts its description"
@@ -200,14 +202,14 @@ def _prove(
         return Verdict(checks, environment, described), reference
     with quiet_polygraphy(), _explained(backend):
         progress(backend.title)
-        shipped = run(backend.shipped(), inputs, inputs.mixed(), [], facts.output)
+        shipped = run(backend.shipped(), inputs, inputs.mixed(), [], metadata.output)
         progress(f"{backend.title}, with its decisions shown")
         shown = backend.diagnosed()
-        diagnosed = run(shown, inputs, inputs.mixed(), layers, facts.output)
+        diagnosed = run(shown, inputs, inputs.mixed(), layers, metadata.output)
         alone = None
         if inputs.batch[1] > 1:
             progress(f"{backend.title}, every image alone")
-            alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers, facts.output)
+            alone = run(shown, inputs, inputs.alone(ALONE_IMAGES), layers, metadata.output)
         compared = told(diagnosed) if told is not None else reference
         tolerance = pruning.tolerance
         extra = backend.checks(inputs, shipped, diagnosed, tolerance, progress)
@@ -225,7 +227,7 @@ def _prove(
         checks = (
             graph_check,
             outputs,
-            check_top1(compared, shipped, same, facts.num_classes > 0, tolerance),
+            check_top1(compared, shipped, same, metadata.num_classes > 0, tolerance),
             check_decisions(reference, diagnosed, pruning),
             invariance,
             check_pruning(diagnosed, pruning),

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 from driver_double import driver
-from engine_facts import facts_of
+from made_up_engine import metadata_of
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import write_json
 from simprune_deploy.engine import gpu
-from simprune_deploy.engine.sidecar import (
+from simprune_deploy.engine.engine_metadata import (
     Here,
     check_fits,
+    metadata_path,
     misfit,
-    read_sidecar,
+    read_engine_metadata,
     same_version,
-    sidecar_of,
 )
 
 ORIN = Here("tensorrt", "10.3.0", (8, 7), "12.6", "b" * 64)
@@ -28,62 +28,65 @@ ORIN = Here("tensorrt", "10.3.0", (8, 7), "12.6", "b" * 64)
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
-    """Return an engine file with its sidecar; its bytes are not looked at by anyone here."""
+    """Return an engine file with its metadata; its bytes are not looked at by anyone here."""
     path = tmp_path / "model.engine"
     path.write_bytes(b"an engine's bytes")
-    write_json(sidecar_of(path), facts_of(path).to_dict())
+    write_json(metadata_path(path), metadata_of(path).to_dict())
     return path
 
 
 def test_what_was_written_is_read_again(engine: Path) -> None:
-    assert read_sidecar(engine) == facts_of(engine)
+    assert read_engine_metadata(engine) == metadata_of(engine)
 
 
-def test_an_engine_may_be_renamed_with_its_sidecar(engine: Path) -> None:
-    sidecar_of(engine).rename(engine.with_name("other.engine.json"))
-    assert read_sidecar(engine.rename(engine.with_name("other.engine"))).engine.file == engine.name
+def test_an_engine_may_be_renamed_with_its_metadata(engine: Path) -> None:
+    metadata_path(engine).rename(engine.with_name("other.engine.json"))
+    assert (
+        read_engine_metadata(engine.rename(engine.with_name("other.engine"))).engine.file
+        == engine.name
+    )
 
 
 class TestRefused:
     def refused(self, engine: Path, says: str) -> None:
         with pytest.raises(SimpruneError, match=says) as raised:
-            read_sidecar(engine)
+            read_engine_metadata(engine)
         assert "\n" not in str(raised.value)
 
     def test_no_engine(self, engine: Path) -> None:
         engine.unlink()
         self.refused(engine, "model.engine does not exist: `simprune-deploy build`")
 
-    def test_no_sidecar(self, engine: Path) -> None:
-        sidecar_of(engine).unlink()
+    def test_no_metadata(self, engine: Path) -> None:
+        metadata_path(engine).unlink()
         self.refused(engine, "json is missing: .*build it again")
 
     def test_a_changed_engine(self, engine: Path) -> None:
         engine.write_bytes(b"An engine's bytes")
         self.refused(engine, "is not the engine that was built: its SHA-256 differs")
-        assert read_sidecar(engine, check_hash=False).precision == "fp16"
+        assert read_engine_metadata(engine, check_hash=False).precision == "fp16"
 
     @pytest.mark.parametrize(
         ("number", "says"),
         [(3, "has format 3, .* update simprune-deploy"), (1, "format 1, .*build the engine again")],
     )
     def test_another_format(self, engine: Path, number: int, says: str) -> None:
-        sidecar_of(engine).write_text(json.dumps({"format": number}), encoding="utf-8")
+        metadata_path(engine).write_text(json.dumps({"format": number}), encoding="utf-8")
         self.refused(engine, says)
 
     @pytest.mark.parametrize(
         "text", ["", "[1", "[]", "null", '{"format": 2}', '{"format": "x"}', "[" * 100_000]
     )
     def test_no_json_of_ours(self, engine: Path, text: str) -> None:
-        sidecar_of(engine).write_text(text, encoding="utf-8")
+        metadata_path(engine).write_text(text, encoding="utf-8")
         self.refused(engine, "is damaged")
 
     def test_not_text(self, engine: Path) -> None:
-        sidecar_of(engine).write_bytes(b"\xff\xfe")
+        metadata_path(engine).write_bytes(b"\xff\xfe")
         self.refused(engine, "is damaged")
 
     def test_too_large(self, engine: Path) -> None:
-        sidecar_of(engine).write_text(" " * (2 << 20), encoding="utf-8")
+        metadata_path(engine).write_text(" " * (2 << 20), encoding="utf-8")
         self.refused(engine, "is damaged .*2097152 bytes")
 
     @pytest.mark.parametrize(
@@ -115,19 +118,19 @@ class TestRefused:
         ],
     )
     def test_a_value_of_the_wrong_kind(self, engine: Path, name: str, value: Any) -> None:
-        values = {**facts_of(engine).to_dict(), name: value}
-        sidecar_of(engine).write_text(json.dumps(values), encoding="utf-8")
+        values = {**metadata_of(engine).to_dict(), name: value}
+        metadata_path(engine).write_text(json.dumps(values), encoding="utf-8")
         self.refused(engine, "is damaged")
 
 
 class TestFits:
     def test_the_machine_it_was_built_on(self, engine: Path) -> None:
-        check_fits(read_sidecar(engine), ORIN)
+        check_fits(read_engine_metadata(engine), ORIN)
 
     def test_the_sentence(self, engine: Path) -> None:
         thor = Here("tensorrt", "11.4.1", (11, 0), "13.2", "b" * 64)
         with pytest.raises(SimpruneError) as raised:
-            check_fits(read_sidecar(engine), thor)
+            check_fits(read_engine_metadata(engine), thor)
         assert str(raised.value) == (
             "model.engine was built for SM 8.7 with TensorRT 10.3.0; this is SM 11.0 with 11.4.1: "
             "run `simprune-deploy build FOLDER`"
@@ -147,19 +150,19 @@ class TestFits:
         ],
     )
     def test_another_machine(self, engine: Path, changes: dict[str, Any], says: str) -> None:
-        problem = misfit(read_sidecar(engine), dataclasses.replace(ORIN, **changes))
+        problem = misfit(read_engine_metadata(engine), dataclasses.replace(ORIN, **changes))
         assert problem is not None
         assert says in problem
 
     def test_what_does_not_matter(self, engine: Path) -> None:
-        facts = read_sidecar(engine)
-        assert misfit(facts, dataclasses.replace(ORIN, cuda="13.0")) is None
-        assert misfit(facts, dataclasses.replace(ORIN, version="10.3.0.30")) is None
-        bare = dataclasses.replace(facts, plugin=None)
+        metadata = read_engine_metadata(engine)
+        assert misfit(metadata, dataclasses.replace(ORIN, cuda="13.0")) is None
+        assert misfit(metadata, dataclasses.replace(ORIN, version="10.3.0.30")) is None
+        bare = dataclasses.replace(metadata, plugin=None)
         assert misfit(bare, dataclasses.replace(ORIN, plugin="c" * 64)) is None
 
     def test_a_portable_engine_fits_all_its_gpus(self, engine: Path) -> None:
-        facts = facts_of(
+        metadata = metadata_of(
             engine,
             flavour="tensorrt-rtx",
             version="1.7.1",
@@ -170,8 +173,8 @@ class TestFits:
             cuda=None,
         )
         here = Here("tensorrt-rtx", "1.7.1", (12, 1), "13.0")
-        assert misfit(facts, here) is None
-        problem = misfit(facts, dataclasses.replace(here, compute_capability=(12, 0)))
+        assert misfit(metadata, here) is None
+        problem = misfit(metadata, dataclasses.replace(here, compute_capability=(12, 0)))
         assert problem is not None
         assert problem.endswith("run `simprune-deploy build FOLDER --target rtx-ada,dgx-spark`")
 

@@ -1,4 +1,4 @@
-#include "sidecar.h"
+#include "engine_metadata.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -18,17 +18,17 @@ bool sameVersion(std::string const& one, std::string const& other) {
     return longer == shorter || longer.compare(0, shorter.size() + 1, shorter + ".") == 0;
 }
 
-std::string built(Sidecar const& sidecar) {
+std::string built(EngineMetadata const& engine_metadata) {
     std::string text = "the engine was built for SM";
-    for (std::string const& each : sidecar.computeCapabilities) {
+    for (std::string const& each : engine_metadata.computeCapabilities) {
         text += " " + each;
     }
-    return text + " with " + sidecar.flavour + " " + sidecar.version;
+    return text + " with " + engine_metadata.flavour + " " + engine_metadata.version;
 }
 
 }  // namespace
 
-Sidecar readSidecar(std::string const& engine) {
+EngineMetadata readEngineMetadata(std::string const& engine) {
     std::string const path = engine + ".json";
     std::error_code error;
     std::uintmax_t const size = std::filesystem::file_size(path, error);
@@ -45,32 +45,32 @@ Sidecar readSidecar(std::string const& engine) {
             throw Failure(
                 path + " has format " + std::to_string(format) + ", and this program reads " + std::to_string(kFormat));
         }
-        Sidecar sidecar;
-        values.at("flavour").get_to(sidecar.flavour);
-        values.at("version").get_to(sidecar.version);
-        values.at("compute_capabilities").get_to(sidecar.computeCapabilities);
-        values.at("engine").at("bytes").get_to(sidecar.bytes);
+        EngineMetadata engine_metadata;
+        values.at("flavour").get_to(engine_metadata.flavour);
+        values.at("version").get_to(engine_metadata.version);
+        values.at("compute_capabilities").get_to(engine_metadata.computeCapabilities);
+        values.at("engine").at("bytes").get_to(engine_metadata.bytes);
         if (!values.at("plugin").is_null()) {
-            values.at("plugin").at("file").get_to(sidecar.plugin);
+            values.at("plugin").at("file").get_to(engine_metadata.plugin);
         }
-        return sidecar;
+        return engine_metadata;
     } catch (nlohmann::json::exception const& problem) {
         throw Failure(path + " is damaged (" + problem.what() + "): build the engine again");
     }
 }
 
-void checkTensorRT(Sidecar const& sidecar, std::string const& version) {
-    if (sidecar.flavour != "tensorrt") {
-        throw Failure(built(sidecar) + ", and this program is linked with TensorRT");
+void checkTensorRT(EngineMetadata const& engine_metadata, std::string const& version) {
+    if (engine_metadata.flavour != "tensorrt") {
+        throw Failure(built(engine_metadata) + ", and this program is linked with TensorRT");
     }
-    if (!sameVersion(sidecar.version, version)) {
-        throw Failure(built(sidecar) + "; this is TensorRT " + version + kRemedy);
+    if (!sameVersion(engine_metadata.version, version)) {
+        throw Failure(built(engine_metadata) + "; this is TensorRT " + version + kRemedy);
     }
 }
 
-void checkGpu(Sidecar const& sidecar, std::string const& computeCapability) {
-    auto const& known = sidecar.computeCapabilities;
+void checkGpu(EngineMetadata const& engine_metadata, std::string const& computeCapability) {
+    auto const& known = engine_metadata.computeCapabilities;
     if (std::find(known.begin(), known.end(), computeCapability) == known.end()) {
-        throw Failure(built(sidecar) + "; this is SM " + computeCapability + kRemedy);
+        throw Failure(built(engine_metadata) + "; this is SM " + computeCapability + kRemedy);
     }
 }
