@@ -1,4 +1,4 @@
-"""float16 and bfloat16 models: types, parity checks and what they must notice, TensorRT-RTX engines."""
+"""float16 and bfloat16 models: types, parity checks and what they must notice, RTX engines."""
 
 from __future__ import annotations
 
