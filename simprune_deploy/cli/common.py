@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import CheckFailedError, SimpruneError
 
 if TYPE_CHECKING:
     from simprune_deploy.checkpoints.loading import Checkpoint
@@ -102,6 +102,18 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+SPELLED_OTHERWISE = {"output": "-o", "targets": "--target"}
+"""The options that are not called as the library's arguments are."""
+
+
+def option_spelling(name: str, value: str, typed: str) -> str:
+    """Write an argument of the library as the option that sets it."""
+    option = SPELLED_OTHERWISE.get(name, f"--{name.replace('_', '-')}")
+    if value == "False":
+        return option.replace("--", "--no-", 1)
+    return f"{option} {typed}" if typed else option
+
+
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
     """Turn the library's errors into one line on stderr and an exit code."""
@@ -110,9 +122,9 @@ def errors() -> Iterator[None]:
     except SimpruneError as error:
         if State.debug:
             traceback.print_exc()
-        message = " ".join(str(error).split())
+        message = " ".join(error.spelled(option_spelling).split())
         typer.secho(f"error: {message}", fg="red", err=True)
-        raise typer.Exit(error.exit_code) from None
+        raise typer.Exit(1 if isinstance(error, CheckFailedError) else 2) from None
     except ImportError as error:
         if State.debug:
             traceback.print_exc()
