@@ -226,7 +226,7 @@ class TestShell:
         folder, answer = first_export
         assert answer.code == 0, answer.err
         assert answer.err == ""
-        assert answer.out.rstrip().endswith("verdict: verified")
+        assert answer.out.rstrip().endswith("verdict: passed")
         for check in ("outputs", "top1", "decisions", "batch invariance", "pruning"):
             assert check in answer.out
         assert {path.name for path in folder.iterdir()} == FILES
@@ -303,7 +303,7 @@ class TestShell:
             "def stop(*a): print('begun', flush=True); trace(*a); trace(*a); return trace(*a)\n"
             "e._trace = stop",
             "writing": "import onnx, simprune_deploy.onnx.exporter as e\n"
-            "import simprune_deploy.onnx.exported_folder as b\n"
+            "import simprune_deploy.deploy.export as b\n"
             f"graph = onnx.load({str(exported / 'model.onnx')!r})\n"
             "e.export_onnx = lambda *a: graph\n"
             f"def stop(*a): {begun}\nb.write_json = stop",
@@ -507,7 +507,7 @@ class TestVerify:
         answer = call("verify", exported / name)
         assert answer.code == 0, answer
         assert answer.err == ""
-        assert answer.out.rstrip().endswith("verdict: verified")
+        assert answer.out.rstrip().endswith("verdict: passed")
         assert "golden cases" in answer.out
 
     def test_reference(self, exported: Path, source: Path) -> None:
@@ -1034,7 +1034,7 @@ class TestBadDestinations:
         writer = {
             "model": "pathlib.Path.write_bytes",
             "golden": "numpy.savez_compressed",
-            "manifest": "simprune_deploy.onnx.exported_folder.sha256",
+            "manifest": "simprune_deploy.deploy.export.sha256",
         }[what]
         monkeypatch.setattr(writer, full)
         assert "no space left" in one_line(call("export", source, "-o", "deep/out"))

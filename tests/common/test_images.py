@@ -46,7 +46,7 @@ def tiny_vit(cfg: dict[str, Any] | None = None, **args: Any) -> Any:
 
 def test_import_needs_numpy_only() -> None:
     code = (
-        "import sys, simprune_deploy.images;"
+        "import sys, simprune_deploy.common.images;"
         "print(*{'torch', 'timm', 'PIL', 'torchvision'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

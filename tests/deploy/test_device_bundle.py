@@ -201,7 +201,7 @@ class TestClaims:
             )
             assert about.version == sd.__version__
             assert about.requires == metadata.distribution("simprune-deploy").requires
-        assert "simprune_deploy/plugin/source/src/launch_cuda.cu" in running
+        assert "simprune_deploy/engine/plugin/source/src/launch_cuda.cu" in running
         assert not [name for name in running if "__pycache__" in name or "/tests/" in name]
 
     def test_the_plugins_sources_are_all_there(self, unpacked: Path) -> None:
@@ -634,7 +634,7 @@ class TestBadInput:
         monkeypatch.setattr(own_wheel, "DISTRIBUTION", "simprune-deploy-that-is-not-there")
         assert "without having been installed" in refusal(*call)
         monkeypatch.undo()
-        monkeypatch.setattr(sd, "__version__", "9.9.9")
+        monkeypatch.setattr(own_wheel, "__version__", "9.9.9")
         assert "and runs as 9.9.9: install it again" in refusal(*call)
         monkeypatch.undo()
         monkeypatch.setattr(own_wheel, "EXTRAS", ("cpu", "telepathy"))
@@ -662,7 +662,7 @@ class TestCommandLine:
             f"{tmp_path / 'out.tar.gz'} (",
             "JetPack 6.1 or 6.2: model-plugin.onnx, the plugin is compiled there",
             "JetPack 7.2.2 or later: model.onnx",
-            "verdict          verified",
+            "verdict          passed",
             "nothing of this bundle was run on a GPU",
             "tar -xzf out.tar.gz, then its README.md",
         ):

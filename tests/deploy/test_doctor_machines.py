@@ -384,6 +384,6 @@ class TestCommandLine:
         assert "is not a folder" in answer.output
 
     def test_it_needs_no_torch_to_see_a_gpu(self) -> None:
-        code = "import sys, simprune_deploy.doctor; print('torch' in sys.modules)"
+        code = "import sys, simprune_deploy.deploy.doctor; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.strip() == "False"

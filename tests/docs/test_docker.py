@@ -236,8 +236,8 @@ def test_the_wheel_stage_runs(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
         "simprune_deploy/cli/__init__.py",
-        "simprune_deploy/plugin/source/CMakeLists.txt",
-        "simprune_deploy/plugin/source/src/tensorrt_register.cpp",
+        "simprune_deploy/engine/plugin/source/CMakeLists.txt",
+        "simprune_deploy/engine/plugin/source/src/tensorrt_register.cpp",
         "simprune_deploy/engine/targets.json",
     ):
         assert name in names

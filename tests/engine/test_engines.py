@@ -152,7 +152,7 @@ class TestRealBuilds:
         assert (engine.metadata.of, engine.metadata.precision) == (of, "bf16")
         assert engine.metadata.profile["images"]["opt"] == [3, 1, 28, 28]
         assert ("threshold" in engine.metadata.profile) == (of == "diagnosis")
-        assert names_in(engine.path.parent) == {engine.path.name, engine.engine_metadata.name}
+        assert names_in(engine.path.parent) == {engine.path.name, engine.metadata_path.name}
 
     def test_a_full_size_vit_with_three_prune_layers(self, tmp_path: Path) -> None:
         """Random weights: what is built and how large it is depends on the graph alone."""
@@ -172,10 +172,10 @@ class TestRealBuilds:
     def test_what_the_builder_refuses_is_told_in_its_own_words(self, folder: Path) -> None:
         """SM 7.5 has no float32 matrix products; the targets file keeps it from the builder."""
         (turing,) = find_targets("rtx-turing")
-        metadata = {**turing.metadata, "build": Fact(HERE, ("a test",))}
+        facts = {**turing.facts, "build": Fact(HERE, ("a test",))}
         before = names_in(folder)
         with pytest.raises(SimpruneError, match="FP32 GEMM is not supported") as raised:
-            build_ahead(folder, [dataclasses.replace(turing, metadata=metadata)])
+            build_ahead(folder, [dataclasses.replace(turing, facts=facts)])
         assert str(raised.value).startswith("TensorRT-RTX cannot build model.onnx for SM 7.5: ")
         assert names_in(folder) == before
 
@@ -386,9 +386,9 @@ class TestRefusedBeforeAnyWork:
 
     def test_a_capability_that_is_unknown(self) -> None:
         (orin,) = find_targets("igx-orin")
-        metadata = {**orin.metadata, "build": Fact(HERE, ("a test",))}
+        facts = {**orin.facts, "build": Fact(HERE, ("a test",))}
         with pytest.raises(SimpruneError, match="compute capability is unknown"):
-            check_targets([dataclasses.replace(orin, metadata=metadata)])
+            check_targets([dataclasses.replace(orin, facts=facts)])
 
 
 class TestProfile:
@@ -431,7 +431,7 @@ class TestCommandLine:
         folder = tmp_path / "out"
         done = shell("export", DEMO, "--layers", "1,3,4", "--target", "rtx-ada", "-o", folder)
         assert done.returncode == 0, done.stderr
-        for text in ("verdict: verified", "model-rtx-sm89.engine", "built, not run"):
+        for text in ("verdict: passed", "model-rtx-sm89.engine", "built, not run"):
             assert text in done.stdout
         again = shell("build", folder, "--target", "rtx-ada", "--json")
         assert again.returncode == 0

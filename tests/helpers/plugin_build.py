@@ -106,9 +106,12 @@ def _built_by_the_command(name: str, *options: str) -> Path:
         (folder / "new").rmdir()
         (folder / "build.json").write_text(result.stdout)
 
-    tools = ROOT / "simprune_deploy" / "plugin"
-    names = ("build.py", "cross.py", "toolchain.py", "info.py")
-    key = [json.dumps(options).encode(), *((tools / each).read_bytes() for each in names)]
+    package = ROOT / "simprune_deploy"
+    tools = [
+        package / "engine" / "plugin" / f"{each}.py" for each in ("build", "cross", "toolchain")
+    ]
+    tools.append(package / "pruning" / "kernel_library.py")
+    key = [json.dumps(options).encode(), *(each.read_bytes() for each in tools)]
     key += [*_sources(tests=False), _versions(), headers.name.encode()]
     return cached(name, key, build) / "libsimprune_plugin.so"
 

@@ -29,6 +29,7 @@ from host_kernels import (
     rounded,
     worst_violation,
 )
+from places import ROOT
 from plugin_build import cmake_build
 
 from simprune_deploy.parity.decisions import float_noise, similarity_matrix
@@ -191,7 +192,7 @@ def test_sanitizers_find_nothing(tensorrt_headers: Path) -> None:
     preload = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    tests = Path(__file__).parent
+    tests = ROOT / "tests" / "helpers"
     done = subprocess.run(
         [
             sys.executable,

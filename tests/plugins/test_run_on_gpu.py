@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "gpu-results.md"
 
 
 def run_command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tests" / "run_on_gpu.py"), *options]
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "run_on_gpu.py"), *options]
     variables = {key: value for key, value in os.environ.items() if key != "SIMPRUNE_LIBRARY"}
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**variables, **environment}

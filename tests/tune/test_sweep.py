@@ -409,7 +409,7 @@ def test_the_command_writes_and_prints_its_table(
     result = load_sweep(folder / "sweep.json")
     assert [cell.setting.threshold for cell in result.cells] == [None, 0.9, 0.8]
     assert result.environment["command"] == "simprune-deploy sweep 'a model'"
-    assert "inconclusive" in result.environment["graphs"]
+    assert "not verified" in result.environment["graphs"]
     for cell in result.cells:
         assert cell.milliseconds is not None
         assert cell.milliseconds > 0

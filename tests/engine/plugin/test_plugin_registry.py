@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import made
+from places import ROOT
 from plugin_build import cmake_build
 from tensorrt_wheels import installed_lean, installed_rtx
 
-PROBE = Path(__file__).parent / "registry_probe.py"
+PROBE = ROOT / "tests" / "helpers" / "registry_probe.py"
 LEAN_VERSIONS = ["10.16.1", "11.0.0", "11.4.0"]
 
 FIELDS = {

@@ -1309,7 +1309,7 @@ def test_an_installed_wheel_builds_the_kernels(tmp_path: Path, nvcc: toolchain.N
     )
     assert made.returncode == 0, made.stderr
     (wheel,) = wheels.iterdir()
-    home = "simprune_deploy/plugin/source/"
+    home = "simprune_deploy/engine/plugin/source/"
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith(home)}
         assert not [name for name in archive.namelist() if name.startswith("plugins/")]
