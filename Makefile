@@ -50,10 +50,10 @@ test-gpu:
 
 benchmark: setup
 	$(RUN)/python examples/real_weights.py real-weights
-	$(RUN)/python examples/benchmarks/onnxruntime_speed.py \
+	$(RUN)/python benchmarks/onnxruntime_speed.py \
 		real-weights/vit_small_dinov2_focus --images real-weights/photographs
-	$(RUN)/python examples/benchmarks/export_time.py
-	$(RUN)/python examples/benchmarks/feature_cosine.py \
+	$(RUN)/python benchmarks/export_time.py
+	$(RUN)/python benchmarks/feature_cosine.py \
 		real-weights/vit_small_dinov2_focus --images real-weights/photographs
 
 clean:

@@ -281,7 +281,7 @@ def main() -> int:
                 write_photographs(arguments, Path(downloads))
     except SimpruneError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return 1 if isinstance(error, CheckFailedError) else 2
     return 0
 
 

@@ -16,7 +16,7 @@ from places import ROOT
 
 import simprune_deploy as sd
 
-SCRIPTS = ROOT / "examples" / "method"
+SCRIPTS = ROOT / "experiments"
 RESULTS = ROOT / "docs" / "method"
 NAMES = ("tracks", "variants", "curves", "choices", "tables")
 

@@ -1,4 +1,4 @@
-"""docs/gpu-results.md: what was run on a GPU and what came of it, or that nothing was yet."""
+"""docs/gpu-results.md: what was run on a GPU, and what came of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 from simprune_deploy.common.errors import SimpruneError
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import plugin_floors as floors  # noqa: E402
-
-NOT_YET = "**Not yet run on a GPU.**"
-"""By this a page is known that holds no results, and so may be replaced."""
 
 STAGES = {
     "build": "the library for this GPU is built, or the one that SIMPRUNE_LIBRARY names is taken",
@@ -26,7 +23,7 @@ STAGES = {
     "CUDA graphs",
     "sanitizer": "compute-sanitizer: memcheck, racecheck, initcheck and synccheck over the small "
     "cases and `enqueue`",
-    "benchmark": "`examples/benchmarks/gpu_kernels.py`: times beside floors, PyTorch and ToMe; "
+    "benchmark": "`benchmarks/gpu_kernels.py`: times beside floors, PyTorch and ToMe; "
     "dense and pruned ViT-B/16 and ViT-L/16",
 }
 
@@ -38,29 +35,15 @@ python tests/gpu/run_on_gpu.py --out docs --force
 ```
 """
 
+INTRODUCTION = (
+    "Written by one command (at the end of this page). What it means for a user, and what was "
+    "measured beside it, is in [gpu.md](gpu.md).\n"
+)
+
 REHEARSAL = (
     "**This is a rehearsal on the CPU. It shows that the commands run; nothing in it was run on a "
     "GPU, and none of its times means anything.**"
 )
-
-
-def template() -> str:
-    """Return the page for as long as nothing was run."""
-    return "\n".join(
-        [
-            TITLE,
-            f"{NOT_YET} This page says what one command will run there, and what the operator "
-            "costs at least, on paper. The command writes its results over this page.\n",
-            COMMAND,
-            "The kernels' sources, compiled for the CPU, pass these tests in `make test`, but for "
-            "those of streams and graphs. Still open: that the CUDA code runs, how fast it is, "
-            "races between threads that really run at once, and TensorRT itself.\n",
-            "## What will be run\n",
-            *(f"* **{name}**: {what}." for name, what in STAGES.items()),
-            "",
-            floors_section(),
-        ]
-    )
 
 
 def floors_section() -> str:
@@ -69,7 +52,7 @@ def floors_section() -> str:
         [
             "## Floors on paper\n",
             "Nothing here is measured: the least bytes and FLOPs of the operator over the peaks of "
-            "the vendor's data sheets (`python examples/benchmarks/plugin_floors.py`). float16 "
+            "the vendor's data sheets (`python benchmarks/plugin_floors.py`). float16 "
             "tokens, one prefix token, 70 % of the patches kept. Bytes: tokens, log-sizes and "
             "threshold read once, the kept tokens with their log-sizes and indices, the "
             "assignment and the count written once. FLOPs: the half of the Gram matrix above its "
@@ -86,7 +69,14 @@ def page(record: dict[str, Any]) -> str:
     parts = [TITLE]
     if record["rehearsal"]:
         parts.append(REHEARSAL + "\n")
-    parts += [facts_table(record["facts"]), "## What was run\n", stages_table(record["stages"])]
+    parts += [
+        INTRODUCTION,
+        facts_table(record["facts"]),
+        "## What was run\n",
+        stages_table(record["stages"]),
+        *(f"* **{name}**: {what}." for name, what in STAGES.items()),
+        "",
+    ]
     left_out = skipped(record["stages"])
     parts.append("## What was skipped, and why\n")
     parts.append("\n".join(f"* {line}" for line in left_out) + "\n" if left_out else "Nothing.\n")

@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from gpu_report import BENCHMARKS, NOT_YET, STAGES, combined, page, template  # noqa: E402
+from gpu_report import BENCHMARKS, STAGES, combined, page  # noqa: E402
 
 from simprune_deploy.common.errors import SimpruneError  # noqa: E402
 from simprune_deploy.common.files import staged_file, write_json  # noqa: E402
@@ -442,9 +442,7 @@ def write(record: dict[str, Any], out: Path) -> None:
 def check_writable(out: Path, force: bool) -> None:
     """Refuse to replace results, before any work is done."""
     target = out / "gpu-results.md"
-    if force or not target.exists():
-        return
-    if NOT_YET not in target.read_text(encoding="utf-8"):
+    if target.exists() and not force:
         raise SimpruneError(f"{target} holds results: replace them with --force, or give --out DIR")
 
 
@@ -497,7 +495,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one command (3600)")
     parser.add_argument("--logs", type=Path, help="folder for logs (default: a temporary one)")
     parser.add_argument("--rehearse", action="store_true", help="try all this on the CPU")
-    parser.add_argument("--template", action="store_true", help="write the page without results")
     parser.add_argument("--combine", type=Path, nargs="+", metavar="JSON", help="records to join")
     args = parser.parse_args(arguments)
     if args.rehearse and args.out.resolve() == (ROOT / "docs").resolve():
@@ -509,11 +506,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         check_writable(args.out, args.force)
-        if args.template:
-            args.out.mkdir(parents=True, exist_ok=True)
-            with staged_file(args.out / "gpu-results.md") as staging:
-                staging.write_text(template(), encoding="utf-8")
-            return 0
         if args.combine:
             record = combined([read_record(path) for path in args.combine])
             write(record, args.out)

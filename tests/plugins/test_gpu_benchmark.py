@@ -20,7 +20,7 @@ from places import ROOT
 
 import simprune_deploy as sd
 
-BENCHMARKS = ROOT / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_kernels  # noqa: E402

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from places import ROOT
 
-BENCHMARKS = ROOT / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import plugin_floors as floors  # noqa: E402

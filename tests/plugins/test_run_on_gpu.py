@@ -69,13 +69,13 @@ def stage(name: str, status: str = "passed", **values: Any) -> dict[str, Any]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_says_that_nothing_was_run_or_shows_results() -> None:
+def test_the_page_is_what_its_record_says() -> None:
+    """`run_on_gpu.py --combine docs/gpu-results.json --out docs --force` writes it again."""
+    given = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
-    if gpu_report.NOT_YET in text:
-        assert text == gpu_report.template(), "python tests/gpu/run_on_gpu.py --template"
-    else:
-        assert "| driver |" in text
-        assert gpu_report.REHEARSAL not in text
+    assert text == gpu_report.page(given)
+    assert "| driver |" in text
+    assert gpu_report.REHEARSAL not in text
 
 
 def test_a_page_names_the_machine_and_all_that_was_left_out() -> None:
@@ -94,7 +94,6 @@ def test_a_page_names_the_machine_and_all_that_was_left_out() -> None:
         "## Floors on paper",
     ):
         assert part in text, part
-    assert gpu_report.NOT_YET not in text
     assert gpu_report.REHEARSAL not in text
 
 
@@ -137,20 +136,12 @@ def test_the_command_joins_records(tmp_path: Path) -> None:
     assert not (tmp_path / "two").exists()
 
 
-def test_the_template_is_replaced_without_force(tmp_path: Path) -> None:
-    assert run_on_gpu.main(["--template", "--out", str(tmp_path)]) == 0
-    given = tmp_path / "record"
-    given.write_text(json.dumps(record()), encoding="utf-8")
-    assert run_on_gpu.main(["--combine", str(given), "--out", str(tmp_path)]) == 0
-    assert run_on_gpu.main(["--template", "--out", str(tmp_path)]) == 2
-
-
 # --- what it refuses ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line() -> None:
-    done = run_command()
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    done = run_command("--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "no CUDA GPU that torch can use" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,7 +1,7 @@
 """How long TensorRT-RTX engines take to build, and how large they are. Needs no GPU.
 
-    python examples/benchmarks/engine_build.py                 # the demo model
-    python examples/benchmarks/engine_build.py --vit-small     # and a ViT-S/16, random weights
+    python benchmarks/engine_build.py                 # the demo model
+    python benchmarks/engine_build.py --vit-small     # and a ViT-S/16, random weights
 
 Random weights are good enough here: the builder's work and the engine's size depend on the graph.
 Nothing is run and nothing is verified.
@@ -20,7 +20,7 @@ import simprune_deploy as sd
 from simprune_deploy.engine.folder_engines import build_ahead
 from simprune_deploy.engine.targets import find_targets
 
-DEMO = Path(__file__).parents[1] / "fashion_mnist" / "vit"
+DEMO = Path(__file__).parents[1] / "examples" / "fashion_mnist" / "vit"
 TARGETS = ("rtx-ada", "rtx,dgx-spark")
 
 

@@ -1,6 +1,6 @@
 """Pruned beside dense in ONNX Runtime on the CPU: what the token counts allow, what is reached.
 
-    python examples/benchmarks/onnxruntime_speed.py MODEL [--img-size 224,518] [--batch 1,8]
+    python benchmarks/onnxruntime_speed.py MODEL [--img-size 224,518] [--batch 1,8]
 
 For every image size and batch, dense and pruned run in turn in one process, with the same number
 of threads. Two questions:

@@ -1,6 +1,6 @@
 """Write the tables of docs/method.md from the CSV files beside it.
 
-    python examples/method/tables.py
+    python experiments/tables.py
 
 A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
 ("cosine", "accuracy") and for the curves "value" or "lead". ``--check`` only compares, and fails if

@@ -5,7 +5,7 @@ public domain are taken; each is scaled to a short side of 288 pixels and saved 
 the pictures and ``LICENSES.md``::
 
     pip install scikit-image==0.26.0
-    python examples/make_sample_images.py simprune_deploy/sample_images
+    python tools/make_sample_images.py simprune_deploy/sample_images
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ HEADER = """\
 
 Scaled copies (short side {short_side} pixels, JPEG, metadata removed) of photographs in
 scikit-image's data. The licences are the ones its documentation states for each
-(`skimage/data/_fetchers.py`, version {version}). Made by `examples/make_sample_images.py`.
+(`skimage/data/_fetchers.py`, version {version}). Made by `tools/make_sample_images.py`.
 
 | File | Shows | Author | Licence | Source |
 |---|---|---|---|---|

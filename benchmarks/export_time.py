@@ -1,6 +1,6 @@
 """Exporting and verifying a ViT-S beside a plain ``torch.onnx.export`` of the dense model.
 
-    python examples/benchmarks/export_time.py [--arch vit_small_patch16_224] [--rounds 3]
+    python benchmarks/export_time.py [--arch vit_small_patch16_224] [--rounds 3]
 
 Both run in one process, in turn; the weights are random, which changes no time here. The plain
 export is what a user without this tool would call: timm's model, dynamo, a dynamic batch. Then

@@ -1,6 +1,6 @@
 """The floor of the operator on paper: bytes that must move, FLOPs that must be done, on four GPUs.
 
-    python examples/benchmarks/plugin_floors.py [--dtype float16] [--kept-share 0.7]
+    python benchmarks/plugin_floors.py [--dtype float16] [--kept-share 0.7]
 
 Nothing here is measured. No implementation of the operator can take less than
 

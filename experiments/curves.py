@@ -1,7 +1,7 @@
 """Ours against the baselines at the same token counts: a table and a figure.
 
-    python examples/method/curves.py fashion
-    python examples/method/curves.py photographs --weights real-weights
+    python experiments/curves.py fashion
+    python experiments/curves.py photographs --weights real-weights
 
 At every threshold ours (cover, merge, layers "auto") says how many patches each image keeps after
 each prune layer, and every baseline keeps just as many of the same image at the same layer. Only

@@ -1,6 +1,6 @@
 """Accuracy of the demo's model in every precision, on the same test images.
 
-    python examples/benchmarks/precision_accuracy.py
+    python benchmarks/precision_accuracy.py
 
 float32 and float16 are the exported files in ONNX Runtime on the CPU; bfloat16, for which that has
 no kernels, is a float32 graph that rounds to bfloat16 behind every operator.
@@ -19,7 +19,7 @@ from simprune_deploy.common.images import Preprocessing
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
 from simprune_deploy.onnx.precision import PRECISIONS, emulated
 
-DEMO = Path(__file__).parent.parent / "fashion_mnist"
+DEMO = Path(__file__).parents[1] / "examples" / "fashion_mnist"
 
 
 def main() -> None:

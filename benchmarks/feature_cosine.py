@@ -1,6 +1,6 @@
 """How far pruning moves a model's output: cosine to the unpruned one, by threshold.
 
-    python examples/benchmarks/feature_cosine.py MODEL --images DIR [--img-size 224]
+    python benchmarks/feature_cosine.py MODEL --images DIR [--img-size 224]
 
 In PyTorch, image by image. The share of tokens is what the blocks process, over all blocks.
 """

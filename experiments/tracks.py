@@ -22,14 +22,15 @@ import torch
 from rich.progress import track as progress
 
 import simprune_deploy as sd
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import CheckFailedError, SimpruneError
 from simprune_deploy.common.files import staged_file
 from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
 from simprune_deploy.pruning.cost import spread_over_blocks
 from simprune_deploy.pruning.model import PrunedViT
 
-EXAMPLES = Path(__file__).parent.parent
-RESULTS = EXAMPLES.parent / "docs" / "method"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "docs" / "method"
 TRACKS = ("fashion", "photographs")
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -157,7 +158,7 @@ def run(main: Callable[[], None]) -> int:
         main()
     except SimpruneError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return 1 if isinstance(error, CheckFailedError) else 2
     return 0
 
 

@@ -1,7 +1,7 @@
 """What the choices of ours are worth, at equal numbers of tokens: a table for one track.
 
-    python examples/method/choices.py fashion layers
-    python examples/method/choices.py photographs spread --weights real-weights
+    python experiments/choices.py fashion layers
+    python experiments/choices.py photographs spread --weights real-weights
 
 ``selection`` varies what goes, what becomes of it and the attention; ``layers`` the blocks before
 which it happens; ``spread`` adds a term that keeps patches spread over the image (variants.py).

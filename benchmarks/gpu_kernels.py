@@ -1,6 +1,6 @@
 """The kernels on a GPU: times beside their floors, beside PyTorch and ToMe, and inside whole ViTs.
 
-    python examples/benchmarks/gpu_kernels.py --library libsimprune_plugin.so -o results
+    python benchmarks/gpu_kernels.py --library libsimprune_plugin.so -o results
 
 Writes gpu-benchmark.json and gpu-benchmark.md into the folder and prints the latter. With
 `--device cpu --library libsimprune_host.so --quick` everything runs on the CPU in under a minute:
@@ -751,7 +751,7 @@ def main() -> int:
             staging.write_text(text, encoding="utf-8")
     except SimpruneError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return 1 if isinstance(error, CheckFailedError) else 2
     print(text, end="")
     return 1 if results["failures"] else 0
 
