@@ -30,7 +30,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu_facts import facts, package_version
@@ -54,6 +54,9 @@ from simprune_deploy.common.files import staged_file, write_json
 from simprune_deploy.pruning.cuda_kernels import Kernels
 from simprune_deploy.pruning.kernel_library import LIBRARY_VARIABLE
 from simprune_deploy.pruning.operator import similarity_prune
+
+if TYPE_CHECKING:
+    from simprune_deploy.pruning.model import PrunedViT, PruneTrace
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OTHER_TYPES = [(1, 197, 384), (64, 197, 768), (8, 577, 768)]
@@ -95,11 +98,11 @@ def clustered_tokens(shape: Shape, device: torch.device, seed: int = 0) -> Input
     generator = torch.Generator(device).manual_seed(seed)
     normal = {"generator": generator, "device": device}
     batch, patches, clusters = shape.batch, shape.patches, shape.kept_patches
-    centres = torch.randn(batch, clusters, shape.dim, **normal)
+    centers = torch.randn(batch, clusters, shape.dim, **normal)
     spread_out = torch.rand(batch, patches, **normal).argsort(1)
     which = torch.where(spread_out < clusters, spread_out, spread_out % clusters)
     tokens = torch.randn(batch, shape.tokens, shape.dim, **normal)
-    chosen = centres.gather(1, which.unsqueeze(2).expand(-1, -1, shape.dim))
+    chosen = centers.gather(1, which.unsqueeze(2).expand(-1, -1, shape.dim))
     tokens[:, shape.prefix :] = 0.1 * tokens[:, shape.prefix :] + chosen
     return _inputs(tokens, shape, CLUSTER_THRESHOLD)
 
@@ -206,36 +209,41 @@ def measure_shape(
     record(bench, row, "ours_graph", lambda: bench.clock.in_graph(free.launch))
     record(bench, row, "ours_fixed_graph", lambda: bench.clock.in_graph(fixed.launch))
     if selection == "cover":
-        with in_pytorch():
-            record(
-                bench,
-                row,
-                "reference",
-                lambda: bench.clock.cold(lambda: similarity_prune(*inputs, shape.prefix)),
-            )
-        record(
-            bench,
-            row,
-            "vectorised",
-            lambda: bench.clock.cold(lambda: vectorised_prune(*inputs, shape.prefix)),
-        )
-        tokens, sizes = inputs[0], torch.ones_like(inputs[0][:, :, :1])
-        channels = min(HEAD_CHANNELS, shape.dim)
-        metric = tokens[:, :, :channels].contiguous()
-        # ToMe removes at most half of the tokens in one step
-        merged = min(shape.tokens - slots, (shape.tokens + 1) // 2 - 1)
-        row["tome_slots"] = shape.tokens - merged
-
-        def tome() -> object:
-            return bipartite_merge(tokens, sizes, metric, merged)
-
-        record(bench, row, "tome_cold", lambda: bench.clock.cold(tome))
-        record(bench, row, "tome_graph", lambda: bench.clock.in_graph(tome))
+        measure_rivals(bench, shape, inputs, row)
     ours = row["seconds"]["ours_cold"]
     if isinstance(ours, float):
         row["achieved_bandwidth"] = row["bytes"] / ours
         row["achieved_flops"] = row["gram_flops"] / ours
     return row
+
+
+def measure_rivals(bench: Bench, shape: Shape, inputs: Inputs, row: dict[str, Any]) -> None:
+    """Time PyTorch's operators and ToMe on the same inputs, down to as many slots."""
+    clock = bench.clock
+    with in_pytorch():
+        record(
+            bench,
+            row,
+            "reference",
+            lambda: clock.cold(lambda: similarity_prune(*inputs, shape.prefix)),
+        )
+    record(
+        bench,
+        row,
+        "vectorised",
+        lambda: clock.cold(lambda: vectorised_prune(*inputs, shape.prefix)),
+    )
+    tokens, sizes = inputs[0], torch.ones_like(inputs[0][:, :, :1])
+    metric = tokens[:, :, : min(HEAD_CHANNELS, shape.dim)].contiguous()
+    # ToMe removes at most half of the tokens in one step
+    merged = min(shape.tokens - row["slots"], (shape.tokens + 1) // 2 - 1)
+    row["tome_slots"] = shape.tokens - merged
+
+    def tome() -> object:
+        return bipartite_merge(tokens, sizes, metric, merged)
+
+    record(bench, row, "tome_cold", lambda: clock.cold(tome))
+    record(bench, row, "tome_graph", lambda: clock.in_graph(tome))
 
 
 def record(bench: Bench, row: dict[str, Any], name: str, measure: Callable[[], float]) -> None:
@@ -341,7 +349,7 @@ def measure_vit(
     bench: Bench, name: str, vit: Any, batch: int, dtype: str, kept_share: float
 ) -> dict[str, Any]:
     """Time a ViT dense and pruned: with our kernels, and with the operator in PyTorch."""
-    from simprune_deploy.pruning.model import PrunedViT, PruneTrace, prune
+    from simprune_deploy.pruning.model import prune
 
     patches = vit.patch_embed.num_patches
     size = vit.patch_embed.img_size
@@ -358,18 +366,7 @@ def measure_vit(
         "seconds": {},
     }
 
-    def ours(*inputs: torch.Tensor, **values: Any) -> tuple[torch.Tensor, ...]:
-        hints = ("opt_tokens", "max_tokens")
-        kept = {key: value for key, value in values.items() if key not in hints}
-        return bench.kernels.similarity_prune(*inputs, **kept)
-
-    class WithKernels(PrunedViT):
-        """The pruned model with the library under test, whatever SIMPRUNE_LIBRARY names."""
-
-        def _operator(self, *inputs: torch.Tensor, **values: Any) -> tuple[torch.Tensor, ...]:
-            return ours(*inputs, **values)
-
-    with_kernels = WithKernels(vit, pruned.config).eval()
+    with_kernels = on_kernels(pruned, bench.kernels)
     traces: list[PruneTrace] = []
     result = with_kernels(images, traces=traces)
     if not torch.isfinite(result).all():
@@ -394,15 +391,33 @@ def measure_vit(
     with in_pytorch():
         record(bench, row, "pruned_in_pytorch", lambda: bench.clock.cold(lambda: pruned(images)))
 
-    total = 0.0
-    for trace, capacity in zip(traces, pruned.config.capacities, strict=True):
-        limit = torch.tensor([pruned.config.threshold], device=bench.device)
-        prepared = bench.kernels.prepare(
-            trace.tokens, trace.log_size, limit, pruned.num_prefix_tokens, capacity=capacity
-        )
-        total += bench.clock.in_graph(prepared.launch)
-    row["seconds"]["our_kernels"] = total
+    row["seconds"]["our_kernels"] = sum(
+        layer_seconds(bench, pruned, trace, capacity)
+        for trace, capacity in zip(traces, pruned.config.capacities, strict=True)
+    )
     return row
+
+
+def on_kernels(pruned: PrunedViT, kernels: Kernels) -> PrunedViT:
+    """Return the pruned model with the library under test, whatever SIMPRUNE_LIBRARY names."""
+    from simprune_deploy.pruning.model import PrunedViT
+
+    class WithKernels(PrunedViT):
+        def _operator(self, *inputs: torch.Tensor, **values: Any) -> tuple[torch.Tensor, ...]:
+            hints = ("opt_tokens", "max_tokens")
+            kept = {key: value for key, value in values.items() if key not in hints}
+            return kernels.similarity_prune(*inputs, **kept)
+
+    return WithKernels(pruned.vit, pruned.config).eval()
+
+
+def layer_seconds(bench: Bench, pruned: PrunedViT, trace: PruneTrace, capacity: int) -> float:
+    """Return the seconds that the kernels take for one prune layer, on what reaches it."""
+    limit = torch.tensor([pruned.config.threshold], device=bench.device)
+    prepared = bench.kernels.prepare(
+        trace.tokens, trace.log_size, limit, pruned.num_prefix_tokens, capacity=capacity
+    )
+    return bench.clock.in_graph(prepared.launch)
 
 
 def threshold_that_keeps(pruned: Any, images: torch.Tensor) -> float:
@@ -649,6 +664,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "trivial": measure_trivial(device, clock),
     }
 
+    measure_shapes(bench, args, results)
+    results["vits"], results["no_vits"] = [], None
+    if args.skip_vits:
+        results["no_vits"] = "--skip-vits was given"
+    elif package_version("timm") is None:
+        results["no_vits"] = "timm is not installed here"
+    else:
+        results["vits"] = measure_vits(bench, args)
+    results["failures"] = bench.failures
+    return results
+
+
+def measure_shapes(bench: Bench, args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measure the operator at every size, type and kind of data, and within one call."""
+
     def shapes(sizes: list[tuple[int, int, int]], dtype: str) -> list[Shape]:
         return [Shape(*size, dtype, kept_share=args.kept_share) for size in sizes]
 
@@ -678,15 +708,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results["profiles"] += each(
         bench, shapes(chains, "float16"), lambda shape: profile(bench, shape, chain=True)
     )
-    results["vits"], results["no_vits"] = [], None
-    if args.skip_vits:
-        results["no_vits"] = "--skip-vits was given"
-    elif package_version("timm") is None:
-        results["no_vits"] = "timm is not installed here"
-    else:
-        results["vits"] = measure_vits(bench, args)
-    results["failures"] = bench.failures
-    return results
 
 
 def each(

@@ -112,7 +112,7 @@ def save(model: torch.nn.Module, folder: Path, test_accuracy: float) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the four gzipped IDX files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -123,67 +123,86 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def read_split(data: Path, name: str) -> tuple[np.ndarray, torch.Tensor]:
+    """Return the images uint8[n, 28, 28] and labels int64[n] of "train" or "t10k"."""
+    labels = read_idx(data / f"{name}-labels-idx1-ubyte.gz").astype(np.int64)
+    return read_idx(data / f"{name}-images-idx3-ubyte.gz"), torch.from_numpy(labels)
+
+
+class Trainer:
+    """A model in training, its moving average, and how many steps it has taken."""
+
+    def __init__(self, batch_size: int, rate: float, total: int) -> None:
+        self.batch_size, self.total, self.step = batch_size, total, 0
+        self.start = time.time()
+        self.model = timm.create_model(ARCHITECTURE, patch_drop_rate=0.5, **MODEL_ARGS)
+        self.average = ModelEmaV3(self.model, decay=0.9995, use_warmup=True)
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+            lr=rate,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, total_steps=total, pct_start=0.1, final_div_factor=100
+        )
+
+    def train(self, images: torch.Tensor, labels: torch.Tensor, steps: int) -> None:
+        """Take that many steps, epoch after epoch in a new order."""
+        self.model.train()
+        whole = len(images) // self.batch_size
+        while steps:
+            order = torch.randperm(len(images))
+            for batch in order.split(self.batch_size)[: min(whole, steps)]:
+                self._step(images[batch], labels[batch])
+                steps -= 1
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.model(augment(images))
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.average.update(self.model, self.step)
+        self.step += 1
+        if self.step % 100 == 0:
+            seconds = time.time() - self.start
+            print(f"{self.step}/{self.total} {seconds:.0f} s loss {loss:.3f}", flush=True)
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    train_images = normalize(read_idx(args.data / "train-images-idx3-ubyte.gz"))
-    train_labels = torch.from_numpy(
-        read_idx(args.data / "train-labels-idx1-ubyte.gz").astype(np.int64)
-    )
-    raw_test = read_idx(args.data / "t10k-images-idx3-ubyte.gz")
-    raw_labels = read_idx(args.data / "t10k-labels-idx1-ubyte.gz").astype(np.int64)
-    test_images, test_labels = normalize(raw_test), torch.from_numpy(raw_labels)
+    train_images, train_labels = read_split(args.data, "train")
+    raw_test, test_labels = read_split(args.data, "t10k")
+    images, test_images = normalize(train_images), normalize(raw_test)
     np.savez_compressed(
         args.output / "test_slice.npz",
         images=raw_test[:3000],
-        labels=raw_labels[:3000].astype(np.uint8),
+        labels=test_labels[:3000].numpy().astype(np.uint8),
         classes=np.array(CLASSES),
     )
 
     phases = [(float(d), float(e)) for d, e in (p.split(":") for p in args.schedule.split(","))]
-    per_epoch = len(train_images) // args.batch_size
-    total = sum(int(epochs * per_epoch) for _, epochs in phases)
-    model = timm.create_model(ARCHITECTURE, patch_drop_rate=0.5, **MODEL_ARGS)
-    average = ModelEmaV3(model, decay=0.9995, use_warmup=True)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=total, pct_start=0.1, final_div_factor=100
-    )
-
-    step, start = 0, time.time()
-    for dropout, epochs in phases:
-        model.patch_drop.prob = dropout
-        model.train()
-        remaining = int(epochs * per_epoch)
-        while remaining:
-            order = torch.randperm(len(train_images))
-            for batch in order.split(args.batch_size)[: min(per_epoch, remaining)]:
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    logits = model(augment(train_images[batch]))
-                    loss = F.cross_entropy(
-                        logits.float(), train_labels[batch], label_smoothing=0.05
-                    )
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                average.update(model, step)
-                step, remaining = step + 1, remaining - 1
-                if step % 100 == 0:
-                    print(f"{step}/{total} {time.time() - start:.0f} s loss {loss:.3f}", flush=True)
-            test = accuracy(average.module, test_images[:2000], test_labels[:2000])
-            print(f"patch dropout {dropout}: accuracy {test:.4f} (2,000 images)", flush=True)
-            save(average.module, args.output / "vit", test)
-    test = accuracy(average.module, test_images, test_labels)
-    save(average.module, args.output / "vit", test)
+    per_epoch = len(images) // args.batch_size
+    steps = [int(epochs * per_epoch) for _, epochs in phases]
+    trainer = Trainer(args.batch_size, args.lr, sum(steps))
+    for (dropout, _), count in zip(phases, steps, strict=True):
+        trainer.model.patch_drop.prob = dropout
+        trainer.train(images, train_labels, count)
+        test = accuracy(trainer.average.module, test_images[:2000], test_labels[:2000])
+        print(f"patch dropout {dropout}: accuracy {test:.4f} (2,000 images)", flush=True)
+        save(trainer.average.module, args.output / "vit", test)
+    test = accuracy(trainer.average.module, test_images, test_labels)
+    save(trainer.average.module, args.output / "vit", test)
     print(f"accuracy on 10,000 test images: {test:.4f}")
 
 
