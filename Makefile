@@ -1,5 +1,6 @@
 # make demo   set up, then export a trained ViT and weigh what pruning gave and cost
 # make test   set up, then run every check (what .ci/run does)
+# make test-fast   set up, then the tests that compile and build nothing: a minute
 # make test-gpu   the plugin's kernels on this machine's GPU: correctness, sanitizers, timings
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ RUN = $(VENV)/bin
 # processes that run the tests; a file's tests stay together, since they share what they built
 WORKERS ?= 2
 
-.PHONY: setup demo test lint cross-tools browser test-real test-gpu benchmark clean
+.PHONY: setup demo test test-fast lint cross-tools browser test-real test-gpu benchmark docs clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +23,12 @@ demo: setup
 
 test: setup lint cross-tools browser
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+FAST = test_structure.py common checkpoints pruning predict parity reports onnx/test_function_body.py \
+	onnx/test_variants.py engine/test_engine_metadata.py engine/test_targets.py \
+	evaluate/test_datasets.py evaluate/test_statistics.py tuning/test_baselines.py docs/test_docker.py
+test-fast: setup
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST:%=tests/%)
 
 # The Arm cross-compiler and emulator of one test, where they can be installed
 cross-tools:
@@ -48,13 +55,26 @@ test-real: setup
 test-gpu:
 	$(or $(wildcard $(RUN)/python),$(PYTHON)) tests/gpu/run_on_gpu.py --out docs --force
 
+# The numbers of docs/benchmarks.md that take no other machine (about 100 MB of downloads)
+BENCH = $(RUN)/simprune-deploy bench --backend onnxruntime --threads 1 --warm-up 2 \
+	--images real-weights/photographs --thresholds 1.1,0.9,0.8
 benchmark: setup
-	$(RUN)/python examples/real_weights.py real-weights
-	$(RUN)/python benchmarks/onnxruntime_speed.py \
-		real-weights/vit_small_dinov2_focus --images real-weights/photographs
+	$(RUN)/python examples/real_weights.py real-weights --force
+	for pixels in 224 518; do \
+		$(RUN)/simprune-deploy export real-weights/vit_small_dinov2_focus --img-size $$pixels \
+			--layers 3,6,9 --runtime-threshold --images real-weights/photographs \
+			-o real-weights/vit-s-$$pixels --force && \
+		$(BENCH) real-weights/vit-s-$$pixels --iterations 160 && \
+		$(BENCH) real-weights/vit-s-$$pixels --iterations 20 --batch 8 || exit 1; \
+	done
+	$(RUN)/simprune-deploy sweep real-weights/vit-s-224 --data real-weights/photographs \
+		--no-labels --thresholds 0.9,0.85,0.8,0.7 -o real-weights/cosines --force
 	$(RUN)/python benchmarks/export_time.py
-	$(RUN)/python benchmarks/feature_cosine.py \
-		real-weights/vit_small_dinov2_focus --images real-weights/photographs
+
+# The reference of every command and option, from the commands themselves
+docs: setup
+	$(RUN)/python -m typer simprune_deploy.cli utils docs --name simprune-deploy \
+		--title "Every command and option" --output docs/options.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output real-weights

@@ -53,7 +53,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from simprune_deploy.engine import builders, cuda
     from simprune_deploy.engine.gpu import Gpu
-    from simprune_deploy.evaluate.bench import on_engines
+    from simprune_deploy.evaluate.bench import models
 
     found = running_double.Cuda(12_060)
     monkeypatch.setattr(cuda, "_bindings", lambda: found)
@@ -61,7 +61,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     def orin() -> Gpu:
         return Gpu("Orin", (8, 7), "12.6", 8 << 30)
 
-    for module in (builders, cuda, on_engines):
+    for module in (builders, cuda, models):
         monkeypatch.setattr(module, "find_gpu", orin)
     monkeypatch.setattr("cuda.core.utils.StridedMemoryView", running_double.View)
     return found

@@ -15,7 +15,12 @@ from timm.models import VisionTransformer, is_model
 from torch import nn
 
 from simprune_deploy.checkpoints.formats import one_line, plain
-from simprune_deploy.common.errors import CheckpointError, SimpruneError, UnsupportedModelError
+from simprune_deploy.common.errors import (
+    CheckpointError,
+    SimpruneError,
+    UnsupportedModelError,
+    argument,
+)
 from simprune_deploy.pruning.families import (
     PrunableModel,
     check_prunable,
@@ -97,7 +102,7 @@ def fit(state: State, arch: str, args: Mapping[str, Any], size: tuple[int, int] 
     if len(mismatches) == 1 and mismatches[0].startswith("pos_embed is"):
         raise CheckpointError(
             f"{mismatches[0]}, and everything else fits {arch}: the patches are no square grid, "
-            "give the height and width the model was trained at with --img-size"
+            f"give the height and width the model was trained at with {argument('img_size')}"
         )
     return Fit(model, mismatches, notes)
 
@@ -112,7 +117,8 @@ def check_size(size: tuple[int, int], model: VisionTransformer) -> None:
     patches = (size[0] // stride[0]) * (size[1] // stride[1])
     if not 1 <= patches <= MAX_PATCHES:
         raise CheckpointError(
-            f"--img-size {size[0]}x{size[1]} gives {patches} patches of {stride[0]}x{stride[1]}: "
+            f"{argument('img_size')} {size[0]}x{size[1]} gives {patches} patches of "
+            f"{stride[0]}x{stride[1]}: "
             f"give a size with 1 to {MAX_PATCHES}"
         )
 
@@ -151,7 +157,7 @@ def _check_number(key: str, value: Any) -> None:
     if not fits or (pair and len(numbers) != 2):
         raise CheckpointError(
             f"the checkpoint states {key}={value!r:.60}, which is not between 0 and "
-            f"{_LIMITS[key]}: it is damaged, or give its weights alone with --arch"
+            f"{_LIMITS[key]}: it is damaged, or give its weights alone with {argument('arch')}"
         )
 
 

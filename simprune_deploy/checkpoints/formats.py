@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simprune_deploy.common.errors import CheckpointError
+from simprune_deploy.common.errors import CheckpointError, argument
 from simprune_deploy.pruning.families import check_prunable
 from simprune_deploy.pruning.model import (
     EXTRA_STATE_KEY,
@@ -199,7 +199,8 @@ def _torch_load(path: Path, what: str, trust_pickle: bool) -> Any:
         if not trust_pickle and (names := _refused_globals(path, error)):
             raise CheckpointError(
                 f"{path} holds pickled objects ({names}), and loading them runs code from the "
-                "file: save its state_dict instead, or add --trust-pickle if you trust the file"
+                f"file: save its state_dict instead, or add {argument('trust_pickle', True)} if "
+                f"you trust the file"
             ) from error
         raise CheckpointError(_damaged(path, one_line(error))) from error
 

@@ -16,7 +16,7 @@ from torch import nn
 from simprune_deploy.checkpoints import architecture as fitting
 from simprune_deploy.checkpoints import formats
 from simprune_deploy.checkpoints.formats import Contents, one_line
-from simprune_deploy.common.errors import CheckpointError, SimpruneError
+from simprune_deploy.common.errors import CheckpointError, DestinationError, argument
 from simprune_deploy.common.files import staged_file
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, describe_vit
@@ -79,7 +79,7 @@ def load_checkpoint(
     """
     request = _Request(str(source), _known(arch), _checked_size(img_size), num_classes)
     if num_classes is not None and num_classes < 0:
-        raise CheckpointError(f"--num-classes {num_classes} must be 0 or more")
+        raise CheckpointError(f"{argument('num_classes')} {num_classes} must be 0 or more")
     if pretrained:
         contents = _from_timm(request)
     else:
@@ -120,11 +120,14 @@ def save(model: PrunedViT, path: str | Path, force: bool = False) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise SimpruneError(f"{path} is a folder: give the name of a file")
+        raise DestinationError(f"{path} is a folder: give the name of a file")
     if path.exists() and not force:
-        raise SimpruneError(f"{path} already exists: replace it with --force, or give another name")
+        raise DestinationError(
+            f"{path} already exists: replace it with {argument('force', True)}, or give another "
+            f"name"
+        )
     if not describe_vit(model.vit)["architecture"]:
-        raise SimpruneError(
+        raise CheckpointError(
             "the model has no architecture name (pretrained_cfg), so it could not be loaded "
             "again: make it with timm.create_model"
         )
@@ -147,7 +150,9 @@ def _known(arch: str | None) -> str | None:
     if arch is None:
         return None
     if (known := fitting.known_architecture(arch)) is None:
-        raise CheckpointError(f"--arch {arch!r} is no timm architecture{_did_you_mean(arch)}")
+        raise CheckpointError(
+            f"{argument('arch')} {arch!r} is no timm architecture{_did_you_mean(arch)}"
+        )
     fitting.check_family(known)
     return known
 
@@ -162,7 +167,9 @@ def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and 1 <= side < 1 << 20 for side in pair):
-        raise CheckpointError(f"--img-size {size} is no image size: give one such as 224")
+        raise CheckpointError(
+            f"{argument('img_size')} {size} is no image size: give one such as 224"
+        )
     return pair[0], pair[1]
 
 
@@ -175,18 +182,26 @@ def _existing(path: Path) -> Path:
         return path
     if str(path).startswith("hf-hub:") or fitting.known_architecture(str(path)):
         raise CheckpointError(
-            f"the file {path} does not exist: for timm's own weights add --pretrained"
+            f"the file {path} does not exist: for timm's own weights add "
+            f"{argument('pretrained', True)}"
         )
-    raise CheckpointError(f"{path} does not exist: give a checkpoint, or a timm name --pretrained")
+    raise CheckpointError(
+        f"{path} does not exist: give a checkpoint, or a timm name {argument('pretrained', True)}"
+    )
 
 
 def _from_timm(request: _Request) -> Contents:
     source = request.source
     if not source.startswith("hf-hub:"):
         if (known := fitting.known_architecture(source)) is None:
-            hint = ": leave --pretrained out" if os.path.exists(source) else _did_you_mean(source)
+            hint = (
+                f": leave {argument('pretrained', True)} out"
+                if os.path.exists(source)
+                else _did_you_mean(source)
+            )
             raise CheckpointError(
-                f"--pretrained takes a timm name or hf-hub:org/name, not {source:.200}{hint}"
+                f"{argument('pretrained', True)} takes a timm name or hf-hub:org/name, not "
+                f"{source:.200}{hint}"
             )
         fitting.check_family(known)
         source = known
@@ -236,14 +251,15 @@ def _choose_architecture(
     if asked and stated and asked.split(".")[0] != stated.split(".")[0]:
         if contents.kind in ("pruned model", "timm pretrained"):
             raise CheckpointError(
-                f"{request.source} is a {stated}, not a {asked}: leave --arch out, or correct it"
+                f"{request.source} is a {stated}, not a {asked}: leave {argument('arch')} out, or "
+                f"correct it"
             )
         contents.notes.append(f"architecture {asked} as asked for; the file says {stated}")
     if arch := asked or stated:
         return arch
     says = f" (it says {contents.arch!r}, which timm does not know)" if contents.arch else ""
     raise CheckpointError(
-        f"{request.source} does not name its architecture{says}: add --arch NAME; "
+        f"{request.source} does not name its architecture{says}: add {argument('arch', 'NAME')}; "
         f"{_suggestion(fitting.suggest(state, contents.model_args))}"
     )
 
@@ -266,7 +282,7 @@ def _does_not_fit(
     others = fitting.suggest(state, contents.model_args, but_not=arch)
     return (
         f"{source} does not fit {arch}: {shown}{f'; and {more} more' if more > 0 else ''}; "
-        f"{_suggestion(others)}{': choose with --arch' if others else ': check --arch'}"
+        f"{_suggestion(others)}: {'choose with' if others else 'check'} {argument('arch')}"
     )
 
 
@@ -278,7 +294,8 @@ def _choose_head(state: dict[str, torch.Tensor], request: _Request, notes: list[
         return
     if asked:
         raise CheckpointError(
-            f"{request.source} has a head of {has} classes, not {asked}: leave --num-classes out, "
+            f"{request.source} has a head of {has} classes, not {asked}: leave "
+            f"{argument('num_classes')} out, "
             "or give 0 for features without a head"
         )
     for key in [key for key in state if key.startswith(("head.", "head_dist."))]:

@@ -23,14 +23,13 @@ from simprune_deploy.cli import (
     verify,
     visualize,
 )
-from simprune_deploy.cli.common import State
+from simprune_deploy.cli.common import debugging
 from simprune_deploy.common.versions import __version__
 
 app = typer.Typer(
     name="simprune-deploy",
     help="Export pruned Vision Transformers to ONNX, checked against PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # in rich markup "[default: auto]" would be a style, and vanish
     rich_markup_mode="markdown",
@@ -69,7 +68,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    State.debug = debug
+    debugging.set(debug)
 
 
 # typer brings its own click or uses the installed one, by version; this is the one it raises
@@ -87,6 +86,7 @@ def main() -> None:
             error.show()  # type: ignore[attr-defined]
         else:
             message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+            message = message.replace("Value error, ", "")  # how typer begins a wrong choice
             typer.secho(f"error: {message} (--help lists what there is)", fg="red", err=True)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):

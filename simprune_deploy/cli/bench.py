@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal
 
 import typer
 
 from simprune_deploy.cli.common import Json, errors, print_json
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError
+
+Backend = Literal["engine", "onnxruntime"]
 
 
 def bench(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Exported folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Exported folder, or an ONNX file of one.")
+    ],
     backend: Annotated[
-        str,
+        Backend,
         typer.Option(
             help="engine: TensorRT on the GPU here; onnxruntime: the ONNX file on the CPU."
         ),
     ] = "engine",
     batch: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Images in a batch.  [default: the smallest that the export takes]"),
     ] = None,
     thresholds: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             metavar="LIST",
             help="0.95,0.9,0.8: for exports with a run-time threshold.  [default: the model's]",
@@ -33,15 +37,15 @@ def bench(
     iterations: Annotated[int, typer.Option(help="Timed runs of each model, at least.")] = 100,
     warm_up: Annotated[int, typer.Option(help="Runs of each model before that.")] = 10,
     images: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of pictures.  [default: the golden cases]"),
     ] = None,
     threads: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Of ONNX Runtime.  [default: the cores there are to use]"),
     ] = None,
     plugin: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="The plugin's library, for engines.  [default: as in build]"),
     ] = None,
     cuda_graph: Annotated[
@@ -57,11 +61,13 @@ def bench(
 ) -> None:
     """Time an exported model and the same model without pruning, side by side."""
     with errors():
-        from simprune_deploy.evaluate.bench import BenchOptions, benchmark
-        from simprune_deploy.report.bench import print_benchmark
-        from simprune_deploy.report.terminal import progress
+        from simprune_deploy.evaluate.bench import BenchRequest
+        from simprune_deploy.evaluate.bench import bench as time_models
+        from simprune_deploy.reports.bench import print_benchmark
+        from simprune_deploy.reports.terminal import progress
 
-        options = BenchOptions(
+        request = BenchRequest(
+            model=folder,
             backend=backend,
             batch=batch,
             thresholds=_numbers(thresholds) if thresholds is not None else (),
@@ -74,17 +80,17 @@ def bench(
             force=force,
         )
         with progress(enabled=not as_json) as step:
-            report = benchmark(folder, options, progress=step)
+            report = time_models(request, progress=step)
         if as_json:
-            print_json(report)
+            print_json(report.to_dict())
         else:
-            print_benchmark(report)
+            print_benchmark(report.to_dict())
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"--thresholds {text!r} is not understood: write 0.95,0.9,0.8"
         ) from None

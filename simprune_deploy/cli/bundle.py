@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from simprune_deploy.cli.common import Json, errors, print_json
+from simprune_deploy.cli.common import Json, errors, parse_targets, print_json
 
 
 def bundle(
@@ -16,11 +16,11 @@ def bundle(
         str, typer.Option(help="Devices it is for: jetson-orin; `targets` lists them.")
     ],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("-o", "--output", help="Folder to write.  [default: FOLDER-TARGET]"),
     ] = None,
     plugin: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Plugin's library compiled for the targets.  [default: none]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
@@ -28,16 +28,14 @@ def bundle(
 ) -> None:
     """Pack an exported folder for a device that builds its own engine: a folder and a .tar.gz."""
     with errors():
-        from simprune_deploy.deploy.bundle import make_bundle
-        from simprune_deploy.engine.targets import find_targets
-        from simprune_deploy.report.bundle import print_bundle
-        from simprune_deploy.report.terminal import progress
+        from simprune_deploy.deploy.bundle import BundleRequest
+        from simprune_deploy.deploy.bundle import bundle as make_bundle
+        from simprune_deploy.reports.bundle import print_bundle
+        from simprune_deploy.reports.terminal import progress
 
-        targets = find_targets(target)
+        request = BundleRequest(folder, parse_targets(target), output, plugin, force)
         with progress(enabled=not as_json) as step:
-            made = make_bundle(
-                folder, targets, output=output, plugin=plugin, force=force, progress=step
-            )
+            made = make_bundle(request, progress=step)
         if as_json:
             print_json(made.to_dict())
         else:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from simprune_deploy.common.errors import CheckFailedError, SimpruneError
-
-if TYPE_CHECKING:
-    from simprune_deploy.checkpoints.loading import Checkpoint
-    from simprune_deploy.engine.targets import Target
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.common.errors import (
+    CheckFailedError,
+    InvalidArgumentError,
+    SimpruneError,
+    arguments_spelled,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else.")]
 Arch = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads annotations at run time, on Python 3.10 too)
-    typer.Option(help="timm architecture, for checkpoints that do not say theirs."),
+    str | None, typer.Option(help="timm architecture, for checkpoints that do not say theirs.")
 ]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="MODEL is a timm name or hf-hub: id to download.")
@@ -35,75 +38,72 @@ TrustPickle = Annotated[
     ),
 ]
 
+SPELLED_OTHERWISE = {"output": "-o", "targets": "--target", "workspace_mib": "--workspace"}
+"""The options that are not called as the library's arguments are."""
 
-class State:
-    """What the options before the command say."""
+debugging = contextvars.ContextVar("debugging", default=False)
+"""Whether --debug stands before the command."""
 
-    debug = False
-
-
-def engine_targets(text: str) -> list[Target]:
-    """Return the targets of --target; refuse here, before any work, what cannot be built here."""
-    from simprune_deploy.engine.builders import check_targets
-    from simprune_deploy.engine.targets import find_targets
-
-    targets = find_targets(text)
-    check_targets(targets)
-    return targets
+INTERNAL_ERROR = 3
+"""The exit code of a bug of ours; 1 is a check that failed, 2 a mistake of the user's."""
 
 
-def split_targets(text: str) -> tuple[list[Target], list[Target]]:
-    """Return the targets whose engines are built here, and those that take a bundle.
-
-    What cannot be built here is refused here, before any work.
-    """
-    from simprune_deploy.deploy.bundle import check_targets
-    from simprune_deploy.engine.targets import find_targets
-
-    targets = find_targets(text)
-    devices = [target for target in targets if not target.built_here]
-    check_targets(devices)
-    here = ",".join(target.name for target in targets if target.built_here)
-    return engine_targets(here) if here else [], devices
+def checkpoint_options(
+    arch: str | None, pretrained: bool, trust_pickle: bool, img_size: int | None = None
+) -> CheckpointOptions:
+    """Return what the options say of loading a checkpoint."""
+    return CheckpointOptions(arch, img_size, pretrained, trust_pickle)
 
 
-def load_model(
-    source: str,
-    arch: str | None,
-    img_size: int | tuple[int, int] | None,
-    pretrained: bool,
-    trust_pickle: bool,
-) -> Checkpoint:
-    from simprune_deploy.checkpoints.loading import load_checkpoint
-
-    return load_checkpoint(
-        source, arch=arch, img_size=img_size, pretrained=pretrained, trust_pickle=trust_pickle
-    )
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Tell an option that was given from one that has its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def parse_numbers(text: str, what: str, example: str) -> list[int]:
+    """Return the whole numbers of "3,6,9"."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SimpruneError(f"{what} {text!r} is not understood: write {example}") from None
+        raise InvalidArgumentError(f"{what} {text!r} is not understood: write {example}") from None
+
+
+def parse_layers(text: str | None) -> str | list[int] | None:
+    """Return the blocks of --layers: "auto", 3,6,9, or None where nothing was said."""
+    if text is None or text == "auto":
+        return text
+    return parse_numbers(text, "--layers", "'auto' or block numbers such as 3,6,9")
 
 
 def parse_batch(text: str) -> tuple[int, int]:
+    """Return the range of --batch: 1..8, or one number."""
     low, separator, high = text.partition("..")
     try:
         return int(low), int(high if separator else low)
     except ValueError:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"--batch {text!r} is not understood: write 1..8, or one number for a fixed batch"
         ) from None
 
 
+def parse_targets(text: str | None) -> tuple[str, ...]:
+    """Return the names of --target: rtx-ada,jetson-orin; none where nothing was said."""
+    return () if text is None else tuple(text.split(","))
+
+
+def parse_share(text: str) -> float:
+    """Return the share that "1%" or "0.01" says."""
+    try:
+        number = float(text.strip().removesuffix("%"))
+    except ValueError:
+        raise InvalidArgumentError(f"{text!r} is not a share: write 1% or 0.01") from None
+    return number / 100 if text.strip().endswith("%") else number
+
+
 def print_json(value: Any) -> None:
+    """Print to stdout, indented."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-SPELLED_OTHERWISE = {"output": "-o", "targets": "--target"}
-"""The options that are not called as the library's arguments are."""
 
 
 def option_spelling(name: str, value: str, typed: str) -> str:
@@ -116,33 +116,47 @@ def option_spelling(name: str, value: str, typed: str) -> str:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Turn the library's errors into one line on stderr and an exit code."""
+    """Turn errors into one line on stderr and an exit code; --debug shows the traceback too.
+
+    1: a check ran and its answer is no. 2: the user can mend it. 3: a bug of ours.
+    """
     try:
-        yield
-    except SimpruneError as error:
-        if State.debug:
-            traceback.print_exc()
-        message = " ".join(error.spelled(option_spelling).split())
-        typer.secho(f"error: {message}", fg="red", err=True)
-        raise typer.Exit(1 if isinstance(error, CheckFailedError) else 2) from None
+        with arguments_spelled(option_spelling):
+            try:
+                yield
+            except SimpruneError as error:
+                code = 1 if isinstance(error, CheckFailedError) else 2
+                _end(" ".join(str(error).split()), code)
     except ImportError as error:
-        if State.debug:
-            traceback.print_exc()
-        typer.secho(
-            f"error: {error}: run `simprune-deploy doctor` to see what to install",
-            fg="red",
-            err=True,
-        )
-        raise typer.Exit(2) from None
+        if (error.name or "").startswith("simprune_deploy"):
+            _end_with_bug(error)
+        _end(f"{error}: run `simprune-deploy doctor` to see what to install", 2)
     except MemoryError:
-        typer.secho("error: out of memory: use a smaller --img-size", fg="red", err=True)
-        raise typer.Exit(2) from None
+        _end("out of memory: use a smaller model, batch or image size", 2)
     except (typer.Exit, KeyboardInterrupt):
         raise
     except Exception as error:
-        # whatever is left is our mistake or a damaged file we did not foresee: still one line
-        if State.debug:
-            traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        typer.secho(f"error: {text} (--debug shows where)", fg="red", err=True)
-        raise typer.Exit(2) from None
+        _end_with_bug(error)
+
+
+def _end_with_bug(error: Exception) -> None:
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    _end(
+        f"internal error: {text} (a bug of simprune-deploy: report it with what --debug prints, "
+        "as in `simprune-deploy --debug export ...`)",
+        INTERNAL_ERROR,
+    )
+
+
+def _end(message: str, code: int) -> None:
+    if debugging.get():
+        traceback.print_exc()
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(code) from None
+
+
+def output_folder(output: Path | None, model: str, suffix: str) -> Path:
+    """Return the folder that was named, or NAME-suffix."""
+    from simprune_deploy.common.files import stem_of
+
+    return output or Path(f"{stem_of(model)}-{suffix}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from simprune_deploy.cli.common import Arch, Json, TrustPickle, errors, print_json
-from simprune_deploy.common.errors import SimpruneError
 
 
 def inspect(
@@ -21,14 +20,14 @@ def inspect(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.deploy.inspection import inspect_target
-        from simprune_deploy.report.terminal import print_facts
+        from simprune_deploy.deploy.inspection import inspect as describe
+        from simprune_deploy.reports.terminal import print_facts
 
-        metadata = inspect_target(target, arch=arch, trust_pickle=trust_pickle)
+        described = describe(target, arch=arch, trust_pickle=trust_pickle)
         if as_json:
-            print_json(metadata)
+            print_json(described)
         else:
-            print_facts(Console(), metadata)
+            print_facts(Console(), described)
 
 
 def models(
@@ -37,49 +36,33 @@ def models(
 ) -> None:
     """List the timm architectures that can be pruned, with their token counts."""
     with errors():
-        import dataclasses
+        from simprune_deploy.deploy.listing import models as list_models
+        from simprune_deploy.reports.terminal import print_models, progress
 
-        from simprune_deploy.pruning.families import describe_models, list_names
-        from simprune_deploy.report.terminal import print_models, progress
-
-        prunable, refused = list_names(pattern)
-        if not prunable and not refused:
-            raise SimpruneError(f"no timm architecture matches {pattern!r}: try 'vit_*'")
         with progress(enabled=not as_json) as step:
-            step("building the architectures without weights")
-            rows = list(describe_models(prunable))
+            found = list_models(pattern, progress=step)
         if as_json:
-            print_json(
-                {
-                    "prunable": [dataclasses.asdict(row) for row in rows],
-                    "refused": dict(refused),
-                }
-            )
+            print_json(found.to_dict())
         else:
-            print_models(rows, refused, named=pattern != "*")
+            print_models(list(found.prunable), list(found.refused), named=pattern != "*")
 
 
 def doctor(
     folder: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Argument(help="Exported folder: do its plugin and engines fit this machine?"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what is installed, what is missing or does not fit, and the command that helps."""
     with errors():
-        import dataclasses
+        from simprune_deploy.deploy.listing import doctor as diagnose
+        from simprune_deploy.reports.terminal import print_findings
 
-        from simprune_deploy.deploy.doctor import all_needed_present, examine
-        from simprune_deploy.report.terminal import print_findings
-
-        findings = examine(folder)
-        healthy = all_needed_present(findings)
+        found = diagnose(folder)
         if as_json:
-            print_json(
-                {"healthy": healthy, "findings": [dataclasses.asdict(each) for each in findings]}
-            )
+            print_json(found.to_dict())
         else:
-            print_findings(findings)
-        if not healthy:
+            print_findings(list(found.findings))
+        if not found.healthy:
             raise typer.Exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ plugin_app = typer.Typer(
 @plugin_app.command("build")
 def build_plugin(
     arch: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="GPU architectures: 87,110, or 'native', or 'all'.  [default: native where there "
             "is a GPU, else all]",
@@ -26,11 +26,11 @@ def build_plugin(
         ),
     ] = None,
     tensorrt_include: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of TensorRT's headers.  [default: looked for]"),
     ] = None,
     nvcc: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="CUDA compiler.  [default: looked for]"),
     ] = None,
     kernels_only: Annotated[
@@ -38,14 +38,14 @@ def build_plugin(
         typer.Option("--kernels-only", help="Leave the TensorRT plugin out; needs no headers."),
     ] = False,
     cross: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Compile for another processor: aarch64, for Jetson.  [default: this machine's]",
             show_default=False,
         ),
     ] = None,
     cuda_lib: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="With --cross: folder of libcudart_static.a.  [default: looked for]"),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the library.")] = Path(
@@ -59,7 +59,7 @@ def build_plugin(
         from rich.console import Console
 
         from simprune_deploy.engine.plugin.build import BuildOptions, build
-        from simprune_deploy.report.terminal import library_facts, print_facts, progress
+        from simprune_deploy.reports.terminal import library_facts, print_facts, progress
 
         options = BuildOptions(
             arch=arch,
@@ -95,7 +95,7 @@ def show_plugin(
         from rich.console import Console
 
         from simprune_deploy.pruning.kernel_library import read_info
-        from simprune_deploy.report.terminal import library_facts, print_facts
+        from simprune_deploy.reports.terminal import library_facts, print_facts
 
         info = read_info(library)
         if as_json:

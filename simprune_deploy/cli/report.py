@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from simprune_deploy.cli.common import Json, errors, print_json
-from simprune_deploy.common.errors import SimpruneError
 
 
 def report(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="sweep.json, or its folder.")],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "-o",
             "--output",
@@ -29,17 +28,10 @@ def report(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.report.sweep import check_ending, write_report
-        from simprune_deploy.report.tables import print_sweep
-        from simprune_deploy.tune.results import load_sweep
+        from simprune_deploy.reports.sweep import report as read_and_write
+        from simprune_deploy.reports.tables import print_sweep
 
-        if output is not None:
-            check_ending(output)
-            if output.exists() and not force:
-                raise SimpruneError(f"{output} already exists: replace it with --force")
-        result = load_sweep(sweep / "sweep.json" if sweep.is_dir() else sweep)
-        if output is not None:
-            write_report(result, output)
+        result = read_and_write(sweep, output, force)
         if as_json:
             print_json(result.to_dict())
             return

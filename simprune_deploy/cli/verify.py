@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Literal
 
 import typer
 
+from simprune_deploy.cli.accuracy import ACCURACY_ONLY, AccuracyCommand
 from simprune_deploy.cli.common import (
     Arch,
     Json,
     Pretrained,
     TrustPickle,
+    checkpoint_options,
     errors,
-    load_model,
     print_json,
+    was_typed,
 )
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError
 
+Against = Literal["dense", "pruned"]
 ACCURACY = "Accuracy check, with --data"
 
 
 def verify(
+    context: typer.Context,
     target: Annotated[
         Path,
         typer.Argument(
@@ -30,12 +34,12 @@ def verify(
         ),
     ],
     reference: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Checkpoint to compare with.  [default: the golden cases]"),
     ] = None,
     arch: Arch = None,
     images: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Pictures, with --reference.  [default: some that come along]"),
     ] = None,
     engine: Annotated[
@@ -45,7 +49,7 @@ def verify(
         ),
     ] = False,
     plugin: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Library of the plugin in the engine.  [default: as in build]", show_default=False
         ),
@@ -53,7 +57,7 @@ def verify(
     pretrained: Pretrained = False,
     trust_pickle: TrustPickle = False,
     data: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Check the accuracy on these images: a folder with a folder a class, or of "
             "pictures; .csv, .npz; Hugging Face.",
@@ -61,11 +65,11 @@ def verify(
         ),
     ] = None,
     max_drop: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Top-1 accuracy that may be lost: 0.5%.", rich_help_panel=ACCURACY),
     ] = None,
     min_agreement: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Share of images that must keep their class: 99%.", rich_help_panel=ACCURACY
         ),
@@ -79,14 +83,14 @@ def verify(
         ),
     ] = False,
     against: Annotated[
-        str,
+        Against,
         typer.Option(
             help="How --reference is asked: dense, or pruned as TARGET says.",
             rich_help_panel=ACCURACY,
         ),
     ] = "dense",
     baseline: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Compare with these stored answers.  [default: TARGET without its pruning]",
             rich_help_panel=ACCURACY,
@@ -101,7 +105,7 @@ def verify(
         ),
     ] = False,
     save_baseline: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Store TARGET's answers, unless the check fails.", rich_help_panel=ACCURACY
         ),
@@ -111,22 +115,22 @@ def verify(
         typer.Option("--force", help="Replace a stored baseline.", rich_help_panel=ACCURACY),
     ] = False,
     junit: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Write JUnit XML.", rich_help_panel=ACCURACY),
     ] = None,
     markdown: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Write a summary for a pull request.", rich_help_panel=ACCURACY),
     ] = None,
     limit: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Take this many pictures, spread evenly.  [default: all]",
             rich_help_panel=ACCURACY,
         ),
     ] = None,
     classes: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="File that maps the data's classes to the model's.", rich_help_panel=ACCURACY
         ),
@@ -144,60 +148,46 @@ def verify(
 ) -> None:
     """Verify an exported model again, or with --data hold its accuracy against another's."""
     with errors():
-        from simprune_deploy.cli.accuracy import Request, check_accuracy
-
-        of_accuracy = {
-            "max_drop": max_drop,
-            "min_agreement": min_agreement,
-            "sure": sure,
-            "against": against,
-            "baseline": baseline,
-            "retrained": retrained,
-            "save_baseline": save_baseline,
-            "force": force,
-            "junit": junit,
-            "markdown": markdown,
-            "limit": limit,
-            "classes": classes,
-            "no_labels": no_labels,
-            "max_unreadable": max_unreadable,
-        }
+        checkpoint = checkpoint_options(arch, pretrained, trust_pickle)
         if data is not None:
             if images is not None:
-                raise SimpruneError(
+                raise InvalidArgumentError(
                     "--images is for the parity check, --data for the accuracy: drop one"
                 )
-            common = (
-                *(target, reference, arch, pretrained, trust_pickle, as_json),
-                *(engine, plugin, data),
-            )
-            check_accuracy(Request(*common, **of_accuracy))  # type: ignore[arg-type]
-            return
-        changed = of_accuracy | {"against": against != "dense"}
-        changed["max_unreadable"] = max_unreadable != "1%"
-        if stray := [name for name, value in changed.items() if value not in (None, False)]:
-            raise SimpruneError(f"--{stray[0].replace('_', '-')} belongs to --data: give images")
-        from rich.console import Console
-
-        from simprune_deploy.deploy import verification
-        from simprune_deploy.engine import ENGINE_SUFFIX
-        from simprune_deploy.engine.inventory import engine_to_verify
-        from simprune_deploy.report.terminal import print_verdict, progress
-
-        if reference is None and (arch or trust_pickle or pretrained):
-            raise SimpruneError("--arch, --pretrained and --trust-pickle belong to --reference")
-        with progress(enabled=not as_json) as step:
-            model = None
-            if reference is not None:
-                if engine or target.suffix == ENGINE_SUFFIX:
-                    engine_to_verify(target, plugin)  # before the checkpoint is loaded
-                model = _reference_of(target, reference, arch, pretrained, trust_pickle)
-            verdict = verification.verify(
-                target,
-                reference=model,
-                images=images,
+            AccuracyCommand(max_drop, min_agreement, max_unreadable, junit, markdown, as_json).run(
+                model=str(target),
+                data=data,
+                sure=sure,
+                reference=reference,
+                against=against,
+                baseline=baseline,
+                retrained=retrained,
+                save_baseline=save_baseline,
+                force=force,
                 engine=engine,
                 plugin=plugin,
+                checkpoint=checkpoint,
+                limit=limit,
+                labels=not no_labels,
+                classes=classes,
+            )
+            return
+        stray = [name for name in ACCURACY_ONLY if was_typed(context, name)]
+        if stray:
+            option = stray[0].replace("_", "-")
+            raise InvalidArgumentError(f"--{option} belongs to --data: give images")
+        if reference is None and (arch or trust_pickle or pretrained):
+            raise InvalidArgumentError(
+                "--arch, --pretrained and --trust-pickle belong to --reference"
+            )
+        from rich.console import Console
+
+        from simprune_deploy.deploy.verification import VerifyRequest, verify
+        from simprune_deploy.reports.terminal import print_verdict, progress
+
+        with progress(enabled=not as_json) as step:
+            verdict = verify(
+                VerifyRequest(target, reference, images, engine, plugin, checkpoint),
                 progress=step,
             )
         if as_json:
@@ -206,21 +196,3 @@ def verify(
             print_verdict(Console(), verdict)
         if not verdict.accepted:
             raise typer.Exit(1)
-
-
-def _reference_of(
-    target: Path, reference: str, arch: str | None, pretrained: bool, trust_pickle: bool
-) -> Any:
-    """Load the PyTorch model and prune it as the exported file says it was pruned."""
-    from simprune_deploy.engine import ENGINE_SUFFIX
-    from simprune_deploy.onnx.exported_folder import MODEL
-    from simprune_deploy.onnx.metadata import load_graph, read_metadata
-    from simprune_deploy.pruning.model import PrunedViT
-
-    if target.suffix == ENGINE_SUFFIX:
-        target = target.absolute().parent.parent
-    metadata = read_metadata(load_graph(target / MODEL if target.is_dir() else target))
-    height, width = metadata.image_size
-    size = height if height == width else (height, width)
-    model = load_model(reference, arch, size, pretrained, trust_pickle).model
-    return PrunedViT(getattr(model, "vit", model), metadata.pruning)

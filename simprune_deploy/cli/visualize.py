@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,11 @@ from simprune_deploy.cli.common import (
     Json,
     Pretrained,
     TrustPickle,
+    checkpoint_options,
     errors,
-    load_model,
-    parse_numbers,
+    parse_layers,
     print_json,
 )
-from simprune_deploy.common.errors import SimpruneError
 
 
 def visualize(
@@ -26,17 +25,17 @@ def visualize(
         list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders, .csv or .npz.")
     ],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "-o", "--output", metavar="DIR", help="Folder to write.  [default: NAME-pictures]"
         ),
     ] = None,
     threshold: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Cosine threshold.  [default: the model's, or 0.85]"),
     ] = None,
     layers: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Prune a checkpoint before these blocks: 'auto' or 3,6,9.  [default: its own, "
             "or auto]"
@@ -55,62 +54,25 @@ def visualize(
     with errors():
         from rich.console import Console
 
-        from simprune_deploy.common.files import check_destination
-        from simprune_deploy.report.terminal import progress
-        from simprune_deploy.report.visualize import NUMBERS, open_sources, write_pictures
+        from simprune_deploy.reports.terminal import progress
+        from simprune_deploy.reports.visualize import VisualizeRequest, visualize
 
-        name = Path(model.rstrip("/")).name.split(":")[-1].split(".")[0] or "model"
-        folder = output or Path(f"{name}-pictures")
-        check_destination(folder, force, NUMBERS)
-        sources = open_sources(images, limit)
+        request = VisualizeRequest(
+            model=model,
+            images=images,
+            output=output,
+            threshold=threshold,
+            layers=parse_layers(layers),
+            limit=limit,
+            force=force,
+            checkpoint=checkpoint_options(arch, pretrained, trust_pickle),
+        )
         with progress(enabled=not as_json) as step:
-            step("loading the model")
-            pictured = _pictured(model, threshold, layers, arch, pretrained, trust_pickle)
-            numbers = write_pictures(pictured, sources, folder, force, step)
+            result = visualize(request, progress=step)
         if as_json:
-            print_json({"output": str(folder), **numbers})
+            print_json(result.to_dict())
         else:
-            _print(Console(), folder, numbers)
-
-
-def _pictured(
-    model: str,
-    threshold: float | None,
-    layers: str | None,
-    arch: str | None,
-    pretrained: bool,
-    trust_pickle: bool,
-) -> Any:
-    from simprune_deploy.onnx.exported_folder import MANIFEST
-    from simprune_deploy.report.visualize import of_export, of_model
-
-    path = Path(model)
-    if not pretrained and ((path / MANIFEST).is_file() or path.suffix == ".onnx"):
-        if layers is not None:
-            raise SimpruneError(
-                f"the prune layers of {model} are fixed in the graph: leave --layers out, or give "
-                "the checkpoint"
-            )
-        if arch or trust_pickle:
-            raise SimpruneError(f"--arch and --trust-pickle are for checkpoints: {model} is none")
-        if threshold is not None:
-            from simprune_deploy.pruning.config import check_threshold
-
-            check_threshold(threshold)
-        return of_export(path, threshold)
-    from simprune_deploy.pruning.model import prune
-
-    loaded = load_model(model, arch, None, pretrained, trust_pickle).model
-    wanted = layers
-    blocks = (
-        wanted
-        if wanted in (None, "auto")
-        else parse_numbers(str(wanted), "--layers", "3,6,9 or auto")
-    )
-    pruned = prune(loaded, threshold=threshold, layers=blocks)
-    if not pruned.config.layers:
-        raise SimpruneError(f"{model} prunes nowhere: say where with --layers")
-    return of_model(model, pruned)
+            _print(Console(), result.folder, result.numbers)
 
 
 def _print(console: Any, folder: Path, numbers: dict[str, Any]) -> None:

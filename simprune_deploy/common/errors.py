@@ -19,8 +19,10 @@ does so through :func:`argument`, so that Python reads ``force=True`` where the 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 _OPEN, _CLOSE, _SPLIT = "\ue000", "\ue001", "\ue002"
@@ -54,6 +56,20 @@ def python_spelling(name: str, value: str, typed: str) -> str:
     return f"{name}={value}" if value else name
 
 
+_spelling: ContextVar[Spelling] = ContextVar("spelling", default=python_spelling)
+
+
+@contextlib.contextmanager
+def arguments_spelled(spelling: Spelling) -> Iterator[None]:
+    """Let messages write their arguments by `spelling`, as the command line does for its "
+    "options."""
+    before = _spelling.set(spelling)
+    try:
+        yield
+    finally:
+        _spelling.reset(before)
+
+
 class SimpruneError(Exception):
     """Something that the caller can mend: the message says how.
 
@@ -78,12 +94,15 @@ class SimpruneError(Exception):
         self.message = message
         self.what, self.value, self.allowed, self.remedy = what, value, allowed, remedy
 
-    def spelled(self, spelling: Spelling) -> str:
-        """Return the message with its arguments written by `spelling`."""
+    def __str__(self) -> str:
+        spelling = _spelling.get()
         return _NAMED.sub(lambda found: spelling(*found.groups()), self.message)
 
-    def __str__(self) -> str:
-        return self.spelled(python_spelling)
+    def with_note(self, note: str) -> SimpruneError:
+        """Return the same error with more to say."""
+        more = type(self)(f"{self.message} {note}")
+        more.__dict__.update({**self.__dict__, "message": more.message})
+        return more
 
     def __reduce__(self) -> Any:
         # the fields too, when the error comes from another process

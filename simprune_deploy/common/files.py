@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import DestinationError, SimpruneError, argument
 
 
 def sha256(path: Path) -> str:
@@ -23,6 +23,14 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def stem_of(source: object) -> str:
+    """Return a name for results made of a model: of its path, or "model"."""
+    if not isinstance(source, (str, Path)):
+        return "model"
+    name = Path(str(source).rstrip("/")).name
+    return name.split(":")[-1].split(".")[0] or "model"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,9 +54,9 @@ def check_destination(
         if source is not None and folder.is_dir():
             made_of = Path(source).resolve()
             if made_of.exists() and folder.resolve() in (made_of, *made_of.parents):
-                raise SimpruneError(
+                raise DestinationError(
                     f"{source}, which this is made of, would be replaced: give another folder "
-                    "with -o"
+                    f"with {argument('output')}"
                 )
         _check_destination(folder, force, marker)
     except OSError as error:
@@ -57,20 +65,30 @@ def check_destination(
 
 def _check_destination(folder: Path, force: bool, marker: str) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise SimpruneError(f"{folder} is not a folder: give another one with -o")
+        raise DestinationError(
+            f"{folder} is not a folder: give another one with {argument('output')}"
+        )
     if folder.is_dir() and any(folder.iterdir()):
         if not force:
-            raise SimpruneError(f"{folder} already exists: replace it with --force, or give -o DIR")
+            raise DestinationError(
+                f"{folder} already exists: replace it with {argument('force', True)}, or give "
+                f"{argument('output', 'DIR')}"
+            )
         if not (folder / marker).is_file():
-            raise SimpruneError(
-                f"{folder} holds no {marker}, so it is not a result of this tool, and --force "
-                "does not replace it: give another folder with -o"
+            raise DestinationError(
+                f"{folder} holds no {marker}, so it is not a result of this tool, and "
+                f"{argument('force', True)} "
+                f"does not replace it: give another folder with {argument('output')}"
             )
     parent = _nearest_existing(folder.absolute().parent)
     if not parent.is_dir():
-        raise SimpruneError(f"{parent} is not a folder: give another place with -o")
+        raise DestinationError(
+            f"{parent} is not a folder: give another place with {argument('output')}"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise SimpruneError(f"{parent} is not writable: give another place with -o")
+        raise DestinationError(
+            f"{parent} is not writable: give another place with {argument('output')}"
+        )
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -161,5 +179,5 @@ def _umask() -> int:
 def as_user_error(error: OSError, path: Path) -> SimpruneError:
     """Say in one line what the operating system refused."""
     if error.errno == errno.ENOSPC:
-        return SimpruneError(f"no space left to write {path}: free some, or write elsewhere")
-    return SimpruneError(f"cannot write {path}: {error.strerror or error}")
+        return DestinationError(f"no space left to write {path}: free some, or write elsewhere")
+    return DestinationError(f"cannot write {path}: {error.strerror or error}")

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    DataError,
+    InvalidArgumentError,
+    RequirementError,
+    argument,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +41,7 @@ PILLOW_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """What a file may hold, whatever its name says: not PostScript, for which Pillow runs a program."""
 
 SAMPLE_SOURCE = "photographs that come with simprune-deploy"
-GIVE_A_FOLDER = "give a folder of pictures with --images"
+GIVE_A_FOLDER = f"give a folder of pictures with {argument('images')}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +75,30 @@ class Preprocessing:
         for name in ("channels", "height", "width"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise SimpruneError(f"input {name} {value} must be a whole number, 1 or more")
+                raise InvalidArgumentError(
+                    f"input {name} {value} must be a whole number, 1 or more"
+                )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != self.channels:
-                raise SimpruneError(
+                raise InvalidArgumentError(
                     f"{name} has {len(values)} values for {self.channels} channels: give one each"
                 )
             if not all(math.isfinite(value) for value in values):
-                raise SimpruneError(f"{name} {values} must be finite numbers")
+                raise InvalidArgumentError(f"{name} {values} must be finite numbers")
         if min(self.std) <= 0:
-            raise SimpruneError(f"std {self.std} must be above 0")
+            raise InvalidArgumentError(f"std {self.std} must be above 0")
         if self.interpolation not in INTERPOLATIONS:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"interpolation {self.interpolation!r} is unknown: "
                 f"use one of {', '.join(INTERPOLATIONS)}"
             )
         if not 0.1 <= self.crop_pct <= 10:
-            raise SimpruneError(f"crop_pct {self.crop_pct} is outside [0.1, 10]: 1 keeps all")
+            raise InvalidArgumentError(
+                f"crop_pct {self.crop_pct} is outside [0.1, 10]: 1 keeps all"
+            )
         if self.crop_mode not in CROP_MODES:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"crop_mode {self.crop_mode!r} is unknown: use one of {', '.join(CROP_MODES)}"
             )
 
@@ -125,7 +135,7 @@ class Preprocessing:
         """Build it from :meth:`to_dict`'s result; unknown keys are refused."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(values) - known:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"the preprocessing has unknown keys {', '.join(sorted(unknown))}: "
                 "it was written by a newer version, update simprune-deploy"
             )
@@ -134,7 +144,7 @@ class Preprocessing:
             std = tuple(float(value) for value in values["std"])
             return cls(**{**values, "mean": mean, "std": std})
         except (KeyError, TypeError, ValueError) as error:
-            raise SimpruneError(f"the preprocessing is damaged: {error!r}") from error
+            raise ArtifactError(f"the preprocessing is damaged: {error!r}") from error
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Return float32[..., C, H, W] in [0, 1] as the model wants it: (pixels - mean) / std."""
@@ -191,9 +201,11 @@ def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool 
     folder = Path(__file__).parents[1] / "sample_images"
     paths = sorted(folder.glob("*.jpg"))
     if not paths:
-        raise SimpruneError(f"{folder} is missing: reinstall simprune-deploy, or {GIVE_A_FOLDER}")
+        raise RequirementError(
+            f"{folder} is missing: reinstall simprune-deploy, or {GIVE_A_FOLDER}"
+        )
     if not 1 <= count <= len(paths):
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"{count} images: {len(paths)} photographs come with simprune-deploy, "
             f"take 1 to {len(paths)} of them or {GIVE_A_FOLDER}"
         )
@@ -229,14 +241,14 @@ def load_folder(
     """
     root = Path(folder)
     if limit < 1:
-        raise SimpruneError(f"a limit of {limit} images must be 1 or more")
+        raise InvalidArgumentError(f"a limit of {limit} images must be 1 or more")
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise SimpruneError(f"{root} {what}: {GIVE_A_FOLDER}")
+        raise DataError(f"{root} {what}: {GIVE_A_FOLDER}")
     found, skipped = find_pictures(root)
     if not found:
         why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise SimpruneError(f"{root} holds no pictures{why}: {GIVE_A_FOLDER}")
+        raise DataError(f"{root} holds no pictures{why}: {GIVE_A_FOLDER}")
 
     to_pixels = PictureLoader(preprocessing)
     loaded: dict[int, np.ndarray] = {}
@@ -248,7 +260,7 @@ def load_folder(
         except UnusableImageError as error:
             skipped.append((printable(found[position], root), str(error)))
     if not loaded:
-        raise SimpruneError(
+        raise DataError(
             f"none of the {len(found)} pictures in {root} can be read "
             f"({skipped[0][0]}: {skipped[0][1]}): {GIVE_A_FOLDER}"
         )

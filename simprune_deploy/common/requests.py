@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 Request = TypeVar("Request")
@@ -27,3 +28,8 @@ def request_of(kind: type[Request], first: Any, fields: dict[str, Any]) -> Reque
     if fields:
         raise TypeError(f"{kind.__name__} is given: say {', '.join(fields)} in it")
     return first
+
+
+def as_path(place: str | Path | None) -> Path | None:
+    """Return a path that may have been left out, or given as text."""
+    return None if place is None else Path(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.onnx.exported_folder import (
     DEVICE_FORMAT,
@@ -19,9 +19,7 @@ from simprune_deploy.onnx.exported_folder import (
 FITS = "fits this machine"
 
 
-def inspect_target(
-    target: str, arch: str | None = None, trust_pickle: bool = False
-) -> dict[str, Any]:
+def inspect(target: str, arch: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
     """Describe an exported folder, an ONNX file of ours, an engine, or a checkpoint.
 
     Raises:
@@ -67,7 +65,7 @@ def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
             "not_checked": [str(each) for each in about["not_checked"]],
         }
     except (KeyError, TypeError) as error:
-        raise SimpruneError(
+        raise ArtifactError(
             f"what {MANIFEST} says of the bundle is damaged ({error!r}): copy the bundle again"
         ) from error
 

@@ -12,7 +12,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    argument,
+)
 from simprune_deploy.common.files import sha256, staged_folder
 from simprune_deploy.deploy.triton_config import (
     LABELS,
@@ -79,9 +83,9 @@ def check_batch(batch: tuple[int, int]) -> None:
     """
     low, high = batch
     if 1 < low < high:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"Triton sends batches of 1 to {high} images, and this graph takes {low} to {high}: "
-            f"export with --batch 1..{high}, or with one fixed size"
+            f"export with {argument('batch')} 1..{high}, or with one fixed size"
         )
 
 
@@ -116,9 +120,9 @@ def write_repository(
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise SimpruneError(
+        raise ArtifactError(
             f"the verdict on {folder} is {manifest['verdict']!r}, and only verified exports are "
-            "served: export again, or with --no-verify if you want it all the same"
+            f"served: export again, or with {argument('verify', False)} if you want it all the same"
         )
     graph = load_graph(folder / MODEL)
     metadata = read_metadata(graph)
@@ -130,7 +134,9 @@ def write_repository(
         high = _engine_batch(built, metadata.batch)
         library = _check_plugin(built, Path(plugin) if plugin else None)
     elif plugin is not None:
-        raise SimpruneError(f"{plugin} goes with a TensorRT engine, and the ONNX form has none")
+        raise InvalidArgumentError(
+            f"{plugin} goes with a TensorRT engine, and the ONNX form has none"
+        )
 
     name = f"{_model_name(folder)}_{form}"
     place = (folder / REPOSITORY if output is None else Path(output)) / name
@@ -173,14 +179,16 @@ def _check_engine(engine: Path, manifest: dict[str, Any]) -> EngineMetadata:
     """Refuse an engine that Triton cannot load or that is not of this export."""
     metadata = read_engine_metadata(engine)
     if metadata.flavour != TENSORRT:
-        raise SimpruneError(
+        raise ArtifactError(
             f"Triton cannot load {engine.name}, an engine of {metadata.title}: its backend is "
             "TensorRT's; build with TensorRT on the machine that serves, or serve the ONNX form"
         )
     if metadata.of != "pruned":
-        raise SimpruneError(f"{engine.name} is the {metadata.of} engine: name the pruned one")
+        raise InvalidArgumentError(
+            f"{engine.name} is the {metadata.of} engine: name the pruned one"
+        )
     if metadata.onnx.sha256 not in [entry["sha256"] for entry in manifest["files"].values()]:
-        raise SimpruneError(f"{engine} was built from another model: build it again")
+        raise ArtifactError(f"{engine} was built from another model: build it again")
     return metadata
 
 
@@ -189,9 +197,9 @@ def _engine_batch(built: EngineMetadata, batch: tuple[int, int]) -> int:
     shapes = built.profile["images"]
     low, high = shapes["min"][0], shapes["max"][0]
     if batch[0] < batch[1] and low > 1:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{built.engine.file} takes batches of {low} to {high} images, and Triton sends single "
-            f"ones too: build it with --batch 1..{high}"
+            f"ones too: build it with {argument('batch')} 1..{high}"
         )
     return high
 
@@ -201,15 +209,15 @@ def _check_plugin(built: EngineMetadata, plugin: Path | None) -> Path | None:
     name = built.engine.file
     if built.plugin is None:
         if plugin is not None:
-            raise SimpruneError(f"{name} was built without the plugin: leave {plugin} out")
+            raise InvalidArgumentError(f"{name} was built without the plugin: leave {plugin} out")
         return None
     if plugin is None:
-        raise SimpruneError(f"{name} was built with the plugin: name its library too")
+        raise InvalidArgumentError(f"{name} was built with the plugin: name its library too")
     try:
         if sha256(plugin) != built.plugin.sha256:
-            raise SimpruneError(f"{plugin} is not the library that {name} was built with")
+            raise ArtifactError(f"{plugin} is not the library that {name} was built with")
     except OSError as error:
-        raise SimpruneError(f"{plugin} cannot be read: {error.strerror or error}") from error
+        raise ArtifactError(f"{plugin} cannot be read: {error.strerror or error}") from error
     return plugin
 
 
@@ -224,7 +232,7 @@ def _read_golden(folder: Path, graph: onnx.ModelProto) -> Golden | None:
     golden = load_golden(folder / GOLDEN, pruned_layers(graph))
     wanted = describe_value(graph.graph.input[0])["dtype"]
     if golden.images.dtype != wanted:
-        raise SimpruneError(
+        raise ArtifactError(
             f"the golden images in {folder} are {golden.images.dtype}, and the graph takes "
             f"{wanted}: export again"
         )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.engine.engine_metadata import TENSORRT
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _tensor(value: dict[str, Any], batched: bool) -> dict[str, Any]:
     try:
         data_type = TYPES[value["dtype"]]
     except KeyError:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{value['name']} is {value['dtype']}, which Triton does not serve: export again"
         ) from None
     dims = [-1 if isinstance(size, str) else size for size in value["shape"][batched:]]

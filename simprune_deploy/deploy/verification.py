@@ -2,85 +2,132 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
 from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.requests import request_of
 from simprune_deploy.deploy.export import load_pictures
 from simprune_deploy.engine import ENGINE_SUFFIX
-from simprune_deploy.onnx.exported_folder import GOLDEN, MODEL, read_manifest
+from simprune_deploy.onnx.exported_folder import GOLDEN
+from simprune_deploy.predict.source import source_of_export
 
 if TYPE_CHECKING:
-    from simprune_deploy.parity.backends import Backend
     from simprune_deploy.parity.verdict import Verdict
+    from simprune_deploy.predict.predictor import Predictor
+    from simprune_deploy.predict.source import ModelSource
     from simprune_deploy.pruning.model import PrunedViT
 
 
-def verify(
-    target: str | Path,
-    *,
-    reference: PrunedViT | None = None,
-    images: str | Path | None = None,
-    engine: bool = False,
-    plugin: str | Path | None = None,
-    progress: Progress = silent,
-) -> Verdict:
-    """Verify an exported model again, here and now.
+@dataclasses.dataclass(frozen=True)
+class VerifyRequest:
+    """What to compare.
 
     Args:
-        target: A folder that :func:`export` wrote, its ONNX file, or one of its engines.
-        reference: The PyTorch model to compare with. Default: the golden cases beside the file,
-            for which torch need not be installed.
-        images: Folder of pictures, only with a reference. Default: photographs that come along.
+        target: An exported folder, its ONNX file, or one of its engines.
+        reference: The PyTorch model to compare with, or a checkpoint of it. Default None: the
+            golden cases beside the file, for which torch need not be installed.
+        images: Folder of pictures, only with a reference. Default None: photographs that come
+            along.
         engine: Run the folder's engine for the GPU of this machine in place of ONNX Runtime.
             Default False; an engine as target is always run.
-        plugin: The library of the plugin that is in the engine. Default: looked for as
-            :func:`build_here` does.
+        plugin: The library of the plugin that is in the engine. Default None: looked for as
+            ``build`` does.
+        checkpoint: How a reference checkpoint is loaded.
+    """
+
+    target: str | Path
+    reference: Any = None
+    images: str | Path | None = None
+    engine: bool = False
+    plugin: str | Path | None = None
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+
+
+def verify(
+    target: VerifyRequest | str | Path, *, progress: Progress = silent, **fields: Any
+) -> Verdict:
+    """Compare an exported model with PyTorch again, here and now.
+
+    Args:
+        target: A :class:`VerifyRequest`, or its first field; the others by name.
         progress: Called with a word on each step.
+
+    Returns:
+        The verdict. One other than "passed" raises nothing: look at its ``status``.
 
     Raises:
         SimpruneError: the target is damaged, there is nothing to compare it with, or the engine
             does not fit this machine.
     """
-    target = Path(target)
-    if not target.exists():
-        raise SimpruneError(f"{target} does not exist: give an exported folder or its model.onnx")
-    if reference is None and images is not None:
-        raise SimpruneError(
-            "--images needs --reference: golden cases hold PyTorch's answers to their own images "
-            "only"
+    request = request_of(VerifyRequest, target, fields)
+    place = Path(request.target)
+    if not place.exists():
+        raise ArtifactError(f"{place} does not exist: give an exported folder or its model.onnx")
+    if request.reference is None and request.images is not None:
+        raise InvalidArgumentError(
+            f"{argument('images')} needs {argument('reference')}: golden cases hold PyTorch's "
+            "answers to their own images only"
         )
-    backend = None
-    if engine or target.suffix == ENGINE_SUFFIX:
-        from simprune_deploy.parity.backends import choose_backend
+    if not (request.engine or place.suffix == ENGINE_SUFFIX):
+        if request.plugin is not None:
+            raise InvalidArgumentError(
+                f"{argument('plugin')} is for engines: add {argument('engine', True)}"
+            )
+        source = source_of_export(place)
+        return _compare(source, _reference(request, source), request.images, None, progress)
+    from simprune_deploy.predict.engine_files import shipped_engine
 
-        backend, target = choose_backend(target, plugin, progress)
-    elif plugin is not None:
-        raise SimpruneError("--plugin is for engines: add --engine")
-    return _verify(target, reference, images, backend, progress)
+    library = None if request.plugin is None else Path(request.plugin)
+    spec, source = shipped_engine(place, library, progress)
+    reference = _reference(request, source)
+    with spec.open() as predictor:
+        return _compare(source, reference, request.images, predictor, progress)
 
 
-def _verify(
-    target: Path,
+def _reference(request: VerifyRequest, source: ModelSource) -> PrunedViT | None:
+    """Return the PyTorch model, pruned as the export says it was pruned."""
+    given = request.reference
+    if given is None:
+        return None
+    if isinstance(given, (str, Path)):
+        from simprune_deploy.checkpoints.loading import load_checkpoint
+        from simprune_deploy.pruning.model import PrunedViT
+
+        height, width = source.metadata.image_size
+        options = request.checkpoint
+        model = load_checkpoint(
+            given,
+            arch=options.arch,
+            img_size=height if height == width else (height, width),
+            pretrained=options.pretrained,
+            trust_pickle=options.trust_pickle,
+        ).model
+        return PrunedViT(getattr(model, "vit", model), source.metadata.pruning)
+    found: PrunedViT = given
+    return found
+
+
+def _compare(
+    source: ModelSource,
     reference: PrunedViT | None,
     images: str | Path | None,
-    backend: Backend | None,
+    predictor: Predictor | None,
     progress: Progress,
 ) -> Verdict:
-    from simprune_deploy.onnx.metadata import load_graph, read_metadata
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
     from simprune_deploy.parity.golden import load_golden
 
-    path = target
-    if target.is_dir():
-        read_manifest(target)
-        path = target / MODEL
-    graph = load_graph(path)
-    metadata = read_metadata(graph)
+    graph, folder = source.graph, source.folder
+    assert graph is not None
+    assert folder is not None
     if reference is None:
-        golden = load_golden(path.parent / GOLDEN, pruned_layers(graph))
-        return compare_with_golden(graph, golden, progress, backend)
-    pictures = load_pictures(reference, images, bool(metadata.export["normalize"]), metadata.input)
-    return compare_with_torch(graph, reference, pictures, progress, backend)[0]
+        golden = load_golden(folder / GOLDEN, pruned_layers(graph))
+        return compare_with_golden(graph, golden, progress, predictor)
+    normalizes = bool(source.metadata.export["normalize"])
+    pictures = load_pictures(reference, images, normalizes, source.metadata.input)
+    return compare_with_torch(graph, reference, pictures, progress, predictor)[0]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, SimpruneError, argument
 from simprune_deploy.common.files import as_user_error, staged_file, write_json
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.versions import __version__
@@ -65,8 +65,9 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 1 << 20:
-            raise SimpruneError(
-                f"--workspace {self.workspace_mib} is not between 1 and {1 << 20} MiB"
+            raise InvalidArgumentError(
+                f"{argument('workspace_mib')} {self.workspace_mib} is not between 1 and {1 << 20} "
+                f"MiB"
             )
 
     @classmethod
@@ -99,6 +100,9 @@ class BuiltEngine:
     @property
     def metadata_path(self) -> Path:
         return metadata_path(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path} ({'as it was' if self.cached else 'built'}: {self.metadata.title})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""

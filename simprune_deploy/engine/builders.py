@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, RequirementError, SimpruneError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import flavours
@@ -72,7 +72,7 @@ def check_targets(targets: Sequence[Target]) -> str:
     """
     for target in targets:
         if not target.built_here:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{target.name}: its engine is built on the device, by its own TensorRT: "
                 f"`simprune-deploy bundle FOLDER --target {target.name}` packs what goes there"
             )
@@ -80,7 +80,7 @@ def check_targets(targets: Sequence[Target]) -> str:
     for target in targets:
         major, minor = _capability(target)
         if not hasattr(trt.ComputeCapability, f"SM{major}{minor}"):
-            raise SimpruneError(
+            raise RequirementError(
                 f"{target.name}: tensorrt_rtx {trt.__version__} does not know SM {major}.{minor}: "
                 f"{flavours.install_command(TENSORRT_RTX)} --upgrade"
             )
@@ -200,7 +200,7 @@ def check_precision(precision: str, builder: Builder) -> None:
     """
     for major, minor in builder.compute_capabilities:
         if precision == "bf16" and major < 8:
-            raise SimpruneError(
+            raise RequirementError(
                 f"SM {major}.{minor} has no bfloat16, which begins with SM 8.0: export with "
                 "--precision fp16 or fp32"
             )
@@ -209,5 +209,5 @@ def check_precision(precision: str, builder: Builder) -> None:
 def _capability(target: Target) -> Capability:
     capability = target.compute_capability
     if capability is None:
-        raise SimpruneError(f"{target.name}: its compute capability is unknown")
+        raise InvalidArgumentError(f"{target.name}: its compute capability is unknown")
     return capability

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, RequirementError, SimpruneError
 from simprune_deploy.engine.gpu import find_gpu
 
 INSTALL = "pip install 'simprune-deploy[engine]'"
@@ -52,7 +52,7 @@ def check_bindings() -> None:
     driver = int(find_gpu().cuda.split(".")[0])
     version = int(call("cudaRuntimeGetVersion"))
     if version // 1000 > driver:
-        raise SimpruneError(
+        raise RequirementError(
             f"cuda-bindings is for CUDA {version // 1000}, and the driver here knows CUDA "
             f"{driver}: pip install 'cuda-bindings<{driver + 1}'"
         )
@@ -91,7 +91,7 @@ def view(name: str, array: Any, stream: int, *, writable: bool = False) -> View:
     """
     if not isinstance(array, np.ndarray):
         if not hasattr(array, "__dlpack_device__"):
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{name} is a {type(array).__name__}, and engines take numpy arrays, torch "
                 "tensors and other arrays with __dlpack__"
             )
@@ -99,7 +99,9 @@ def view(name: str, array: Any, stream: int, *, writable: bool = False) -> View:
             return _device_view(name, array, stream)
         array = _exported(name, lambda: np.from_dlpack(array))
     if writable and not (array.flags.c_contiguous and array.flags.writeable):
-        raise SimpruneError(f"{name} cannot be written in one piece: give a new, contiguous array")
+        raise InvalidArgumentError(
+            f"{name} cannot be written in one piece: give a new, contiguous array"
+        )
     array = np.ascontiguousarray(array)
     return View(array.ctypes.data, array.shape, array.dtype, array)
 
@@ -108,14 +110,14 @@ def _device_view(name: str, array: Any, stream: int) -> View:
     try:
         from cuda.core.utils import StridedMemoryView
     except ImportError:
-        raise SimpruneError(
+        raise RequirementError(
             f"cuda-core, for arrays on the GPU, is not installed: {INSTALL}"
         ) from None
     pointer = stream or LEGACY_DEFAULT_STREAM
     found = _exported(name, lambda: StridedMemoryView.from_any_interface(array, stream_ptr=pointer))
     shape = tuple(int(size) for size in found.shape)
     if found.strides is not None and not _is_packed(shape, found.strides):
-        raise SimpruneError(f"{name} has gaps in its memory: make it contiguous first")
+        raise InvalidArgumentError(f"{name} has gaps in its memory: make it contiguous first")
     return View(int(found.ptr), shape, np.dtype(found.dtype), found)
 
 
@@ -125,7 +127,7 @@ def _exported(name: str, export: Callable[[], Any]) -> Any:
         return export()
     except (BufferError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         why = " ".join(str(error).split())
-        raise SimpruneError(f"{name} does not hand out its memory: {why}") from error
+        raise InvalidArgumentError(f"{name} does not hand out its memory: {why}") from error
 
 
 def _is_packed(shape: tuple[int, ...], strides: Sequence[int]) -> bool:
@@ -213,7 +215,7 @@ def _bindings() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise SimpruneError(
+        raise RequirementError(
             f"cuda-bindings, through which engines run, does not load ({error}): {INSTALL}"
         ) from None
 

@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.common.files import sha256
+from simprune_deploy.common.versions import version_numbers
 
 FORMAT = 2
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
@@ -145,7 +146,7 @@ class EngineMetadata:
         for each in lists["compute_capabilities"]:
             parse_capability(each)
         if self.cuda is not None:
-            _major(self.cuda)
+            version_numbers(self.cuda)
         if not isinstance(self.workspace_mib, (int, type(None))):
             raise ValueError(f"workspace_mib {self.workspace_mib!r}")
         if not isinstance(self.seconds, (int, float)):
@@ -195,7 +196,7 @@ def read_engine_metadata(engine: Path, *, check_hash: bool = True) -> EngineMeta
     """
     path = metadata_path(engine)
     if not engine.is_file():
-        raise SimpruneError(f"{engine} does not exist: `simprune-deploy build` makes engines")
+        raise ArtifactError(f"{engine} does not exist: `simprune-deploy build` makes engines")
     try:
         if path.stat().st_size > LARGEST_METADATA:
             raise ValueError(f"it has {path.stat().st_size} bytes")
@@ -203,19 +204,19 @@ def read_engine_metadata(engine: Path, *, check_hash: bool = True) -> EngineMeta
         found = int(values["format"])
         metadata = EngineMetadata.from_dict(values) if found == FORMAT else None
     except FileNotFoundError:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} is missing: without it nobody knows what {engine.name} is for; build it again"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(f"{error!r}".split())[:200]
-        raise SimpruneError(f"{path} is damaged ({why}): build the engine again") from error
+        raise ArtifactError(f"{path} is damaged ({why}): build the engine again") from error
     if metadata is None:
         remedy = "update simprune-deploy" if found > FORMAT else "build the engine again"
-        raise SimpruneError(f"{path} has format {found}, and this version reads {FORMAT}: {remedy}")
+        raise ArtifactError(f"{path} has format {found}, and this version reads {FORMAT}: {remedy}")
     if check_hash and FileStamp.of(engine) != dataclasses.replace(
         metadata.engine, file=engine.name
     ):
-        raise SimpruneError(
+        raise ArtifactError(
             f"{engine} is not the engine that was built: its SHA-256 differs; build it again"
         )
     return metadata
@@ -229,7 +230,7 @@ def check_fits(metadata: EngineMetadata, here: Here) -> None:
     """
     problem = misfit(metadata, here)
     if problem is not None:
-        raise SimpruneError(f"{metadata.engine.file} {problem}")
+        raise ArtifactError(f"{metadata.engine.file} {problem}")
 
 
 def misfit(metadata: EngineMetadata, here: Here) -> str | None:
@@ -247,7 +248,11 @@ def misfit(metadata: EngineMetadata, here: Here) -> str | None:
         metadata.version, here.version
     ):
         return f"{built}; this is SM {mine} with {here.version}: {again}"
-    if metadata.cuda and here.cuda and _major(here.cuda) < _major(metadata.cuda):
+    if (
+        metadata.cuda
+        and here.cuda
+        and version_numbers(here.cuda)[0] < version_numbers(metadata.cuda)[0]
+    ):
         return f"{built} and CUDA {metadata.cuda}; this driver knows CUDA {here.cuda}: {again}"
     if metadata.plugin is not None and here.plugin != metadata.plugin.sha256:
         name = metadata.plugin.file
@@ -276,7 +281,3 @@ def _build_command(metadata: EngineMetadata) -> str:
     if metadata.flavour == TENSORRT:
         return "simprune-deploy build FOLDER"
     return f"simprune-deploy build FOLDER --target {','.join(metadata.targets) or 'NAME'}"
-
-
-def _major(version: str) -> int:
-    return int(version.split(".")[0])

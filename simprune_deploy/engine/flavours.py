@@ -5,7 +5,7 @@
 | strongly typed networks | by a flag | always; the flag changes nothing | always |
 | what an engine is built for | the GPU here | the GPU here | the compute capabilities named |
 | our plugin | yes | yes | never: parsing its node aborts |
-| our function, plugin registered | first until 10.6 | after the plugin | compiled |
+| our function, plugin registered | first to 10.6 and from 10.15 on | first | compiled |
 | timing cache | yes | yes | nothing is timed |
 
 Nothing of TensorRT is imported until a function is called.
@@ -20,14 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, RequirementError
+from simprune_deploy.common.versions import version_numbers
 from simprune_deploy.engine.engine_metadata import NAMES, TENSORRT, TENSORRT_RTX, Capability
 from simprune_deploy.engine.plugin.toolchain import on_jetson
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}
 PLUGIN_BEFORE_FUNCTION = (10, 7)
-"""From this TensorRT on a registered plugin is preferred to a function in the file."""
+"""Before this TensorRT a function in the file is preferred to a registered plugin, so it is left
+out. From 10.15 on it is preferred again, and what `build` hands over has it: docs/engines.md."""
 
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 _LOADED: set[tuple[str, str]] = set()
@@ -59,25 +61,19 @@ def load_module(flavour: str) -> Any:
     try:
         trt = importlib.import_module(name)
     except ModuleNotFoundError:
-        raise SimpruneError(
+        raise RequirementError(
             f"{name}, which builds and runs the engines, is not installed: {install}"
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
-        raise SimpruneError(f"{name} does not load ({error}): {install}") from error
-    if numbers(trt.__version__) < OLDEST[flavour]:
+        raise RequirementError(f"{name} does not load ({error}): {install}") from error
+    if version_numbers(trt.__version__) < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
-        raise SimpruneError(
+        raise RequirementError(
             f"{NAMES[flavour]} {trt.__version__} is too old: engines of this project begin with "
             f"{oldest}"
             + (" (JetPack 6 on a Jetson)" if flavour == TENSORRT else f": {install} --upgrade")
         )
     return trt
-
-
-def numbers(version: str) -> tuple[int, int]:
-    """Return the first two numbers of a version."""
-    major, minor = [*version.split("."), "0"][:2]
-    return int(major), int(minor)
 
 
 def choose_for_polygraphy(flavour: str) -> None:
@@ -89,7 +85,7 @@ def choose_for_polygraphy(flavour: str) -> None:
     wanted = flavour == TENSORRT_RTX
     chosen = sys.modules.get("polygraphy.config")
     if chosen is not None and bool(chosen.USE_TENSORRT_RTX) != wanted:
-        raise SimpruneError(
+        raise RequirementError(
             f"Polygraphy was already imported in this process, for the other flavour than "
             f"{NAMES[flavour]}: set {RTX_VARIABLE}={int(wanted)} before the program starts"
         )
@@ -98,12 +94,12 @@ def choose_for_polygraphy(flavour: str) -> None:
 
 def needs_strong_typing_flag(flavour: str, version: str) -> bool:
     """Whether a network has to be asked to be strongly typed."""
-    return flavour == TENSORRT and numbers(version)[0] < 11
+    return flavour == TENSORRT and version_numbers(version)[0] < 11
 
 
 def reads_function_first(flavour: str, version: str) -> bool:
     """Whether the function has to leave the file for the plugin to be used."""
-    return flavour == TENSORRT and numbers(version) < PLUGIN_BEFORE_FUNCTION
+    return flavour == TENSORRT and version_numbers(version) < PLUGIN_BEFORE_FUNCTION
 
 
 def network_loader(trt: Any, flavour: str, model: str) -> Any:
@@ -177,7 +173,7 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
         SimpruneError: TensorRT does not take it, or it is TensorRT-RTX.
     """
     if flavour == TENSORRT_RTX:
-        raise SimpruneError(
+        raise ArtifactError(
             "TensorRT-RTX takes no plugins, and aborts on one: it compiles the ONNX function"
         )
     key = (trt.__name__, str(library.resolve()))
@@ -186,7 +182,7 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     registry = trt.get_plugin_registry()
     handle = registry.load_library(str(library.absolute()))
     if handle is None or registry.get_creator(*CREATOR) is None:
-        raise SimpruneError(
+        raise ArtifactError(
             f"TensorRT {trt.__version__} does not take the plugin of {library}: build it here with "
             "`simprune-deploy plugin build`"
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, argument
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine.build import BuiltEngine, EngineOptions, build_engine
 from simprune_deploy.engine.builders import ahead_of_time, check_precision, for_this_gpu
@@ -110,9 +110,10 @@ def _model_to_build(folder: Path) -> Path:
 
     manifest = read_manifest(folder)
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise SimpruneError(
+        raise ArtifactError(
             f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of "
             f"verified "
-            "exports: export again, or with --no-verify if you want one all the same"
+            f"exports: export again, or with {argument('verify', False)} if you want one all the "
+            f"same"
         )
     return folder / MODEL

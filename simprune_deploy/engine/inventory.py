@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, SimpruneError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
 from simprune_deploy.engine.builders import this_machine
@@ -89,11 +89,11 @@ def choose_engine(folder: Path, plugin: Path | None = None) -> FoundEngine:
         return fitting[0]
     if fitting:
         names = ", ".join(str(each.path) for each in fitting)
-        raise SimpruneError(f"several engines fit this machine: name one of {names}")
+        raise InvalidArgumentError(f"several engines fit this machine: name one of {names}")
     if not found:
-        raise SimpruneError(f"{folder} has no engines: `simprune-deploy build {folder}` makes one")
+        raise ArtifactError(f"{folder} has no engines: `simprune-deploy build {folder}` makes one")
     problems = "; ".join(f"{each.problem}" for each in found)
-    raise SimpruneError(f"no engine in {folder / ENGINES} can be used here: {problems}")
+    raise ArtifactError(f"no engine in {folder / ENGINES} can be used here: {problems}")
 
 
 def _is_of_the_model(found: FoundEngine) -> bool:
@@ -112,12 +112,12 @@ def engine_to_verify(target: Path, plugin: Path | None) -> tuple[FoundEngine, Pa
     found = examine_engine(target, plugin)
     folder = target.absolute().parent.parent
     if found.problem is not None:
-        raise SimpruneError(found.problem)
+        raise ArtifactError(found.problem)
     if found.metadata is not None and found.metadata.of != "pruned":
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"{target} is the engine of another form of the model "
             f"({found.metadata.of}), and only the pruned model's is verified"
         )
     if not (folder / MANIFEST).is_file():
-        raise SimpruneError(f"{target} is not in the engines of an exported folder: put it there")
+        raise ArtifactError(f"{target} is not in the engines of an exported folder: put it there")
     return found, folder

@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.gpu import Gpu
 from simprune_deploy.engine.plugin.build import BuildOptions, build
@@ -77,7 +77,7 @@ def _check_tools(folder: Path | None) -> None:
         check_host_compiler()
     except SimpruneError as error:
         where = f" -o {folder / PLUGIN_FOLDER}" if folder is not None else ""
-        raise SimpruneError(
+        raise ArtifactError(
             f"the plugin's library is missing, and cannot be built here: {error}; name one with "
             f"--plugin, or build it elsewhere with `simprune-deploy plugin build{where}`"
         ) from error
@@ -93,23 +93,23 @@ def check_library(path: Path, gpu: Gpu) -> LibraryInfo:
     info = read_info(path)
     again = f"`simprune-deploy plugin build -o {path.parent} --force` on this machine"
     if info.kind != "plugin" or info.tensorrt_headers is None:
-        raise SimpruneError(f"{path} has no TensorRT plugin in it ({info.kind}): name {LIBRARY}")
+        raise ArtifactError(f"{path} has no TensorRT plugin in it ({info.kind}): name {LIBRARY}")
     if info.machine != platform.machine():
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} is for {info.machine}, and this machine is {platform.machine()}: {again}"
         )
     if info.abi != ABI_VERSION:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} has C interface {info.abi} (simprune-deploy {info.version}), and this version "
             f"speaks {ABI_VERSION}: {again}"
         )
     if info.cuda is not None and int(info.cuda.split(".")[0]) > int(gpu.cuda.split(".")[0]):
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} was compiled with CUDA {info.cuda}, and the driver here knows CUDA "
             f"{gpu.cuda}: {again}"
         )
     if not info.device_code.runs_on(gpu.sm):
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} has code for {info.device_code}, and the GPU here ({gpu.name}) is "
             f"SM {gpu.sm}: {again}"
         )

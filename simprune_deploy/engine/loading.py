@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.engine.tensors import Shape
 
 
@@ -17,7 +17,7 @@ def load(runtime: Any, errors: list[str], path: Path, title: str) -> Any:
     """
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise SimpruneError(f"{title} does not load {path}: {reason(errors)}")
+        raise ArtifactError(f"{title} does not load {path}: {reason(errors)}")
     return engine
 
 

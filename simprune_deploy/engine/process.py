@@ -19,7 +19,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ToolFailedError
 from simprune_deploy.common.files import as_user_error
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.engine_metadata import NAMES
@@ -65,7 +65,7 @@ def run_worker(
         name = signal.Signals(-code).name
         memory = ": it may have run out of memory" if -code == signal.SIGKILL else ""
         said = f"the builder was ended by {name}{memory}"
-    raise SimpruneError(
+    raise ToolFailedError(
         f"{NAMES[request['flavour']]} cannot build {Path(request['model']).name} for {title}: "
         f"{said[:400] or f'it gave no reason (exit code {code})'}{_remedy(request, errors)}"
     )

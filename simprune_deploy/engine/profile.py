@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    argument,
+)
 from simprune_deploy.engine.engine_metadata import Profile
 
 if TYPE_CHECKING:
@@ -33,18 +37,21 @@ def optimization_profile(
     """
     low, high = wish or batch
     if not batch[0] <= low <= high <= batch[1]:
-        raise SimpruneError(
-            f"--batch {low}..{high} is outside {batch[0]}..{batch[1]}, which the graph takes: "
-            "choose from that range, or export again with another --batch"
+        raise InvalidArgumentError(
+            f"{argument('batch')} {low}..{high} is outside {batch[0]}..{batch[1]}, which the graph "
+            f"takes: "
+            f"choose from that range, or export again with another {argument('batch')}"
         )
     opt = low if opt_batch is None else opt_batch
     if not low <= opt <= high:
-        raise SimpruneError(f"--opt-batch {opt} is outside the batches {low}..{high}")
+        raise InvalidArgumentError(
+            f"{argument('opt_batch')} {opt} is outside the batches {low}..{high}"
+        )
     profile: Profile = {}
     for value in graph.graph.input:
         dims = list(value.type.tensor_type.shape.dim)
         if any(dim.dim_param or dim.dim_value < 1 for dim in dims[1:]):
-            raise SimpruneError(
+            raise ArtifactError(
                 f"the ONNX input {value.name!r} has a free dimension beside the batch, which "
                 "engines cannot take: export again"
             )

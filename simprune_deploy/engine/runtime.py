@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    SimpruneError,
+    ToolFailedError,
+    argument,
+)
 from simprune_deploy.engine import cuda, flavours
 from simprune_deploy.engine.builders import this_machine
 from simprune_deploy.engine.engine_metadata import check_fits, read_engine_metadata
@@ -69,7 +75,9 @@ class Engine:
         cuda_graph: bool = False,
     ) -> None:
         if cuda_graph and stream is not None and stream in (0, cuda.LEGACY_DEFAULT_STREAM):
-            raise SimpruneError("a CUDA graph cannot be recorded on stream 0: give another stream")
+            raise InvalidArgumentError(
+                "a CUDA graph cannot be recorded on stream 0: give another stream"
+            )
         path = Path(path)
         library = Path(plugin) if plugin is not None else None
         self.metadata = read_engine_metadata(path)
@@ -122,7 +130,7 @@ class Engine:
             SimpruneError: an array does not fit, or TensorRT or CUDA fails.
         """
         if not self._finalizer.alive:
-            raise SimpruneError("the engine is closed: load it again")
+            raise ArtifactError("the engine is closed: load it again")
         self._errors.clear()
         given = {name: cuda.view(name, array, self._stream) for name, array in inputs.items()}
         shapes = {name: (each.shape, each.dtype) for name, each in given.items()}
@@ -205,7 +213,7 @@ class Engine:
         for name in outputs:
             if name not in self.outputs or name in self._allocators:
                 known = ", ".join(name for name in self.outputs if name not in self._allocators)
-                raise SimpruneError(f"the output {name} cannot be written to: give {known}")
+                raise InvalidArgumentError(f"the output {name} cannot be written to: give {known}")
         results, targets = {}, {}
         for name, tensor in self.outputs.items():
             if name in self._allocators:
@@ -214,7 +222,7 @@ class Engine:
             array = outputs[name] if name in outputs else np.empty(shape, tensor.dtype)
             target = cuda.view(name, array, self._stream, writable=True)
             if (target.shape, target.dtype) != (shape, tensor.dtype):
-                raise SimpruneError(
+                raise InvalidArgumentError(
                     f"the array for {name} is {target.dtype}{list(target.shape)}, and the engine "
                     f"gives {tensor.dtype}{list(shape)}"
                 )
@@ -228,9 +236,9 @@ class Engine:
         try:
             self._graph.launch(self._stream, self._enqueue)
         except SimpruneError as error:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"no CUDA graph can be recorded of this engine: {error}; they need token counts "
-                "that do not depend on the image (export with --tokens K)"
+                f"that do not depend on the image (export with {argument('tokens', 'K')})"
             ) from error
 
     def _enqueue(self) -> None:
@@ -239,7 +247,7 @@ class Engine:
     def _checked(self, what: str, result: Any) -> Any:
         """Return what TensorRT gave; raise with its own last error if that is a no."""
         if result is None or result is False:
-            raise SimpruneError(f"{self.metadata.title}, {what}: {reason(self._errors)}")
+            raise ToolFailedError(f"{self.metadata.title}, {what}: {reason(self._errors)}")
         return result
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import functools
 import json
-import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.versions import version_numbers
 
 FACTS = (
     "compute_capability",
@@ -68,18 +68,6 @@ class Release:
     def to_dict(self) -> dict[str, Any]:
         """Return the release as JSON types."""
         return {**dataclasses.asdict(self), "sources": list(self.sources)}
-
-
-def version_numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers that a version begins with: (10, 16) of "10.16 or later".
-
-    Raises:
-        ValueError: it begins with none.
-    """
-    match = re.match(r"\d+(\.\d+)*", text)
-    if match is None:
-        raise ValueError(f"{text!r} is no version")
-    return tuple(int(part) for part in match[0].split("."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +142,9 @@ class Targets:
     targets: tuple[Target, ...]
     groups: dict[str, tuple[str, ...]]
     plugin_replaces_function_from: Fact
+
+    def __str__(self) -> str:
+        return "\n".join(f"{target.name}: {target.title}" for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
@@ -236,8 +227,8 @@ def short_names(targets: Sequence[Target]) -> list[str]:
     return [*found, *(target.name for target in known.targets if target.name in left)]
 
 
-def find_targets(text: str) -> list[Target]:
-    """Return the targets of a list such as ``rtx-ada,dgx-spark``, in its order, each once.
+def find_targets(names: str | Sequence[str]) -> list[Target]:
+    """Return the targets of ("rtx-ada", "dgx-spark") or "rtx-ada,dgx-spark", in order, each once.
 
     Raises:
         SimpruneError: a name is unknown, or none was given.
@@ -249,18 +240,22 @@ def find_targets(text: str) -> list[Target]:
         meanings.update(dict.fromkeys(target.aliases, (target.name,)))
     meanings.update(known.groups)
     found: dict[str, Target] = {}
+    text = names if isinstance(names, str) else ",".join(names)
     asked = [part.strip().lower() for part in text.split(",")]
     if not any(asked):
-        raise SimpruneError("--target is empty: `simprune-deploy targets` lists the names")
+        raise InvalidArgumentError(
+            f"{argument('targets')} is empty: `simprune-deploy targets` lists the names"
+        )
     for name in asked:
         if not name:
-            raise SimpruneError(
-                f"--target {text!r} has an empty name between its commas: write rtx-ada,dgx-spark"
+            raise InvalidArgumentError(
+                f"{argument('targets')} {text!r} has an empty name between its commas: write "
+                f"rtx-ada,dgx-spark"
             )
         if name not in meanings:
             near = difflib.get_close_matches(name, meanings, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"unknown target {name!r}: {hint}`simprune-deploy targets` lists the names"
             )
         for member in meanings[name]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, argument
 
 Shape = tuple[int, ...]
 
@@ -55,28 +55,33 @@ def check_inputs(tensors: Sequence[Tensor], given: Mapping[str, tuple[Shape, Any
     """
     names = [tensor.name for tensor in tensors]
     if set(names) != set(given):
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"the inputs {', '.join(given) or 'none'} were given, and the engine takes "
             f"{', '.join(names)}"
         )
     for tensor in tensors:
         shape, dtype = given[tensor.name]
         if dtype != tensor.dtype:
-            raise SimpruneError(f"{tensor.name} is {dtype}, and the engine takes {tensor.dtype}")
+            raise InvalidArgumentError(
+                f"{tensor.name} is {dtype}, and the engine takes {tensor.dtype}"
+            )
         ranges = list(zip(tensor.smallest, tensor.largest, strict=True))
         if len(shape) != len(ranges) or shape[1:] != tensor.largest[1:]:
             wanted = ", ".join(f"{a}" if a == b else f"{a}..{b}" for a, b in ranges)
-            raise SimpruneError(f"{tensor.name} is {list(shape)}, and the engine takes [{wanted}]")
+            raise InvalidArgumentError(
+                f"{tensor.name} is {list(shape)}, and the engine takes [{wanted}]"
+            )
         if shape and not ranges[0][0] <= shape[0] <= ranges[0][1]:
             low, high = ranges[0]
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{shape[0]} rows of {tensor.name} are outside {low}..{high}, which the engine was "
-                "built for: split the batch, or export with another --batch and build again"
+                f"built for: split the batch, or export with another {argument('batch')} and build "
+                f"again"
             )
     batch = given[names[0]][0][:1]
     for name in names[1:]:
         rows = given[name][0][:1]
         if rows not in ((), (1,), batch):
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{name} has {rows[0]} values for {batch[0]} images: give one, or one for each"
             )

@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    argument,
+)
 from simprune_deploy.common.files import staged_file, write_json
-from simprune_deploy.evaluate.answers import Answers
 from simprune_deploy.evaluate.classes import ClassResult
+from simprune_deploy.evaluate.predictions import Predictions
 from simprune_deploy.evaluate.statistics import (
     PAIRED_METHOD,
     SHARE_METHOD,
@@ -38,13 +42,14 @@ PASSED, FAILED, TOO_FEW = "passed", "failed", "too few images"
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """What is let pass.
+class AccuracyLimits:
+    """How much may be lost.
 
     Args:
         max_drop: Of top-1 accuracy, as a share: 0.005 is half a point. Default None: not asked.
         min_agreement: Share of images with the same class. Default None: not asked.
-        sure: Ask it of the whole 95 % confidence interval, not of what was measured. Default False.
+        sure: Require it of the whole 95 % confidence interval, not of what was measured. Default
+            False.
 
     Raises:
         SimpruneError: a limit is no share, or neither is given.
@@ -57,9 +62,12 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in (("max-drop", self.max_drop), ("min-agreement", self.min_agreement)):
             if value is not None and not 0 < value < 1:
-                raise SimpruneError(f"--{name} {value:.2%} must lie between 0% and 100%")
+                raise InvalidArgumentError(f"--{name} {value:.2%} must lie between 0% and 100%")
         if self.max_drop is None and self.min_agreement is None:
-            raise SimpruneError("say what is let pass: --max-drop 0.5% or --min-agreement 99%")
+            raise InvalidArgumentError(
+                f"say what is let pass: {argument('max_drop', 0.005, '0.5%')} or "
+                f"{argument('min_agreement', 0.99, '99%')}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +121,10 @@ class AccuracyReport:
     def passed(self) -> bool:
         return self.status == PASSED
 
+    def __str__(self) -> str:
+        lines = [f"{each.name}: {each.status}: {each.summary}" for each in self.checks]
+        return "\n".join([f"{self.candidate} against {self.reference}: {self.status}", *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
         return {
@@ -123,10 +135,10 @@ class AccuracyReport:
 
 
 def compare(
-    candidate: Answers,
-    reference: Answers,
+    candidate: Predictions,
+    reference: Predictions,
     labels: np.ndarray | None,
-    limits: Limits,
+    limits: AccuracyLimits,
     data: dict[str, Any],
     classes: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
@@ -137,10 +149,11 @@ def compare(
         SimpruneError: a drop is asked for and there are no labels.
     """
     if limits.max_drop is not None and labels is None:
-        raise SimpruneError(
-            "--max-drop needs labels, and the images have none: ask for --min-agreement"
+        raise InvalidArgumentError(
+            f"{argument('max_drop')} needs labels, and the images have none: ask for "
+            f"{argument('min_agreement')}"
         )
-    mine, theirs = candidate.winners, reference.winners
+    mine, theirs = candidate.classes, reference.classes
     checks: list[AccuracyCheck] = []
     per_class: tuple[ClassResult, ...] = ()
     accuracies: tuple[float | None, float | None] = (None, None)
@@ -246,12 +259,12 @@ def _per_class(
     return tuple(rows)
 
 
-def save_baseline(path: Path, answers: Answers, data: dict[str, Any]) -> None:
+def save_baseline(path: Path, predictions: Predictions, data: dict[str, Any]) -> None:
     """Store a model's answers for later comparisons; the file appears whole or not at all.
 
     Args:
         path: A JSON file.
-        answers: Of the model.
+        predictions: Of the model.
         data: What the pictures are; its "sha256" tells them from others.
     """
     with staged_file(path) as staging:
@@ -260,18 +273,18 @@ def save_baseline(path: Path, answers: Answers, data: dict[str, Any]) -> None:
             {
                 "kind": KIND,
                 "format": FORMAT,
-                "title": answers.title,
-                "model": answers.identity,
-                "weights": answers.weights,
+                "title": predictions.title,
+                "model": predictions.identity,
+                "weights": predictions.weights,
                 "data": {name: data[name] for name in ("source", "sha256")},
-                "winners": answers.winners.tolist(),
+                "winners": predictions.classes.tolist(),
             },
         )
 
 
 def load_baseline(
-    path: Path, candidate: Answers, data: dict[str, Any], retrained: bool = False
-) -> Answers:
+    path: Path, candidate: Predictions, data: dict[str, Any], retrained: bool = False
+) -> Predictions:
     """Read a stored baseline that a model can be compared with.
 
     Args:
@@ -283,55 +296,58 @@ def load_baseline(
     Raises:
         SimpruneError: it is no baseline, or one of another model or of other pictures.
     """
-    answers, stored = _read_baseline(path)
+    predictions, stored = _read_baseline(path)
     if stored != data["sha256"]:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"the baseline {path} is of other images, labels or preprocessing than these: save a "
-            "new one with --save-baseline"
+            f"new one with {argument('save_baseline')}"
         )
-    if answers.identity != candidate.identity:
+    if predictions.identity != candidate.identity:
         names = [name for name in candidate.identity
-                 if answers.identity.get(name) != candidate.identity[name]]  # fmt: skip
-        raise SimpruneError(
-            f"the baseline {path} is of another model ({answers.title:.200}): "
-            f"{', '.join(names)} differ; save a new one with --save-baseline"
+                 if predictions.identity.get(name) != candidate.identity[name]]  # fmt: skip
+        raise InvalidArgumentError(
+            f"the baseline {path} is of another model ({predictions.title:.200}): "
+            f"{', '.join(names)} differ; save a new one with {argument('save_baseline')}"
         )
-    if not retrained and not same_weights(answers.weights, candidate.weights):
-        raise SimpruneError(
+    if not retrained and not same_weights(predictions.weights, candidate.weights):
+        raise InvalidArgumentError(
             f"the baseline {path} is of another model, with other weights "
-            f"({answers.title:.200}): compare all the same with --retrained, or save a new one"
+            f"({predictions.title:.200}): compare all the same with {argument('retrained', True)}, "
+            f"or save a new one"
         )
-    if len(answers.winners) != len(candidate.winners):
-        raise SimpruneError(
-            f"the baseline {path} has {len(answers.winners):,} answers, and "
-            f"{len(candidate.winners):,} images could be read now: save a new one"
+    if len(predictions.classes) != len(candidate.classes):
+        raise InvalidArgumentError(
+            f"the baseline {path} has {len(predictions.classes):,} answers, and "
+            f"{len(candidate.classes):,} images could be read now: save a new one"
         )
-    return answers
+    return predictions
 
 
-def _read_baseline(path: Path) -> tuple[Answers, str]:
+def _read_baseline(path: Path) -> tuple[Predictions, str]:
     try:
         if path.stat().st_size > MAX_BASELINE_BYTES:
-            raise SimpruneError(f"{path} is larger than {MAX_BASELINE_BYTES >> 20} MB: no baseline")
+            raise ArtifactError(f"{path} is larger than {MAX_BASELINE_BYTES >> 20} MB: no baseline")
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["kind"] != KIND:
             raise ValueError(f"kind {values['kind']!r}")
         if values["format"] != FORMAT:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"the baseline {path} has format {values['format']}, and this version reads "
                 f"{FORMAT}: update simprune-deploy"
             )
-        winners = np.array(values["winners"])
-        if winners.ndim != 1 or winners.dtype != np.int64:
+        classes = np.array(values["winners"])
+        if classes.ndim != 1 or classes.dtype != np.int64:
             raise ValueError("winners are no list of whole numbers")
         weights = {str(name): float(norm) for name, norm in values["weights"].items()}
-        answers = Answers(str(values["title"]), dict(values["model"]), weights, winners)
-        return answers, str(values["data"]["sha256"])
+        predictions = Predictions(str(values["title"]), dict(values["model"]), weights, classes)
+        return predictions, str(values["data"]["sha256"])
     except FileNotFoundError:
-        raise SimpruneError(f"{path} does not exist: write it with --save-baseline") from None
+        raise ArtifactError(
+            f"{path} does not exist: write it with {argument('save_baseline')}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         text = " ".join(str(error).split())[:200]
-        raise SimpruneError(f"{path} holds no baseline of ours ({text}): save a new one") from error
+        raise ArtifactError(f"{path} holds no baseline of ours ({text}): save a new one") from error
 
 
 def same_weights(left: dict[str, float], right: dict[str, float]) -> bool:

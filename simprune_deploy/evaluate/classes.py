@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import DataError, argument
 
 IMAGENET_CLASSES = 1000
 MOST_SHOWN = 3
 MOST_BYTES = 1 << 24
 
-HELP = "map them with --classes FILE, or take none with --no-labels"
+HELP = f"map them with {argument('classes', 'FILE')}, or take none with {argument('labels', False)}"
 
 
 def read_mapping(path: Path) -> dict[str, int | str]:
@@ -26,7 +26,7 @@ def read_mapping(path: Path) -> dict[str, int | str]:
     """
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise SimpruneError(f"{path} is larger than {MOST_BYTES} bytes: it is no list of names")
+            raise DataError(f"{path} is larger than {MOST_BYTES} bytes: it is no list of names")
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("{"):
             names = [line.strip() for line in text.splitlines()]
@@ -34,19 +34,19 @@ def read_mapping(path: Path) -> dict[str, int | str]:
                 names.pop()
             mapping: dict[str, int | str] = {name: i for i, name in enumerate(names) if name}
             if len(mapping) != len([name for name in names if name]):
-                raise SimpruneError(f"{path} names a class twice: a line for each of the model's")
+                raise DataError(f"{path} names a class twice: a line for each of the model's")
         else:
             mapping = json.loads(text)
     except UnicodeDecodeError as error:
-        raise SimpruneError(f"{path} is not a text file: {error}") from error
+        raise DataError(f"{path} is not a text file: {error}") from error
     except OSError as error:
-        raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise SimpruneError(f"{path} is not JSON: {error}") from error
+        raise DataError(f"{path} is not JSON: {error}") from error
     wrong = [key for key, value in mapping.items() if not isinstance(value, (int, str))]
     if wrong or not mapping:
         what = f"{wrong[0]!r} is given neither a number nor a name" if wrong else "it is empty"
-        raise SimpruneError(f"{path} maps no classes: {what}")
+        raise DataError(f"{path} maps no classes: {what}")
     return mapping
 
 
@@ -81,7 +81,7 @@ def map_labels(
     numbers, how = _numbers(used, classes, num_classes, names, mapping)
     for name, number in numbers.items():
         if not 0 <= number < num_classes:
-            raise SimpruneError(
+            raise DataError(
                 f"class {name!r} is number {number}, and the model's classes are 0 to "
                 f"{num_classes - 1}: {HELP}"
             )
@@ -104,13 +104,13 @@ def _numbers(
     own = {_normal(name): number for number, name in enumerate(names or ())}
     if mapping is not None:
         if missing := [name for name in used if name not in mapping]:
-            raise SimpruneError(f"--classes names no class for {_some(missing)}: add them")
+            raise DataError(f"{argument('classes')} names no class for {_some(missing)}: add them")
         numbers = {}
         for name in used:
             value = mapping[name]
             if isinstance(value, str) and _normal(value) not in own:
-                raise SimpruneError(
-                    f"--classes gives {name!r} the class {value!r}, and the model has "
+                raise DataError(
+                    f"{argument('classes')} gives {name!r} the class {value!r}, and the model has "
                     f"{_some(names) if names else 'no names for its classes: give a number'}"
                 )
             numbers[name] = own[_normal(value)] if isinstance(value, str) else int(value)
@@ -125,12 +125,12 @@ def _numbers(
         return {name: int(name) for name in used}, "class names are the model's class numbers"
     if names:
         strangers = [name for name in used if _normal(name) not in own]
-        raise SimpruneError(
+        raise DataError(
             f"{len(strangers)} classes of the data are none of the model's: {_some(strangers)}; "
             f"it has {_some(names)}: {HELP}"
         )
     if len(classes) != num_classes:
-        raise SimpruneError(
+        raise DataError(
             f"the data has {len(classes)} classes ({_some(classes)}), and the model "
             f"{num_classes} without names: {HELP}"
         )
@@ -152,9 +152,7 @@ def _check_numbers(labels: np.ndarray, count: int, what: str = "the model") -> N
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= count:
         wrong = low if low < 0 else high
-        raise SimpruneError(
-            f"label {wrong} is outside 0 to {count - 1}, the classes of {what}: {HELP}"
-        )
+        raise DataError(f"label {wrong} is outside 0 to {count - 1}, the classes of {what}: {HELP}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument
 from simprune_deploy.common.images import (
     PictureLoader,
     Preprocessing,
@@ -50,13 +50,16 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise SimpruneError(f"--limit {self.limit} must be 1 or more")
+            raise InvalidArgumentError(f"{argument('limit')} {self.limit} must be 1 or more")
         if not 0 <= self.max_unreadable <= 1:
-            raise SimpruneError(
-                f"--max-unreadable {self.max_unreadable:g} must be a share, such as 1%"
+            raise InvalidArgumentError(
+                f"{argument('max_unreadable')} {self.max_unreadable:g} must be a share, such as 1%"
             )
         if self.classes is not None and not self.labels:
-            raise SimpruneError("--classes maps labels, and --no-labels uses none: drop one")
+            raise InvalidArgumentError(
+                f"{argument('classes')} maps labels, and {argument('labels', False)} uses none: "
+                f"drop one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,7 @@ class DataSet:
         """
         # an archive that moved to another machine, or was removed, is not "all unreadable"
         if not self.path.exists():
-            raise SimpruneError(f"{self.path} cannot be seen on this machine: share it")
+            raise DataError(f"{self.path} cannot be seen on this machine: share it")
         loader = PictureLoader(self.preprocessing)
         for first in range(start, min(stop, len(self)), size):
             pixels, kept = [], []
@@ -149,10 +152,11 @@ class DataSet:
         count = len(skipped)
         if count > self.max_unreadable * len(self) or count == len(self):
             listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:MOST_LISTED])
-            raise SimpruneError(
+            raise DataError(
                 f"{count:,} of {len(self):,} pictures cannot be read ({listed}"
                 f"{'; ...' if count > MOST_LISTED else ''}), more than the "
-                f"{self.max_unreadable:.2%} allowed: repair them, or raise --max-unreadable"
+                f"{self.max_unreadable:.2%} allowed: repair them, or raise "
+                f"{argument('max_unreadable')}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +199,9 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
     if source.labels is None:
         notes.append("no labels: agreement with the dense model in place of accuracy")
         if options.classes is not None:
-            raise SimpruneError(f"--classes maps labels, and {path} has none: drop it")
+            raise InvalidArgumentError(
+                f"{argument('classes')} maps labels, and {path} has none: drop it"
+            )
     elif not options.labels:
         notes.append("labels left aside (--no-labels): agreement in place of accuracy")
     elif not metadata.num_classes:
@@ -231,12 +237,12 @@ def open_source(path: Path, labelled: bool) -> Source:
             return HubDataset(path)
         return folder_source(path, labelled)
     if not path.exists():
-        raise SimpruneError(f"{path} does not exist: give pictures with --data")
+        raise DataError(f"{path} does not exist: give pictures with {argument('data')}")
     if path.suffix.lower() == ".npz":
         return Archive(path)
     if path.suffix.lower() == ".csv":
         return csv_source(path)
-    raise SimpruneError(
+    raise DataError(
         f"{path} is no data set: give a folder, a .csv or an .npz file, or a Hugging Face data "
         "set that save_to_disk wrote"
     )

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import DataError, RequirementError, argument
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.images import UnusableImageError, find_pictures, printable
 
@@ -112,20 +112,22 @@ def folder_source(root: Path, labelled: bool = True) -> Files:
     """
     paths, refused = find_pictures(root)
     if refused:
-        raise SimpruneError(f"{root}/{refused[0][0]} cannot be listed: {refused[0][1]}")
+        raise DataError(f"{root}/{refused[0][0]} cannot be listed: {refused[0][1]}")
     if not paths:
-        raise SimpruneError(f"{root} holds no pictures: give a folder of pictures with --data")
+        raise DataError(
+            f"{root} holds no pictures: give a folder of pictures with {argument('data')}"
+        )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not labelled or not folders:
         return Files("unlabelled folder", root, paths)
     classes: list[str] = [path.relative_to(root).parts[0] for path in paths]
     if loose := next((path for path in paths if path.parent == root), None):
-        raise SimpruneError(
+        raise DataError(
             f"{printable(loose, root)} lies beside the class folders of {root}: move it into one, "
-            "or take all pictures as unlabelled with --no-labels"
+            f"or take all pictures as unlabelled with {argument('labels', False)}"
         )
     if empty := sorted(set(folders) - set(classes)):
-        raise SimpruneError(
+        raise DataError(
             f"the class folder {empty[0]!r} of {root} holds no pictures"
             f"{_more(empty)}: remove it or fill it"
         )
@@ -153,7 +155,7 @@ def csv_source(path: Path) -> Files:
             where = _column(columns, PATH_COLUMNS)
             what = _column(columns, LABEL_COLUMNS)
             if where is None:
-                raise SimpruneError(
+                raise DataError(
                     f"{path} has no column of paths: its first line must name one "
                     f"{' or '.join(PATH_COLUMNS[:2])}, and it reads {','.join(columns)[:80]!r}"
                 )
@@ -161,16 +163,16 @@ def csv_source(path: Path) -> Files:
                 ((row[where] or "").strip(), (row.get(what or "") or "").strip()) for row in reader
             ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SimpruneError(f"{path} is not a CSV file in UTF-8: {error}") from error
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
     except OSError as error:
-        raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if not rows:
-        raise SimpruneError(f"{path} names no pictures: one line each, below the columns' names")
+        raise DataError(f"{path} names no pictures: one line each, below the columns' names")
     for number, (name, label) in enumerate(rows, start=2):
         if not name or "\0" in name:
-            raise SimpruneError(f"line {number} of {path} names no picture")
+            raise DataError(f"line {number} of {path} names no picture")
         if what is not None and not label:
-            raise SimpruneError(f"line {number} of {path} has no label: give all of them or none")
+            raise DataError(f"line {number} of {path} has no label: give all of them or none")
     root = path.absolute().parent
     paths = [root / name for name, _ in rows]
     if what is None:
@@ -206,7 +208,7 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
                 if "images" not in names:
-                    raise SimpruneError(
+                    raise DataError(
                         f"{path} has no array 'images': it has {', '.join(sorted(names)) or 'none'}"
                     )
                 sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
@@ -214,10 +216,10 @@ class Archive:
                     self.shape, self.offset = _image_header(stream, path)
             found = sizes["images.npy"] - self.offset
             if found != math.prod(self.shape):
-                raise SimpruneError(f"{path} is damaged: its images take {found} bytes")
+                raise DataError(f"{path} is damaged: its images take {found} bytes")
             self.labels, self.classes = self._read_labels(names, sizes)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise SimpruneError(f"{path} is not an .npz file that can be read: {error}") from error
+            raise DataError(f"{path} is not an .npz file that can be read: {error}") from error
 
     def _read_labels(
         self, names: set[str], sizes: dict[str, int]
@@ -227,19 +229,19 @@ class Archive:
         most = {"labels": 8 * len(self) + 256, "classes": MOST_NAMES_BYTES}
         for name, limit in most.items():
             if sizes.get(f"{name}.npy", 0) > limit:
-                raise SimpruneError(f"'{name}' of {self.path} is larger than {limit} bytes")
+                raise DataError(f"'{name}' of {self.path} is larger than {limit} bytes")
         with np.load(self.path, allow_pickle=False) as data:
             labels = data["labels"]
             classes = data["classes"] if "classes" in names else None
         if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
-            raise SimpruneError(
+            raise DataError(
                 f"the labels of {self.path} are {labels.dtype}{list(labels.shape)}: "
                 f"there must be a whole number for each of the {len(self)} images"
             )
         if classes is None:
             return labels.astype(np.int64), None
         if classes.dtype.kind != "U" or classes.ndim != 1:
-            raise SimpruneError(f"'classes' of {self.path} must be a list of names")
+            raise DataError(f"'classes' of {self.path} must be a list of names")
         return labels.astype(np.int64), tuple(str(name) for name in classes)
 
     def __len__(self) -> int:
@@ -286,7 +288,7 @@ def _image_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
     shape, fortran, dtype = read(stream)
     fits = len(shape) == 3 or (len(shape) == 4 and not {1, 3}.isdisjoint((shape[1], shape[3])))
     if dtype != np.uint8 or fortran or not fits or 0 in shape:
-        raise SimpruneError(
+        raise DataError(
             f"the images of {path} are {dtype}{list(shape)}: uint8[n, height, width], or with 1 or "
             "3 channels last or first, can be read"
         )
@@ -302,25 +304,25 @@ class HubDataset:
         try:
             import datasets
         except ImportError:
-            raise SimpruneError(
+            raise RequirementError(
                 f"{root} is a Hugging Face data set, and `datasets` is not installed: "
                 "pip install datasets"
             ) from None
         if (root / "dataset_dict.json").is_file():
             splits = sorted(path.parent.name for path in root.glob("*/dataset_info.json"))
-            raise SimpruneError(
+            raise DataError(
                 f"{root} holds the splits {', '.join(splits)}: give one, "
-                f"--data {root / (splits[-1] if splits else 'test')}"
+                f"{argument('data')} {root / (splits[-1] if splits else 'test')}"
             )
         try:
             table = datasets.load_from_disk(str(root))
         except Exception as error:  # whatever the library stumbles over in damaged files
             text = " ".join(str(error).split())[:200]
-            raise SimpruneError(f"{root} cannot be read as a data set: {text}") from error
+            raise DataError(f"{root} cannot be read as a data set: {text}") from error
         features = table.features
         image = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         if not image:
-            raise SimpruneError(f"{root} has no column of images: it has {', '.join(features)}")
+            raise DataError(f"{root} has no column of images: it has {', '.join(features)}")
         self.image = image[0]
         # our own loader decodes, with its limits
         self.table = table.cast_column(self.image, datasets.Image(decode=False))

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from statistics import NormalDist
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError
 
 CONFIDENCE = 0.95
 PAIRED_METHOD = "Tango's score interval for paired proportions (Statistics in Medicine 17, 1998)"
@@ -53,7 +53,7 @@ def paired_drop(
     """
     counts = (right_only_before, right_only_after)
     if images < 1 or min(counts) < 0 or sum(counts) > images:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"{right_only_before} and {right_only_after} images of {images} cannot differ: "
             "the counts do not fit together"
         )
@@ -91,7 +91,7 @@ def share(hits: int, images: int, confidence: float = CONFIDENCE) -> Interval:
         SimpruneError: the counts do not fit together.
     """
     if images < 1 or not 0 <= hits <= images:
-        raise SimpruneError(f"{hits} of {images} images is no share")
+        raise InvalidArgumentError(f"{hits} of {images} images is no share")
     square = _z(confidence) ** 2
     estimate = hits / images
     centre = (hits + square / 2) / (images + square)
@@ -106,7 +106,7 @@ def images_for_drop(limit: float, confidence: float = CONFIDENCE) -> int:
     With fewer no result, however good, has an interval that stays below the limit.
     """
     if not 0 < limit < 1:
-        raise SimpruneError(f"a drop of {limit:.2%} must lie between 0 and 100 %")
+        raise InvalidArgumentError(f"a drop of {limit:.2%} must lie between 0 and 100 %")
     square = _z(confidence) ** 2
     return max(1, math.ceil(square * (1 - limit) / limit))
 
@@ -114,12 +114,12 @@ def images_for_drop(limit: float, confidence: float = CONFIDENCE) -> int:
 def images_for_share(limit: float, confidence: float = CONFIDENCE) -> int:
     """Return how few images can show a share of at least `limit`, if all of them are hits."""
     if not 0 < limit < 1:
-        raise SimpruneError(f"a share of {limit:.2%} must lie between 0 and 100 %")
+        raise InvalidArgumentError(f"a share of {limit:.2%} must lie between 0 and 100 %")
     square = _z(confidence) ** 2
     return max(1, math.ceil(square * limit / (1 - limit)))
 
 
 def _z(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise SimpruneError(f"a confidence of {confidence} must lie between 0 and 1")
+        raise InvalidArgumentError(f"a confidence of {confidence} must lie between 0 and 1")
     return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -1,6 +1,7 @@
 """Times models side by side, in turn, so that a slow spell of the machine or its clocks hits all.
 
-What is timed is given as functions, and so is the clock: nothing here knows TensorRT.
+The one timer of sweeps, of tuning and of ``bench``. What is timed is given as functions, and so is
+the clock: nothing here knows what runs a model.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.progress import Progress, silent
 
 Runner = Callable[[int], "float | None"]
 """Runs input number i to its end. Returns how many milliseconds of it were the GPU's, if known."""
 
 BLOCKS = 25
+RUNS_A_BLOCK = 10
 RESAMPLES = 10_000
 LEVEL = 95
 FEWEST_BLOCKS = 8
@@ -47,8 +49,12 @@ class Plan:
         for name, least in (("iterations", 1), ("warm_up", 0)):
             value = getattr(self, name)
             if not least <= value <= MOST:
-                option = f"--{name.replace('_', '-')}"
-                raise SimpruneError(f"{option} {value} is not between {least} and {MOST}")
+                raise InvalidArgumentError(
+                    f"{argument(name)} {value} is not between {least} and {MOST}",
+                    what=name,
+                    value=value,
+                    allowed=(least, MOST),
+                )
 
     @property
     def rounds(self) -> int:
@@ -56,14 +62,34 @@ class Plan:
         return math.ceil(self.iterations / self.inputs)
 
     @property
-    def blocks(self) -> int:
-        """How often the models take turns."""
-        return math.ceil(self.rounds / self.rounds_a_block)
-
-    @property
     def rounds_a_block(self) -> int:
         """Rounds that a model runs before it is another's turn."""
         return math.ceil(self.rounds / BLOCKS)
+
+    @property
+    def blocks(self) -> list[range]:
+        """The numbers of the runs of each turn; input i is run number i, modulo the inputs."""
+        runs = self.rounds_a_block * self.inputs
+        return [range(runs) for _ in range(math.ceil(self.rounds / self.rounds_a_block))]
+
+
+@dataclasses.dataclass(frozen=True)
+class EachOnce:
+    """A plan that runs every input once, in turns of :data:`RUNS_A_BLOCK`.
+
+    Attributes:
+        inputs: How many different inputs there are.
+        warm_up: Runs of every model before that. Default 3.
+    """
+
+    inputs: int
+    warm_up: int = 3
+
+    @property
+    def blocks(self) -> list[range]:
+        """The numbers of the inputs of each turn."""
+        starts = range(0, self.inputs, RUNS_A_BLOCK)
+        return [range(at, min(at + RUNS_A_BLOCK, self.inputs)) for at in starts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,36 +134,39 @@ class Speedup:
 
 def measure(
     runners: Mapping[str, Runner],
-    plan: Plan,
+    plan: Plan | EachOnce,
     *,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
+    advance: Callable[[int], None] = lambda runs: None,
 ) -> dict[str, Times]:
     """Time every runner on the same inputs.
 
-    The models take turns, in blocks, and change the order from block to block (A B, B A, ...). A
-    block begins with one run that is not timed: it brings the model's weights and code back to
-    where the others have pushed them out.
+    The models take turns, in blocks, and another one begins each block (A B, B A, ...). A turn
+    begins with one run that is not timed: it brings the model's weights and code back to where
+    the others have pushed them out.
 
     Args:
         runners: What to time, by name.
         plan: How much.
         clock: Returns seconds.
         progress: Called with a word on what runs.
+        advance: Called with the number of timed runs after each turn.
     """
     for name, run in runners.items():
         progress(f"warming up: {name}")
         for index in range(plan.warm_up):
             run(index % plan.inputs)
     times = {name: Times([], []) for name in runners}
-    for block in range(plan.blocks):
-        progress(f"timing: block {block + 1} of {plan.blocks}")
-        names = list(runners)
-        for name in names if block % 2 == 0 else reversed(names):
+    blocks, names = plan.blocks, list(runners)
+    for number, block in enumerate(blocks):
+        progress(f"timing: block {number + 1} of {len(blocks)}")
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             run = runners[name]
-            run(0)
+            run(block[0] % plan.inputs)
             whole, gpu = [], []
-            for index in range(plan.rounds_a_block * plan.inputs):
+            for index in block:
                 start = clock()
                 own = run(index % plan.inputs)
                 whole.append((clock() - start) * 1e3)
@@ -146,6 +175,7 @@ def measure(
             times[name].whole.append(whole)
             if gpu:
                 times[name].gpu.append(gpu)
+            advance(len(block))
     return times
 
 

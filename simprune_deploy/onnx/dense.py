@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.onnx.function_body import DOMAIN, OP_TYPE
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_metadata, write_metadata
 
@@ -56,7 +56,7 @@ def dense(graph: onnx.ModelProto) -> onnx.ModelProto:
         onnx.checker.check_model(copy, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise SimpruneError(
+        raise ArtifactError(
             f"the pruning cannot be taken out of this graph ({reason}): export the model again"
         ) from error
     return copy
@@ -142,7 +142,7 @@ class _Unpruning:
 
 
 def _changed(node: onnx.NodeProto) -> SimpruneError:
-    return SimpruneError(
+    return ArtifactError(
         f"the node {node.name!r} ({node.op_type}) reads the log-sizes in a way that exports do "
         "not have: export the model again"
     )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.common.files import sha256
 
 if TYPE_CHECKING:
@@ -51,27 +51,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if found == DEVICE_FORMAT:
             manifest["bundle"]
     except FileNotFoundError:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{folder} holds no {MANIFEST}: give a folder that `simprune-deploy export` wrote"
         ) from None
     except NotADirectoryError:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{folder} is a file: give the folder that `simprune-deploy export` wrote"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SimpruneError(f"{path} is damaged ({error!r}): export again") from error
+        raise ArtifactError(f"{path} is damaged ({error!r}): export again") from error
     if found not in KINDS:
         newest = max(KINDS)
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} has format {found}, and this version reads up to {newest}: "
             f"{'update simprune-deploy' if found > newest else 'export again'}"
         )
     for name, expected in hashes.items():
         file = _file_inside(folder, name)
         if not file.is_file():
-            raise SimpruneError(f"{file} is missing: copy the folder again, or export again")
+            raise ArtifactError(f"{file} is missing: copy the folder again, or export again")
         if sha256(file) != expected:
-            raise SimpruneError(f"{file} is not the file that was exported: its SHA-256 differs")
+            raise ArtifactError(f"{file} is not the file that was exported: its SHA-256 differs")
     return dict(manifest)
 
 
@@ -80,11 +80,11 @@ def _file_inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name).parts
     sound = parts and name == "/".join(parts) and name.isprintable() and "\\" not in name
     if not sound or ".." in parts or PurePosixPath(name).is_absolute():
-        raise SimpruneError(
+        raise ArtifactError(
             f"{folder / MANIFEST} names the file {name!r}, which is not below its folder: "
             "do not use it"
         )
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise SimpruneError(f"{file} is a link out of its folder: copy the file itself")
+        raise ArtifactError(f"{file} is a link out of its folder: copy the file itself")
     return file

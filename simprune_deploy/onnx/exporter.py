@@ -14,29 +14,30 @@ import onnx
 import torch
 from torch import nn
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    InvalidArgumentError,
+    UnsupportedModelError,
+    argument,
+)
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.onnx.function_body import (
     ATTRIBUTES,
     DOMAIN,
     DOMAIN_VERSION,
     INPUTS,
-    MAX_OPSET,
-    MIN_OPSET,
     OP_TYPE,
     OUTPUTS,
     BodyVariant,
     build_function,
 )
 from simprune_deploy.onnx.metadata import (
-    FLOAT32_NCHW,
     UINT8_NHWC,
     ModelMetadata,
-    check_input,
     write_metadata,
 )
 from simprune_deploy.onnx.names import make_readable
-from simprune_deploy.onnx.precision import check_precision, with_precision
+from simprune_deploy.onnx.options import ExportOptions
+from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.token_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
@@ -47,61 +48,6 @@ TRACED_SLOTS = 101
 
 MAX_ONNX_BYTES = 2_000_000_000
 """Protobuf files end at 2 GiB; a little is left for the graph."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """What the exported graph looks like, beside the model itself.
-
-    Args:
-        opset: ONNX opset, 18 to 23. Default 20, the first with a native Gelu.
-        batch: Smallest and largest batch; equal ones make the batch static. Default 1 to 8.
-        runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
-        normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
-        input: "float32-nchw" (the default), or "uint8-nhwc": images as a camera gives them,
-            uint8[B, H, W, C], which the graph converts, scales by 1/255 and normalizes. The second
-            implies `normalize`.
-        softmax: Give probabilities instead of logits.
-        log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
-            faster on a CPU. False adds them to the scores, the form that GPU kernels fuse, and
-            in float32 whatever the precision. Default (None): True in "fp32", else False.
-        emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
-        opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
-            prefix tokens. It changes no result. Default (): all of them.
-        precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
-            and outputs stay float32.
-
-    Raises:
-        SimpruneError: a value is out of its range.
-    """
-
-    opset: int = 20
-    batch: tuple[int, int] = (1, 8)
-    runtime_threshold: bool = False
-    normalize: bool = False
-    softmax: bool = False
-    emit_assignments: bool = False
-    log_size_in_keys: bool | None = None
-    precision: str = "fp32"
-    opt_tokens: tuple[int, ...] = ()
-    input: str = FLOAT32_NCHW
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision)
-        check_input(self.input)
-        if self.input == UINT8_NHWC:
-            object.__setattr__(self, "normalize", True)
-        if self.log_size_in_keys is None:
-            object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
-        low, high = self.batch
-        if low < 1 or high < low:
-            raise SimpruneError(
-                f"batch {low}..{high} is not a range: give 1..8, or one number for a fixed batch"
-            )
-        if not MIN_OPSET <= self.opset <= MAX_OPSET:
-            raise SimpruneError(
-                f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use --opset 20"
-            )
 
 
 class _TracedViT(PrunedViT):
@@ -237,7 +183,9 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     options = options or ExportOptions()
     _check_exportable(model)
     if options.softmax and not model.vit.num_classes:
-        raise SimpruneError("--softmax is for classes, and the model gives features: drop it")
+        raise InvalidArgumentError(
+            f"{argument('softmax', True)} is for classes, and the model gives features: drop it"
+        )
     if is_dense(model, options):
         dense = dataclasses.replace(model.config, layers=(), capacities=())
         exported = PrunedViT(model.vit, dense)
@@ -274,16 +222,16 @@ def _check_exportable(model: PrunedViT) -> None:
     parameters = list(model.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     if size > MAX_ONNX_BYTES:
-        raise SimpruneError(
+        raise UnsupportedModelError(
             f"the weights take {size / 1e9:.1f} GB and an ONNX file holds at most "
             f"{MAX_ONNX_BYTES / 1e9:.0f} GB: use a smaller architecture"
         )
     if kinds := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
-        raise SimpruneError(
+        raise UnsupportedModelError(
             f"the model is {', '.join(kinds)}: export it as float32 (model.float())"
         )
     if devices := {p.device.type for p in parameters if p.device.type != "cpu"}:
-        raise SimpruneError(f"the model is on {', '.join(devices)}: export it from the CPU")
+        raise UnsupportedModelError(f"the model is on {', '.join(devices)}: export it from the CPU")
 
 
 @contextlib.contextmanager
@@ -447,7 +395,7 @@ def _set_size_hints(graph: onnx.ModelProto, model: PrunedViT, hints: Sequence[in
     nodes = [node for node in graph.graph.node if node.op_type == OP_TYPE]
     low, high = model.num_prefix_tokens + 1, model.num_tokens
     if len(hints) != len(nodes) or not all(low <= hint <= high for hint in hints):
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"the size hints {', '.join(map(str, hints))} must be {len(nodes)} numbers of tokens "
             f"from {low} to {high}, one for each prune layer"
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError
 from simprune_deploy.common.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,7 +21,9 @@ from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape
 
 METADATA_KEY = "simprune"
-FLOAT32_NCHW, UINT8_NHWC = "float32-nchw", "uint8-nhwc"
+InputForm = Literal["float32-nchw", "uint8-nhwc"]
+FLOAT32_NCHW: InputForm = "float32-nchw"
+UINT8_NHWC: InputForm = "uint8-nhwc"
 INPUT_FORMS = (FLOAT32_NCHW, UINT8_NHWC)
 """How a graph takes its images: [B, C, H, W], or as a camera gives them, [B, H, W, C]."""
 
@@ -37,7 +39,7 @@ def check_input(name: str) -> None:
         SimpruneError: it is not.
     """
     if name not in INPUT_FORMS:
-        raise SimpruneError(f"input {name!r} is not known: use {' or '.join(INPUT_FORMS)}")
+        raise InvalidArgumentError(f"input {name!r} is not known: use {' or '.join(INPUT_FORMS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +191,8 @@ def read_metadata(graph: onnx.ModelProto) -> ModelMetadata:
             try:
                 return ModelMetadata.from_dict(json.loads(entry.value))
             except (ValueError, KeyError, TypeError) as error:
-                raise SimpruneError(f"the ONNX model's metadata is damaged: {error}") from error
-    raise SimpruneError(
+                raise ArtifactError(f"the ONNX model's metadata is damaged: {error}") from error
+    raise ArtifactError(
         "the ONNX model was not made by simprune-deploy: it has no metadata of ours"
     )
 
@@ -216,11 +218,11 @@ def load_graph(path: Path) -> onnx.ModelProto:
     try:
         graph = onnx.load(path, format="protobuf")
     except FileNotFoundError:
-        raise SimpruneError(f"{path} does not exist") from None
+        raise ArtifactError(f"{path} does not exist") from None
     except OSError as error:
-        raise SimpruneError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     except DecodeError:
-        raise SimpruneError(f"{path} is not an ONNX model, or is damaged") from None
+        raise ArtifactError(f"{path} is not an ONNX model, or is damaged") from None
     if not graph.graph.node:
-        raise SimpruneError(f"{path} is not an ONNX model, or is damaged")
+        raise ArtifactError(f"{path} is not an ONNX model, or is damaged")
     return graph

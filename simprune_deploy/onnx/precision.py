@@ -17,15 +17,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError
 from simprune_deploy.onnx.function_body import OP_TYPE
 
 FLOAT = int(TensorProto.FLOAT)
+Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS = {
     "fp32": FLOAT,
     "fp16": int(TensorProto.FLOAT16),
@@ -53,7 +55,7 @@ def check_precision(name: str) -> None:
         SimpruneError: it is not.
     """
     if name not in PRECISIONS:
-        raise SimpruneError(f"precision {name!r} is not known: use fp32, fp16 or bf16")
+        raise InvalidArgumentError(f"precision {name!r} is not known: use fp32, fp16 or bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +289,9 @@ def _narrow(values: np.ndarray, precision: str, what: str) -> tuple[np.ndarray, 
             if precision == "fp16"
             else ("bfloat16 ends at 3.39e38", "use --precision fp32")
         )
-        raise SimpruneError(f"{what} holds {values.flat[sizes.argmax()]:g}, and {end}: {remedy}")
+        raise UnsupportedModelError(
+            f"{what} holds {values.flat[sizes.argmax()]:g}, and {end}: {remedy}"
+        )
     flushed = int(((narrow == 0) & (values != 0)).sum())
     return narrow, Rounding(int(values.size), flushed, largest)
 

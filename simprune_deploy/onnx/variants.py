@@ -7,7 +7,7 @@ import dataclasses
 import onnx
 from onnx import TensorProto, helper
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
 from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_metadata, write_metadata
@@ -95,7 +95,7 @@ def layer_of(node: onnx.NodeProto) -> int:
     """
     prefix, _, number = node.name.rpartition("_")
     if prefix != "prune_before_block" or not number.isdigit():
-        raise SimpruneError(f"the prune node {node.name!r} was renamed: export the model again")
+        raise ArtifactError(f"the prune node {node.name!r} was renamed: export the model again")
     return int(number)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
+from polygraphy.logger import G_LOGGER
 
 from simprune_deploy.parity.decisions import (
     broken_structure,
@@ -15,6 +16,7 @@ from simprune_deploy.parity.decisions import (
     similarity_matrix,
     violation,
 )
+from simprune_deploy.parity.runs import Run
 from simprune_deploy.parity.tolerance import (
     TURNED_COSINE,
     Tolerance,
@@ -23,7 +25,6 @@ from simprune_deploy.parity.tolerance import (
 )
 from simprune_deploy.parity.verdict import Check
 from simprune_deploy.predict.records import Array, PruneRecord
-from simprune_deploy.predict.runners import Run
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
 
@@ -91,10 +92,11 @@ def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = 
         few = f"only {same.sum()} of {len(same)} images were decided alike, too few to compare"
         return Check("outputs", False, few, numbers)
     compare = SimpleCompareFunc(atol=limit, rtol=0, check_error_stat="max")
-    results = compare(
-        IterationResult({"output": reference.outputs[same]}, runner_name=reference.name),
-        IterationResult({"output": run.outputs[same]}, runner_name=run.name),
-    )
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # the verdict says it all
+        results = compare(
+            IterationResult({"output": reference.outputs[same]}, runner_name=reference.name),
+            IterationResult({"output": run.outputs[same]}, runner_name=run.name),
+        )
     result = results["output"]
     numbers["largest_difference"] = float(result.max_absdiff)
     numbers["mean_difference"] = float(result.mean_absdiff)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, argument
+from simprune_deploy.parity.runs import Inputs, Run
 from simprune_deploy.predict.records import Array, PruneRecord
-from simprune_deploy.predict.runners import Inputs, Run
 
 LARGEST = 1 << 30
 """Bytes that a file may have when it is unpacked."""
@@ -86,14 +86,15 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
             raise ValueError("its arrays do not fit together")
         reference = Run(str(arrays["reference"]), arrays["output"], records)
     except FileNotFoundError:
-        raise SimpruneError(
-            f"{path} does not exist: without golden cases give the checkpoint with --reference"
+        raise ArtifactError(
+            f"{path} does not exist: without golden cases give the checkpoint with "
+            f"{argument('reference')}"
         ) from None
     except (
         *(OSError, ValueError, KeyError, TypeError, MemoryError),
         *(zlib.error, zipfile.BadZipFile),
     ) as error:
-        raise SimpruneError(f"{path} holds no golden cases for this model: {error}") from error
+        raise ArtifactError(f"{path} holds no golden cases for this model: {error}") from error
     return Golden(images, thresholds, reference)
 
 

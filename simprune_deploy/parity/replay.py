@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
+from simprune_deploy.onnx.metadata import ModelMetadata
+from simprune_deploy.parity.runs import Inputs, Run
 from simprune_deploy.predict.records import PruneRecord
-from simprune_deploy.predict.runners import Inputs, Run, TorchRunner
+from simprune_deploy.predict.torch_predictor import TorchPredictor
 from simprune_deploy.pruning.model import PrunedViT
 
 
 class _ReplayingViT(PrunedViT):
-    """The model for one image, told by `decisions` what to merge; they are used up in order."""
+    """The model for one image; `decisions` say what to merge, and are used up in order."""
 
     decisions: list[PruneRecord]
 
@@ -44,25 +45,34 @@ class _ReplayingViT(PrunedViT):
         return kept[None], total.log()[None], heads[None], assignment[None]
 
 
-def replay(runner: TorchRunner, decided: Run, inputs: Inputs, name: str) -> Run:
+def replay(
+    model: PrunedViT, metadata: ModelMetadata, decided: Run, inputs: Inputs, name: str
+) -> Run:
     """Run every image alone in PyTorch, with the decisions of `decided`.
 
     The records of the result hold those decisions and PyTorch's own tokens, without padding.
+
+    Args:
+        model: The reference.
+        metadata: Of the graph: how images come, and what its output is.
+        decided: Another runtime's run.
+        inputs: The images of both.
+        name: Of the result.
     """
-    config = runner.model.config
+    config = model.config
     if not decided.records:  # the graph of a threshold above 1 has no prune nodes
         config = dataclasses.replace(config, layers=(), capacities=())
-    model = _ReplayingViT(runner.model.vit, config).eval()
-    told = TorchRunner(model, runner.output, runner.softmax, runner.normalize, runner.uint8)
+    replaying = _ReplayingViT(model.vit, config)
+    predictor = TorchPredictor(replaying, metadata)
     outputs = []
     records: dict[int, list[PruneRecord]] = {layer: [] for layer in decided.records}
     for image in range(len(inputs.images)):
-        model.decisions = [found[image] for found in decided.records.values()]
-        limit = inputs.thresholds[image : image + 1].astype(np.float32)
-        feed = {"images": inputs.images[image : image + 1], "threshold": limit}
-        result = told.infer_impl(feed)
-        outputs.append(result[runner.output][0])
+        replaying.decisions = [found[image] for found in decided.records.values()]
+        one = slice(image, image + 1)
+        result = predictor.answer(
+            inputs.images[one], threshold=inputs.thresholds[one], decisions=True
+        )
+        outputs.append(result.outputs[0])
         for layer, found in records.items():
-            values = {what: result[diagnostic_name(layer, what)][0] for what in DIAGNOSTICS}
-            found.append(PruneRecord(threshold=float(limit[0]), **values))
+            found += (result.records or {})[layer]
     return Run(name, np.stack(outputs), records)

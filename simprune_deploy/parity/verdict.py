@@ -70,6 +70,11 @@ class Verdict:
         """Return a check by its name."""
         return next(check for check in self.checks if check.name == name)
 
+    def __str__(self) -> str:
+        marks = {True: "yes", False: "no", None: "not asked"}
+        lines = [f"{each.name}: {marks[each.passed]}: {each.summary}" for each in self.checks]
+        return "\n".join([*lines, f"verdict: {self.status}"])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON types."""
         return {

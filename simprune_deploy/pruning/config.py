@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError
 
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
@@ -53,26 +53,28 @@ class PruneConfig:
         check_threshold(self.threshold)
         object.__setattr__(self, "threshold", float(self.threshold))
         if self.selection not in SELECTIONS:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"selection {self.selection!r} is unknown: use one of {', '.join(SELECTIONS)}"
             )
         if self.reduction not in REDUCTIONS:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"reduction {self.reduction!r} is unknown: use one of {', '.join(REDUCTIONS)}"
             )
         if self.multiple_of < 1:
-            raise SimpruneError(f"multiple-of {self.multiple_of} must be 1 or more")
+            raise InvalidArgumentError(f"multiple-of {self.multiple_of} must be 1 or more")
         if self.multiple_of > 1 and self.capacities:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 "a fixed number of tokens and multiple-of exclude each other: give one of them"
             )
         if len(self.capacities) not in (0, len(self.layers)):
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{len(self.capacities)} token counts for {len(self.layers)} prune layers: "
                 "give one count, or one per layer"
             )
         if list(self.layers) != sorted(set(self.layers)):
-            raise SimpruneError(f"layers {format_numbers(self.layers)} must ascend without repeats")
+            raise InvalidArgumentError(
+                f"layers {format_numbers(self.layers)} must ascend without repeats"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
@@ -84,7 +86,7 @@ class PruneConfig:
         """Build a configuration from :meth:`to_dict`'s result; unknown keys are refused."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(values) - known:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"the pruning configuration has unknown keys {', '.join(sorted(unknown))}: "
                 "it was written by a newer version, update simprune-deploy"
             )
@@ -97,7 +99,7 @@ class PruneConfig:
                 }
             )
         except (TypeError, ValueError) as error:
-            raise SimpruneError(f"the pruning configuration is damaged: {error}") from error
+            raise ArtifactError(f"the pruning configuration is damaged: {error}") from error
 
     def capacity_of(self, position: int) -> int:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""
@@ -107,9 +109,9 @@ class PruneConfig:
 def check_threshold(threshold: float) -> None:
     """Refuse a threshold that is not a number in [-1, 2]."""
     if not isinstance(threshold, numbers.Real) or math.isnan(threshold):
-        raise SimpruneError(f"threshold {threshold} is not a number: use one in [-1, 2]")
+        raise InvalidArgumentError(f"threshold {threshold} is not a number: use one in [-1, 2]")
     if not -1 <= threshold <= 2:
-        raise SimpruneError(
+        raise InvalidArgumentError(
             f"threshold {threshold} is outside [-1, 2]: it is a cosine similarity, "
             "and above 1 nothing is pruned"
         )
@@ -128,10 +130,10 @@ def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
             sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)})
         )
     if isinstance(layers, str):
-        raise SimpruneError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
+        raise InvalidArgumentError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
     for layer in layers:
         if not 0 <= layer < depth:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"layer {layer} is outside the model's depth: it has blocks 0 to {depth - 1}"
             )
     return tuple(int(layer) for layer in layers)
@@ -154,7 +156,7 @@ def resolve_capacities(
         return ()
     if isinstance(tokens, int):
         if not 1 <= tokens <= num_patches:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{tokens} tokens: between 1 and {num_patches} (the model's patches) can be kept"
             )
         ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
@@ -164,7 +166,7 @@ def resolve_capacities(
     available = num_patches
     for count in counts:
         if not 1 <= count <= available:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"tokens {format_numbers(counts)}: {count} is not between 1 and {available}, "
                 "the patches that reach that layer"
             )

@@ -16,7 +16,11 @@ from pathlib import Path
 
 import torch
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    ToolFailedError,
+)
 from simprune_deploy.pruning.config import REDUCTIONS, SELECTIONS
 from simprune_deploy.pruning.kernel_library import ABI_VERSION, LibraryInfo, read_info
 
@@ -77,12 +81,12 @@ class Kernels:
         self.info: LibraryInfo = read_info(path)
         self.device_type = "cpu" if self.info.kind == "host" else "cuda"
         if self.info.abi != ABI_VERSION:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"{path} has C interface {self.info.abi}, and this version speaks {ABI_VERSION}: "
                 "build the library again with `simprune-deploy plugin build`"
             )
         if self.info.machine != platform.machine():
-            raise SimpruneError(
+            raise ArtifactError(
                 f"{path} is for {self.info.machine}, and this machine is {platform.machine()}: "
                 "build the library here with `simprune-deploy plugin build`"
             )
@@ -93,7 +97,7 @@ class Kernels:
             self._error = self._library.simprune_error
             check = self._library.simprune_check
         except (OSError, AttributeError) as error:
-            raise SimpruneError(f"cannot load {path}: {error}") from None
+            raise ArtifactError(f"cannot load {path}: {error}") from None
         check.argtypes = self._workspace_bytes.argtypes = (ctypes.POINTER(_Problem),)
         self._check = check
         self._workspace_bytes.restype = ctypes.c_size_t
@@ -183,7 +187,7 @@ class Kernels:
             SimpruneError: this is a library for GPUs.
         """
         if self.device_type != "cpu":
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{self.info.path} runs on a GPU, which orders its threads itself: only "
                 "libsimprune_host.so has a schedule"
             )
@@ -194,28 +198,28 @@ class Kernels:
     ) -> None:
         """Check what the C interface cannot see, since it is given numbers and pointers."""
         if tokens.dtype not in DTYPES:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"tokens are {_describe(tokens)}: the kernels take float32, float16 and bfloat16"
             )
         if tokens.ndim != 3:
-            raise SimpruneError(f"tokens must be [B, N, D], not {_describe(tokens)}")
+            raise InvalidArgumentError(f"tokens must be [B, N, D], not {_describe(tokens)}")
         batch, num_tokens, _ = tokens.shape
         if log_size.dtype != torch.float32 or tuple(log_size.shape) != (batch, num_tokens):
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"log_size must be float32[{batch}, {num_tokens}], not {_describe(log_size)}"
             )
         if threshold.dtype != torch.float32 or tuple(threshold.shape) not in ((1,), (batch,)):
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"threshold must be float32[1] or [{batch}], not {_describe(threshold)}"
             )
         for name, tensor in (("tokens", tokens), ("log_size", log_size), ("threshold", threshold)):
             if tensor.device.type != self.device_type:
-                raise SimpruneError(
+                raise InvalidArgumentError(
                     f"{name} is on {tensor.device}: {self.info.path.name} takes "
                     f"{self.device_type} tensors"
                 )
             if tensor.device != tokens.device:
-                raise SimpruneError(
+                raise InvalidArgumentError(
                     f"{name} is on {tensor.device} and tokens on {tokens.device}: put them on one "
                     "device"
                 )
@@ -223,7 +227,7 @@ class Kernels:
     def _raise_unless_ok(self, status: int) -> None:
         if status != 0:
             text = self._error() or b""
-            raise SimpruneError(text.decode("utf-8", "replace") or f"the kernels gave {status}")
+            raise ToolFailedError(text.decode("utf-8", "replace") or f"the kernels gave {status}")
 
 
 class Prepared:
@@ -307,7 +311,9 @@ class Prepared:
         else:
             slots = int(self._num_slots.item())
             if not 0 <= slots <= num_tokens:
-                raise SimpruneError(f"there are {slots} slots: call launch() before outputs()")
+                raise InvalidArgumentError(
+                    f"there are {slots} slots: call launch() before outputs()"
+                )
         return (
             self._kept_tokens[: batch * slots * dim].view(batch, slots, dim),
             self._kept_log_size[: batch * slots].view(batch, slots),
@@ -325,14 +331,14 @@ def load_kernels(path: str) -> Kernels:
 def _int32(name: str, value: int) -> int:
     # ctypes would cut the bits off
     if not -(2**31) <= value < 2**31:
-        raise SimpruneError(f"{name} {value} is outside the range of a 32-bit number")
+        raise InvalidArgumentError(f"{name} {value} is outside the range of a 32-bit number")
     return value
 
 
 def _position(name: str, value: str, choices: tuple[str, ...]) -> int:
     with contextlib.suppress(ValueError):
         return choices.index(value)
-    raise SimpruneError(f"{name} {value!r} is not one of {choices}")
+    raise InvalidArgumentError(f"{name} {value!r} is not one of {choices}")
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
 
 LIBRARY_VARIABLE = "SIMPRUNE_LIBRARY"
 """The environment variable that names the library whose kernels take torch's CUDA tensors."""
@@ -155,7 +155,7 @@ def read_info(path: str | Path) -> LibraryInfo:
             device_code=_parse_device_code(path, gpu_code),
         )
     except KeyError as error:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path}: its description has no usable {error.args[0]!r}: the file is damaged or "
             "not made by this project; build it again"
         ) from None
@@ -166,12 +166,12 @@ def _read_elf_file(path: Path) -> bytes:
         # a pipe would block, and a device may do anything when it is opened
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise SimpruneError(
+            raise ArtifactError(
                 f"{path} is a folder: name the library in it, such as "
                 f"{path / 'libsimprune_plugin.so'}"
             )
         if not stat.S_ISREG(mode):
-            raise SimpruneError(f"{path} is not a shared library: it is no regular file")
+            raise ArtifactError(f"{path} is not a shared library: it is no regular file")
         # what has become a pipe since then does not block either
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             # the first bytes decide, so that a file of another kind is not read whole
@@ -179,21 +179,21 @@ def _read_elf_file(path: Path) -> bytes:
             if start.startswith(b"\x7fELF"):
                 size = os.fstat(file.fileno()).st_size
                 if size > LARGEST_FILE:
-                    raise SimpruneError(
+                    raise ArtifactError(
                         f"{path} has {size} bytes, more than the {LARGEST_FILE} that are read: it "
                         "is no library of ours; name libsimprune_plugin.so"
                     )
                 file.seek(0)
                 return file.read(size)
     except FileNotFoundError:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} does not exist: `simprune-deploy plugin build` makes a library"
         ) from None
     except OSError as error:
-        raise SimpruneError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from None
     if start == b"!<arch>\n":
-        raise SimpruneError(f"{path} is a static archive: name the shared library (.so)")
-    raise SimpruneError(f"{path} is not a shared library: it does not begin as an ELF file")
+        raise ArtifactError(f"{path} is a static archive: name the shared library (.so)")
+    raise ArtifactError(f"{path} is not a shared library: it does not begin as an ELF file")
 
 
 def _parse_elf(path: Path, data: bytes) -> tuple[str, bytes]:
@@ -203,12 +203,12 @@ def _parse_elf(path: Path, data: bytes) -> tuple[str, bytes]:
     if len(data) < 64:
         raise _cut_short(path, data)
     if data[4] != 2 or data[5] != 1:
-        raise SimpruneError(f"{path} is not a 64-bit little-endian library: it is none of ours")
+        raise ArtifactError(f"{path} is not a 64-bit little-endian library: it is none of ours")
     machine = struct.unpack_from("<H", data, 18)[0]
     table = struct.unpack_from("<Q", data, 40)[0]
     size, count, names_index = struct.unpack_from("<HHH", data, 58)
     if not table or not count or size < 64:
-        raise SimpruneError(f"{path} has no section headers: use the library as it was built")
+        raise ArtifactError(f"{path} has no section headers: use the library as it was built")
     if table + size * count > len(data) or names_index >= count:
         raise _cut_short(path, data)
 
@@ -234,7 +234,7 @@ def _parse_elf(path: Path, data: bytes) -> tuple[str, bytes]:
 
 
 def _cut_short(path: Path, data: bytes) -> SimpruneError:
-    return SimpruneError(
+    return ArtifactError(
         f"{path} is cut short: its {len(data)} bytes are fewer than its headers tell; copy or "
         "build it again"
     )
@@ -244,7 +244,7 @@ def _parse_facts(path: Path, data: bytes) -> dict[str, Any]:
     """Return the description that stands after the mark."""
     start = data.find(MARK + b"{")
     if start < 0:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} is not a library of ours: it has no mark {MARK.decode()!r} inside; name "
             "libsimprune_plugin.so or libsimprune_kernels.so"
         )
@@ -255,7 +255,7 @@ def _parse_facts(path: Path, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # the second: thousands of brackets in one another
         facts = None
     if not isinstance(facts, dict):
-        raise SimpruneError(f"{path}: its description is damaged; copy or build it again")
+        raise ArtifactError(f"{path}: its description is damaged; copy or build it again")
     return facts
 
 
@@ -296,7 +296,7 @@ def _parse_device_code(path: Path, section: bytes) -> DeviceCode:
 
 
 def _damaged_gpu_code(path: Path) -> SimpruneError:
-    return SimpruneError(
+    return ArtifactError(
         f"{path}: its GPU code (section .nv_fatbin) is damaged; copy or build it again"
     )
 

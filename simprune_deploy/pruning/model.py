@@ -12,7 +12,7 @@ from timm.models import VisionTransformer
 from timm.models._manipulate import checkpoint as recompute_in_backward
 from torch import nn
 
-from simprune_deploy.common.errors import CheckpointError, SimpruneError
+from simprune_deploy.common.errors import CheckpointError
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
@@ -312,7 +312,7 @@ def _json_only(values: dict[str, Any]) -> dict[str, Any]:
         try:
             result[key] = json.loads(json.dumps(value))
         except TypeError:
-            raise SimpruneError(
+            raise CheckpointError(
                 f"the model argument {key}={value!r} cannot be saved: build the model with "
                 "plain values"
             ) from None

@@ -27,6 +27,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from cli import cli
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -829,8 +830,6 @@ class TestBadOptions:
             (["--batch", "many"], "--batch"),
             (["--opset", "99"], "opset 99 is outside [18, 23]"),
             (["--opset", "17"], "opset 17 is outside [18, 23]"),
-            (["--selection", "best"], "cover, redundancy"),
-            (["--reduction", "mean"], "merge, drop"),
             (["--img-size", "0"], "--img-size"),
             (["--img-size", "3"], "--img-size"),
             (["--images", "nowhere"], "nowhere does not exist"),
@@ -855,6 +854,15 @@ class TestBadOptions:
         assert answer.code == 2
         assert answer.out == ""
         assert options[0] in answer.err
+
+    @pytest.mark.parametrize(
+        ("option", "choices"),
+        [("--selection", "'cover', 'redundancy'"), ("--reduction", "'merge', 'drop'")],
+    )
+    def test_choices(self, option: str, choices: str) -> None:
+        assert (
+            f"'{option}': 'best' is not one of {choices}" in cli("export", "x", option, "best").line
+        )
 
     def test_pretrained_name_that_cannot_be_pruned(self, workplace: Path) -> None:
         assert "convolutional" in one_line(call("export", "resnet50", "--pretrained"))

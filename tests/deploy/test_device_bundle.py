@@ -31,14 +31,14 @@ from wheel.wheelfile import WheelFile
 
 import simprune_deploy as sd
 from simprune_deploy.cli import app
-from simprune_deploy.cli import export as cli_export
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import RequirementError
 from simprune_deploy.common.files import sha256
+from simprune_deploy.common.versions import version_numbers
 from simprune_deploy.deploy import bundle as device_bundle
 from simprune_deploy.deploy.bundle import DeviceBundle, library, make_bundle, own_wheel
 from simprune_deploy.engine import flavours, libraries
 from simprune_deploy.engine.plugin.build import source_files
-from simprune_deploy.engine.targets import Release, find_targets, load_targets, version_numbers
+from simprune_deploy.engine.targets import Release, find_targets, load_targets
 from simprune_deploy.onnx.exported_folder import read_manifest
 from simprune_deploy.onnx.variants import prune_nodes, with_function
 from simprune_deploy.parity import golden
@@ -693,13 +693,15 @@ class TestCommandLine:
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
 
     def test_an_export_stays_when_its_bundle_cannot_be_made(
-        self, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        copy = Path(shutil.copytree(exported, tmp_path / "vit"))
+        pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3])
+        folder = tmp_path / "vit"
         monkeypatch.setitem(sys.modules, "jinja2", None)
-        with pytest.raises(SimpruneError, match="jinja2, which writes the README") as raised:
-            cli_export._bundle_after_export(copy, find_targets("orin-nx"), False, lambda _: None)
-        assert f"the export in {copy} is complete; `simprune-deploy bundle {copy}" in str(
+        with pytest.raises(RequirementError, match="jinja2, which writes the README") as raised:
+            sd.export(pruned, folder, images=pictures, targets="orin-nx")
+        assert f"the export in {folder} is complete; `simprune-deploy bundle {folder}" in str(
             raised.value
         )
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+        assert read_manifest(folder)["verdict"] == "passed"

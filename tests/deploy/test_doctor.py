@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 import simprune_deploy
+from simprune_deploy.common.versions import is_older
 from simprune_deploy.deploy.doctor import (
     Finding,
     Machine,
     all_needed_present,
     examine,
-    is_older,
     libraries,
     packages,
 )

@@ -36,7 +36,7 @@ from simprune_deploy.deploy.triton_config import render
 from simprune_deploy.engine.engine_metadata import EngineMetadata, FileStamp, metadata_path
 from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.parity.golden import load_golden
-from simprune_deploy.report.triton import print_model
+from simprune_deploy.reports.triton import print_model
 
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
 SAMPLES = Path(sd.__file__).parent / "sample_images"
@@ -463,7 +463,7 @@ class TestEngineForm:
         engine = self.engine(export, profile=profile(1, 4))
         assert write_repository(export, tmp_path / "repository", engine=engine).max_batch_size == 4
         engine = self.engine(export, profile=profile(4, 4))
-        self.refused(export, r"takes batches of 4 to 4 .* --batch 1\.\.4", engine)
+        self.refused(export, r"takes batches of 4 to 4 .* batch 1\.\.4", engine)
 
     def test_an_engine_of_tensorrt_rtx(self, export: Path) -> None:
         engine = self.engine(export, flavour="tensorrt-rtx", version="1.7.1")
@@ -500,7 +500,7 @@ class TestFiles:
         (tmp_path / "other").mkdir()
         first = write_repository(exports["half"], tmp_path)
         (first.path / "mine").touch()
-        with pytest.raises(SimpruneError, match="--force"):
+        with pytest.raises(SimpruneError, match="force=True"):
             write_repository(exports["half"], tmp_path)
         assert (first.path / "mine").exists()
         write_repository(exports["half"], tmp_path, force=True)
@@ -531,7 +531,7 @@ class TestFiles:
     def test_batches_that_triton_would_not_keep(self) -> None:
         for fine in ((1, 8), (1, 1), (4, 4)):
             check_batch(fine)
-        with pytest.raises(SimpruneError, match=r"--batch 1\.\.8"):
+        with pytest.raises(SimpruneError, match=r"batch 1\.\.8"):
             check_batch((2, 8))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 from places import ROOT
 from typer.testing import CliRunner
 
+import simprune_deploy as sd
 from simprune_deploy.cli import app
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,7 +34,37 @@ def test_readme_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     for example in examples:
         exec(compile(example, "README.md", "exec"), names)
     assert names["result"].verdict.status == "passed"  # type: ignore[attr-defined]
+    assert names["bundle"].archive.name == "exported-jetson-orin.tar.gz"  # type: ignore[attr-defined]
     assert names["logits"].shape == (1, 10)  # type: ignore[attr-defined]
+
+
+def test_the_python_pages_examples_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    examples = python_examples(ROOT / "docs" / "python.md")
+    assert len(examples) == 3
+    names: dict[str, Any] = {}
+    printed = []
+    for example in examples:
+        exec(compile(example, "python.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    assert "verdict: passed" in printed[0]
+    assert "vit-jetson-orin.tar.gz" in printed[0]
+    assert "of the tokens, top-1" in printed[1]
+    assert printed[1].splitlines()[-1] == names["found"].report.status == "passed"
+    assert printed[2] == "vit already exists: replace it with force=True, or give output='DIR'\n"
+
+
+def test_the_python_page_has_the_whole_interface() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in sd.__all__:
+        value = getattr(sd, name)
+        if inspect.isfunction(value):
+            assert f"`sd.{name}(" in page, name
+        elif isinstance(value, type) and issubclass(value, sd.SimpruneError):
+            assert name in page
 
 
 def all_options() -> dict[str, set[str]]:
@@ -71,16 +106,34 @@ def test_help_shows_the_defaults_that_it_tells() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    """The page is what Typer makes of the commands: `make docs` writes it again."""
+    page = ROOT / "docs" / "options.md"
+    text = page.read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "typer", "simprune_deploy.cli", "utils", "docs"]
+    command += ["--name", "simprune-deploy", "--title", "Every command and option"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert made.stdout.strip() == text.strip(), "run `make docs`"
     assert {"export", "plugin build", "plugin info"} <= all_options().keys()
-    for command, flags in all_options().items():
-        assert f"\n## {command}\n" in text
-        section = text.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    for name, flags in all_options().items():
+        heading = f"# `simprune-deploy {name}`\n"
+        assert heading in text
+        section = text.split(heading)[1].split("\n## ")[0].split("\n### ")[0]
         for flag in flags:
-            assert f"`{flag}" in section or f" {flag}`" in section or f"{flag}" in section, flag
+            assert re.search(rf"[`, /]{flag}[ `,]", section), f"{name} {flag}"
 
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_sources_that_pages_name_exist() -> None:
+    named = re.compile(
+        r"(?:simprune_deploy|tests|benchmarks|experiments|examples|tools)/[\w/]+\.(?:py|cpp|json)\b"
+    )
+    pages = [*PAGES, ROOT / "plugins" / "README.md", *(ROOT / "examples").rglob("README.md")]
+    found = [(page.name, path) for page in pages for path in named.findall(page.read_text("utf-8"))]
+    assert len(found) > 20
+    for page, path in found:
+        assert (ROOT / path).exists(), f"{page}: {path}"

@@ -11,7 +11,7 @@ from places import ROOT
 from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
-from simprune_deploy.tune.results import Cell, Setting, SweepResult
+from simprune_deploy.tuning.results import Measurement, Setting, SweepResult
 
 PAGE = ROOT / "docs" / "reports.md"
 WITH_DOWNLOADS = "real-weights/"
@@ -24,8 +24,8 @@ def test_the_pages_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweep-results").mkdir()
     cells = (
-        Cell(Setting("dense"), 400, top1=0.9, right_only_here=0, right_only_dense=0),
-        Cell(Setting("ours", 0.9, (1, 3)), 400, top1=0.89, tokens_processed=0.5,
+        Measurement(Setting("dense"), 400, top1=0.9, right_only_here=0, right_only_dense=0),
+        Measurement(Setting("ours", 0.9, (1, 3)), 400, top1=0.89, tokens_processed=0.5,
              right_only_here=2, right_only_dense=6),
     )  # fmt: skip
     SweepResult({}, {"source": "images"}, {}, cells).save(tmp_path / "sweep-results/sweep.json")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import running_double
 import tensorrt_double
 from driver_double import driver
 from places import ROOT
@@ -28,14 +29,14 @@ import simprune_deploy as sd
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import sha256
-from simprune_deploy.engine import flavours, gpu, libraries
+from simprune_deploy.engine import cuda, flavours, gpu, libraries
 from simprune_deploy.engine.build import STRIPPED, TIMING_CACHE
 from simprune_deploy.engine.engine_metadata import FileStamp, read_engine_metadata
 from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics, without_function
-from simprune_deploy.parity.backends import EngineBackend
-from simprune_deploy.predict.runners import onnxruntime_runner
+from simprune_deploy.predict import engine_predictor
+from simprune_deploy.predict.onnx_predictor import open_session
 from simprune_deploy.pruning.kernel_library import read_info
 
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
@@ -549,19 +550,30 @@ class TestVerify:
 
     @pytest.fixture
     def run_by_onnxruntime(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        """Let ONNX Runtime run in the place of TrtRunner; return how it is to go wrong."""
+        """Let ONNX Runtime run in the place of engines; return how it is to go wrong."""
         wrong: dict[str, Any] = {}
 
-        def runner(self: EngineBackend, engine: Path) -> Any:
-            graph = load_graph(engine.parent.parent / "model.onnx")
-            if read_engine_metadata(engine).of == "diagnosis":
-                graph = with_diagnostics(graph)
-            harm = wrong.get(read_engine_metadata(engine).of)
-            if harm is not None:
-                harm(graph)
-            return onnxruntime_runner(graph.SerializeToString(), engine.name)
+        class Double:
+            """Plays engine.runtime.Engine."""
 
-        monkeypatch.setattr(EngineBackend, "_runner", runner)
+            def __init__(self, path: Path, plugin: Path | None, cuda_graph: bool = False) -> None:
+                self.metadata = read_engine_metadata(path)
+                graph = load_graph(path.parent.parent / "model.onnx")
+                if self.metadata.of == "diagnosis":
+                    graph = with_diagnostics(graph)
+                harm = wrong.get(self.metadata.of)
+                if harm is not None:
+                    harm(graph)
+                self.session = open_session(graph.SerializeToString())
+                self.inputs = {each.name: each for each in self.session.get_inputs()}
+
+            def run(self, feed: dict[str, Any]) -> dict[str, Any]:
+                names = [each.name for each in self.session.get_outputs()]
+                return dict(zip(names, self.session.run(names, feed), strict=True))
+
+            def close(self) -> None: ...
+
+        monkeypatch.setattr(engine_predictor, "Engine", Double)
         return wrong
 
     @pytest.fixture
@@ -643,9 +655,20 @@ class TestVerify:
     def test_what_the_runtime_says_is_one_line(
         self, built: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The double's engine is none that TrtRunner takes."""
+        """The runtime does not take the engine."""
+        double = running_double.Cuda()
+        monkeypatch.setattr(cuda, "_bindings", lambda: double)
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
+
+            def deserialize_cuda_engine(self, data: bytes) -> None:
+                self.logger.log(self.logger.ERROR, "Serialization: the magic tag\nis wrong")
+
+        monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", Runtime)
         refused(
-            "TensorRT 10.14.1 cannot run model-trt-sm87.engine: Invalid Engine",
+            "model-trt-sm87.engine: Serialization: the magic tag is wrong",
             "verify",
             built,
             "--engine",

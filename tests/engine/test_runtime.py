@@ -238,7 +238,7 @@ def test_what_cannot_be_recorded_is_one_line(
 ) -> None:
     with Engine(deciding, cuda_graph=True) as engine:
         for _ in range(2):
-            with pytest.raises(SimpruneError, match=r"no CUDA graph .* \(export with --tok"):
+            with pytest.raises(SimpruneError, match=r"no CUDA graph .* \(export with tokens='K'\)"):
                 engine.run(inputs_of(golden))
             assert stand_in.recording is None  # the stream takes other work again
     assert stand_in.memory == stand_in.handles == {}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.versions import version_numbers
 from simprune_deploy.engine.targets import (
     FACTS,
     HERE,
@@ -20,7 +21,6 @@ from simprune_deploy.engine.targets import (
     find_targets,
     load_targets,
     short_names,
-    version_numbers,
 )
 
 RAW = json.loads(

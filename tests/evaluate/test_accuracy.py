@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from cli import cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -20,18 +21,22 @@ import simprune_deploy as sd
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.evaluate.accuracy import (
+    AccuracyLimits,
     AccuracyReport,
-    Limits,
     compare,
     load_baseline,
     same_weights,
     save_baseline,
 )
-from simprune_deploy.evaluate.answers import Answers
+from simprune_deploy.evaluate.predictions import Predictions
 from simprune_deploy.evaluate.statistics import paired_drop, share
 from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.onnx.variants import without_function
-from simprune_deploy.report.accuracy import to_junit, to_markdown
+from simprune_deploy.predict import engine_files
+from simprune_deploy.predict.onnx_predictor import OnnxPredictor
+from simprune_deploy.predict.predictor import RuntimeInfo
+from simprune_deploy.predict.source import source_of_export
+from simprune_deploy.reports.accuracy import to_junit, to_markdown
 
 DEMO = ROOT / "examples" / "fashion_mnist"
 DATA = DEMO / "test_slice.npz"
@@ -39,8 +44,8 @@ HOSTILE = 'a <b>&"]]>|\x00\x1b[31m`\ud800 b'
 SOURCE = {"source": "pictures", "sha256": "0" * 64, "images": 0, "skipped": []}
 
 
-def answers(winners: Any, title: str = "model", **weights: float) -> Answers:
-    return Answers(title, {"architecture": "vit"}, {"a.bias": 1.0} | weights, np.array(winners))
+def answers(winners: Any, title: str = "model", **weights: float) -> Predictions:
+    return Predictions(title, {"architecture": "vit"}, {"a.bias": 1.0} | weights, np.array(winners))
 
 
 def call(*arguments: object) -> Any:
@@ -61,7 +66,12 @@ def refusal(*arguments: object) -> str:
 def test_counts_are_those_of_the_images(n: int, classes: int, random: Any) -> None:
     mine, theirs, labels = ([random.randrange(classes) for _ in range(n)] for _ in range(3))
     report = compare(
-        answers(mine), answers(theirs), np.array(labels), Limits(0.01, 0.99), SOURCE, ("x", "y")
+        answers(mine),
+        answers(theirs),
+        np.array(labels),
+        AccuracyLimits(0.01, 0.99),
+        SOURCE,
+        ("x", "y"),
     )
     right = [a == c for a, c in zip(mine, labels, strict=True)]
     was = [b == c for b, c in zip(theirs, labels, strict=True)]
@@ -77,7 +87,7 @@ def test_counts_are_those_of_the_images(n: int, classes: int, random: Any) -> No
     assert sum(each.dense_right for each in report.classes) == sum(was)
 
 
-def verdict(lost: int, images: int, limits: Limits) -> str:
+def verdict(lost: int, images: int, limits: AccuracyLimits) -> str:
     """The status of a comparison in which `lost` images are wrong that were right."""
     labels = np.zeros(images, np.int64)
     mine = labels.copy()
@@ -86,7 +96,7 @@ def verdict(lost: int, images: int, limits: Limits) -> str:
 
 
 def test_few_images_show_nothing_and_do_not_pass() -> None:
-    half = Limits(max_drop=0.005)
+    half = AccuracyLimits(max_drop=0.005)
     assert verdict(0, 765, half) == "passed"  # the interval ends at 0.4996 %
     assert verdict(0, 764, half) == "too few images"
     assert verdict(1, 100, half) == "failed"  # 1 % lost is lost, however few
@@ -94,20 +104,20 @@ def test_few_images_show_nothing_and_do_not_pass() -> None:
     assert verdict(5, 1000, dataclasses.replace(half, sure=True)) == "failed"
     assert verdict(0, 1000, dataclasses.replace(half, sure=True)) == "passed"
     assert verdict(6, 1000, half) == "failed"
-    agree = Limits(min_agreement=0.99)
+    agree = AccuracyLimits(min_agreement=0.99)
     assert verdict(0, 381, agree) == "passed"
     assert verdict(0, 380, agree) == "too few images"
     assert verdict(11, 1000, agree) == "failed"
     # one check that passes does not cover another that cannot be answered
-    assert verdict(0, 500, Limits(0.005, 0.99)) == "too few images"
+    assert verdict(0, 500, AccuracyLimits(0.005, 0.99)) == "too few images"
 
 
 def test_limits_are_shares() -> None:
     for bad in ({}, {"max_drop": 0.0}, {"max_drop": 1.0}, {"min_agreement": 1.5}):
         with pytest.raises(SimpruneError):
-            Limits(**bad)
+            AccuracyLimits(**bad)
     with pytest.raises(SimpruneError, match="needs labels"):
-        compare(answers([0]), answers([0]), None, Limits(0.01), SOURCE)
+        compare(answers([0]), answers([0]), None, AccuracyLimits(0.01), SOURCE)
 
 
 def test_a_baseline_comes_back_and_fits_only_its_model_and_data(tmp_path: Path) -> None:
@@ -115,7 +125,7 @@ def test_a_baseline_comes_back_and_fits_only_its_model_and_data(tmp_path: Path) 
     stored = answers([3, 1, 2], title="last week's")
     save_baseline(path, stored, SOURCE)
     loaded = load_baseline(path, stored, SOURCE)
-    assert loaded.winners.tolist() == [3, 1, 2]
+    assert loaded.classes.tolist() == [3, 1, 2]
     assert loaded.title == "last week's"
     with pytest.raises(SimpruneError, match="of other images"):
         load_baseline(path, stored, {**SOURCE, "sha256": "1" * 64})
@@ -123,7 +133,7 @@ def test_a_baseline_comes_back_and_fits_only_its_model_and_data(tmp_path: Path) 
     with pytest.raises(SimpruneError, match=r"another model .*architecture differ"):
         load_baseline(path, other, SOURCE)
     retrained = answers([3, 1, 2], **{"a.bias": 1.01})
-    with pytest.raises(SimpruneError, match=r"other weights .*--retrained"):
+    with pytest.raises(SimpruneError, match=r"other weights .*retrained=True"):
         load_baseline(path, retrained, SOURCE)
     assert load_baseline(path, retrained, SOURCE, retrained=True).title == "last week's"
     with pytest.raises(SimpruneError, match="3 answers, and 2 images"):
@@ -164,7 +174,7 @@ def hostile_report() -> AccuracyReport:
     mine[:9] ^= 1
     data = {**SOURCE, "source": HOSTILE, "images": 50, "skipped": [[HOSTILE, HOSTILE]]}
     return compare(answers(mine, HOSTILE), answers(labels, HOSTILE), labels,
-                   Limits(0.05, 0.9), data, (HOSTILE, "|`x"), (HOSTILE,))  # fmt: skip
+                   AccuracyLimits(0.05, 0.9), data, (HOSTILE, "|`x"), (HOSTILE,))  # fmt: skip
 
 
 JUNIT: dict[str, tuple[set[str], set[str], set[str]]] = {
@@ -194,7 +204,7 @@ def test_junit_is_what_ci_servers_read() -> None:
     assert [len(case.findall("failure")) for case in cases] == [1, 1]
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "2", "0")
     passed = compare(answers([0] * 999), answers([0] * 999), None,
-                     Limits(min_agreement=0.99), {**SOURCE, "images": 999})  # fmt: skip
+                     AccuracyLimits(min_agreement=0.99), {**SOURCE, "images": 999})  # fmt: skip
     root = ElementTree.fromstring(to_junit(passed))
     assert (root.get("tests"), root.get("failures")) == ("1", "0")
     assert root.findall(".//failure") == []
@@ -313,17 +323,19 @@ def test_an_engine_is_asked_in_place_of_the_graph(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No GPU here: ONNX Runtime stands in the engine's place; the way to it is tested."""
-    from simprune_deploy.onnx.metadata import load_graph, read_metadata
-    from simprune_deploy.parity.backends import OnnxRuntimeBackend
+    source = source_of_export(exported)
 
-    graph = load_graph(exported / "model.onnx")
-    backend = OnnxRuntimeBackend(graph, read_metadata(graph))
-    environment = {"runtime": "TensorRT on a double", "gpu": "none"}
-    monkeypatch.setattr(backend, "environment", lambda: environment)
-    monkeypatch.setattr(
-        "simprune_deploy.parity.backends.choose_backend",
-        lambda target, plugin, progress: (backend, target),
-    )
+    class Double(OnnxPredictor):
+        def __init__(self, spec: Any) -> None:
+            super().__init__(spec)
+            details = {"engine": {"file": "an.engine"}}
+            self.runtime = RuntimeInfo("TensorRT on a double", "10", "none", details=details)
+
+    class Spec:
+        def open(self) -> Any:
+            return Double(source.spec())
+
+    monkeypatch.setattr(engine_files, "shipped_engine", lambda *given: (Spec(), source))
     result = call("verify", exported, "--engine", "--data", DATA, "--limit", 40,
                   "--min-agreement", "80%", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -354,7 +366,7 @@ def test_what_cannot_be_checked_is_refused_in_one_line(exported: Path, tmp_path:
     assert "150.00%" in refusal(exported, *data, "--max-drop", "150%")
     assert "give one" in refusal(exported, *agree, "--baseline", "b", "--reference", "r")
     assert "give one" in refusal(exported, *agree, "--against", "pruned")
-    assert "dense or pruned" in refusal(exported, *agree, "--against", "all")
+    assert "'all' is not one of" in cli("verify", exported, *agree, "--against", "all").line
     assert "drop one" in refusal(exported, *agree, "--images", tmp_path)
     assert "is no folder" in refusal(exported, *agree, "--junit", tmp_path / "no" / "j.xml")
     assert "needs a limit" in refusal(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
+from cli import cli
 from made_up_engine import metadata_of
-from onnx import TensorProto, helper, numpy_helper
+from memory_holder import MemoryHolder
 from PIL import Image
 from places import ROOT
 from running_double import Cuda, tensorrt
@@ -23,23 +23,33 @@ from typer.testing import CliRunner
 
 import simprune_deploy as sd
 from simprune_deploy.cli import app
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import SimpruneError, ToolFailedError
 from simprune_deploy.common.files import sha256, write_json
 from simprune_deploy.deploy.doctor.machine import Machine
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.engine_metadata import FileStamp, metadata_path
 from simprune_deploy.engine.flavours import load_module
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
-from simprune_deploy.evaluate.bench import BenchOptions, benchmark, on_engines
-from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens, feed_of
+from simprune_deploy.evaluate.bench import bench, models
+from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens
 from simprune_deploy.evaluate.bench.machine import describe_machine, is_busy
-from simprune_deploy.evaluate.bench.on_onnxruntime import _memory
-from simprune_deploy.evaluate.timing import Latency, Plan, Speedup, latency, measure, speedup
-from simprune_deploy.onnx.metadata import load_graph, read_metadata
+from simprune_deploy.evaluate.bench.request import BenchRequest
+from simprune_deploy.evaluate.memory import MemoryRun, probe
+from simprune_deploy.evaluate.timing import (
+    EachOnce,
+    Latency,
+    Plan,
+    Speedup,
+    latency,
+    measure,
+    speedup,
+)
+from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.onnx.variants import dense
 from simprune_deploy.parity.golden import load_golden
+from simprune_deploy.predict.source import source_of_export
 from simprune_deploy.pruning.cost import BlockShape, allowed_speedup, block_flops
-from simprune_deploy.report.bench import print_benchmark
+from simprune_deploy.reports.bench import print_benchmark
 
 DEMO = ROOT / "examples" / "fashion_mnist"
 LAYERS = [1, 3]
@@ -83,9 +93,33 @@ def test_models_take_turns_on_the_same_inputs() -> None:
 @pytest.mark.parametrize("inputs", [1, 4, 7])
 def test_a_plan_runs_whole_rounds_and_at_least_what_was_asked(iterations: int, inputs: int) -> None:
     plan = Plan(iterations, 0, inputs)
-    assert plan.blocks * plan.rounds_a_block * inputs >= iterations
-    assert (plan.blocks - 1) * plan.rounds_a_block < plan.rounds
-    assert plan.blocks <= 25
+    runs = [len(block) for block in plan.blocks]
+    assert sum(runs) >= iterations
+    assert sum(runs[:-1]) < plan.rounds * inputs
+    assert all(count % inputs == 0 for count in runs)
+    assert len(plan.blocks) <= 25
+
+
+def test_each_input_can_run_once_in_turns_of_ten() -> None:
+    plan = EachOnce(23)
+    assert [list(block) for block in plan.blocks] == [
+        [*range(10)],
+        [*range(10, 20)],
+        [20, 21, 22],
+    ]
+    machine = Clockwork()
+    runners = {name: machine.model(name, 1) for name in ("a", "b", "c")}
+    counted: list[int] = []
+    measure(runners, plan, clock=lambda: machine.now, advance=counted.append)
+    assert sum(counted) == 3 * 23
+    # another one begins each block, and its first run is not timed
+    turns = [name for name, _ in machine.calls[3 * 3 :]]
+    assert [name for name, before in zip(turns, ["", *turns], strict=False) if name != before] == [
+        *("a", "b", "c"),
+        *("b", "c", "a"),
+        *("c", "a", "b"),
+    ]
+    assert machine.calls[9:12] == [("a", 0), ("a", 0), ("a", 1)]
 
 
 def test_a_machine_that_slows_down_does_not_change_the_ratio() -> None:
@@ -176,33 +210,36 @@ def test_a_busy_machine_is_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert describe_machine()["load before"].startswith(f"{load} programs")
 
 
-def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
-    """64 MB more of weights show as about that, whatever this process holds meanwhile."""
+@pytest.fixture
+def helpers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's process takes the helpers' classes out of a pickle."""
+    paths = [str(ROOT / "tests" / "helpers"), str(ROOT)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+@pytest.mark.usefixtures("helpers_are_found")
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    """64 MB more of weights show as that, and what a run takes apart from it."""
     ballast = np.ones(100_000_000, np.float32)
-    peaks = []
-    for width in (1, 16_000_000):
-        weights = np.random.default_rng(0).random((width,), np.float32)
-        nodes = [
-            helper.make_node("Add", ["images", "w"], ["sums"]),
-            helper.make_node("ReduceMax", ["sums"], ["y"]),
-        ]
-        inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])]
-        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
-        graph = helper.make_graph(
-            nodes, "g", inputs, outputs, [numpy_helper.from_array(weights, "w")]
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        onnx.save(model, tmp_path / "m.onnx")
-        found = _memory(tmp_path / "m.onnx", [{"images": np.ones(1, np.float32)}], 1)
-        peaks.append(found["process at most"])
-        assert found["process before the model"] < found["process at most"] < ballast.nbytes
-    assert 64e6 < peaks[1] - peaks[0] < 300e6
+    image = np.zeros((1, 1), np.float32)
+    found = [probe([MemoryRun(MemoryHolder(size, 32 << 20), image)]) for size in (1, 64 << 20)]
+    peaks = [each.peak or 0 for each in found]
+    assert 64e6 < peaks[1] - peaks[0] < 100e6
+    for each in found:
+        (run,) = each.runs
+        assert each.before is not None
+        assert each.before < (each.peak or 0) < ballast.nbytes
+        assert run is not None
+        assert 30 << 20 < run < 40 << 20
+    both = probe([MemoryRun(MemoryHolder(1, size), image) for size in (1, 48 << 20)])
+    assert (both.runs[0] or 0) < 8 << 20 < 44 << 20 < (both.runs[1] or 0)
 
 
-def test_a_model_that_does_not_run_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(b"no model")
-    with pytest.raises(SimpruneError, match=r"cannot run m.onnx \(exit code 1\): ") as raised:
-        _memory(tmp_path / "m.onnx", [], 1)
+@pytest.mark.usefixtures("helpers_are_found")
+def test_a_model_that_does_not_run_is_one_line() -> None:
+    image = np.zeros((1, 1), np.float32)
+    with pytest.raises(ToolFailedError, match=r"\(exit code 1\): RuntimeError: no good") as raised:
+        probe([MemoryRun(MemoryHolder(1, fails="no good"), image)])
     assert "\n" not in str(raised.value)
 
 
@@ -226,14 +263,13 @@ def exported(deciding_demo: Path) -> Path:
     return deciding_demo
 
 
-def quick(**values: Any) -> BenchOptions:
-    return BenchOptions(
-        **{"backend": "onnxruntime", "iterations": 4, "warm_up": 1, "threads": 1, **values}
-    )
+def quick(model: Path, **values: Any) -> Any:
+    given = {"backend": "onnxruntime", "iterations": 4, "warm_up": 1, "threads": 1, **values}
+    return bench(model, **given).to_dict()
 
 
 def test_the_report(exported: Path) -> None:
-    report = benchmark(exported, quick(thresholds=(0.95, 0.8)))
+    report = quick(exported, thresholds=(0.95, 0.8))
     assert report["environment"]["threads"] == 1
     assert "on the CPU" in report["environment"]["run_by"]
     assert report["inputs"]["images"] == 4
@@ -257,29 +293,28 @@ def test_the_report(exported: Path) -> None:
 def test_tokens_are_those_of_the_golden_cases(exported: Path) -> None:
     """They hold PyTorch's decisions, each at a threshold of its own: the same counts."""
     golden = load_golden(exported / "golden.npz", LAYERS)
-    graph = load_graph(exported / "model.onnx")
-    metadata = read_metadata(graph)
+    source = source_of_export(exported)
     assert len(set(golden.thresholds)) > 1
     for row, threshold in enumerate(golden.thresholds):
-        feed = feed_of(metadata, golden.images[row : row + 1], float(threshold))
+        batches = [golden.images[row : row + 1]]
         records = golden.reference.records
         kept = {str(layer): len(records[layer][row].heads()) for layer in LAYERS}
-        assert count_tokens(graph, metadata, [feed])["kept"] == kept
+        assert count_tokens(source, batches, float(threshold))["kept"] == kept
 
 
 def test_a_folder_of_pictures(exported: Path, pictures: Path) -> None:
     (pictures / "broken.png").write_text("no picture")
-    given = quick(images=pictures, iterations=1, warm_up=0)
-    report = benchmark(exported, given)
+    given = {"images": pictures, "iterations": 1, "warm_up": 0}
+    report = quick(exported, **given)
     assert report["inputs"]["images"] == report["inputs"]["batches"] == 6
     assert report["inputs"]["skipped"] == [["broken.png", "not a picture"]]
-    golden = benchmark(exported, quick(iterations=1, warm_up=0))
+    golden = quick(exported, iterations=1, warm_up=0)
     assert report["models"][1]["tokens"]["kept"] != golden["models"][1]["tokens"]["kept"]
 
 
 def test_a_batch_keeps_as_many_tokens_as_its_image_with_the_most(exported: Path) -> None:
-    alone = benchmark(exported, quick(iterations=1, warm_up=0))["models"][1]["tokens"]
-    together = benchmark(exported, quick(iterations=1, warm_up=0, batch=4))["models"][1]
+    alone = quick(exported, iterations=1, warm_up=0)["models"][1]["tokens"]
+    together = quick(exported, iterations=1, warm_up=0, batch=4)["models"][1]
     assert together["tokens"]["kept"]["1"] > alone["kept"]["1"]
     assert together["latency_ms"]["runs"] == 1
 
@@ -309,7 +344,10 @@ def test_the_command_prints_for_people_and_for_programs(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--backend", "tensorrt"], "--backend 'tensorrt' is unknown: use engine or onnxruntime"),
+        (
+            ["--backend", "tensorrt"],
+            "'--backend': 'tensorrt' is not one of 'engine', 'onnxruntime'",
+        ),
         (["--batch", "5"], "--batch 5 is outside 1..4, which this export takes"),
         (["--thresholds", "high"], "--thresholds 'high' is not understood: write 0.95,0.9"),
         (["--thresholds", "3"], "threshold 3.0 is outside [-1, 2]"),
@@ -325,20 +363,18 @@ def test_the_command_prints_for_people_and_for_programs(exported: Path) -> None:
     ],
 )
 def test_bad_calls_are_one_line(exported: Path, arguments: list[str], says: str) -> None:
-    call = ["bench", str(exported), "--backend", "onnxruntime", *arguments]
-    result = CliRunner().invoke(app, call)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert len(result.stderr.splitlines()) == 1
-    assert says in result.stderr
+    assert says in cli("bench", exported, "--backend", "onnxruntime", *arguments).line
 
 
 def test_a_fixed_threshold_and_a_model_without_pruning(tmp_path: Path, pictures: Path) -> None:
     vit = sd.load(DEMO / "vit")
     sd.export(sd.prune(vit, threshold=0.9, layers=[1]), tmp_path / "a", verify=False)
-    with pytest.raises(SimpruneError, match=r"fixed at 0\.9: export with --runtime-threshold"):
-        benchmark(tmp_path / "a", quick(thresholds=(0.8,)))
+    with pytest.raises(SimpruneError, match=r"fixed at 0\.9: export with runtime_threshold=True"):
+        quick(tmp_path / "a", thresholds=(0.8,))
     with pytest.raises(SimpruneError, match=r"without golden cases|golden\.npz does not exist"):
-        benchmark(tmp_path / "a", quick())
+        quick(
+            tmp_path / "a",
+        )
     # as an export at a threshold above 1 would be
     model, manifest = tmp_path / "a" / "model.onnx", tmp_path / "a" / "manifest.json"
     model.write_bytes(dense(load_graph(model)).SerializeToString())
@@ -347,7 +383,9 @@ def test_a_fixed_threshold_and_a_model_without_pruning(tmp_path: Path, pictures:
     written["files"]["model.onnx"] = {"bytes": size, "sha256": sha256(model)}
     write_json(manifest, written)
     with pytest.raises(SimpruneError, match="prunes nothing"):
-        benchmark(tmp_path / "a", quick())
+        quick(
+            tmp_path / "a",
+        )
 
 
 def test_without_tensorrt_or_a_gpu_the_way_out_is_named(exported: Path) -> None:
@@ -394,7 +432,7 @@ def on_orin(
         return write("model-dense-trt-sm87.engine", graph, of="dense")
 
     write("model-trt-sm87.engine", (folder / "model.onnx").read_bytes())
-    monkeypatch.setattr(on_engines, "build_engine", build)
+    monkeypatch.setattr(models, "build_engine", build)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(stand_in, profile))
     return folder, asked
 
@@ -403,8 +441,8 @@ def test_engines_are_timed_beside_a_dense_one_like_them(
     on_orin: tuple[Path, list[Any]], stand_in: Cuda
 ) -> None:
     folder, asked = on_orin
-    options = BenchOptions(iterations=8, warm_up=0, thresholds=(0.9, 0.7), batch=2)
-    report = benchmark(folder, options)
+    request = BenchRequest(folder, iterations=8, warm_up=0, thresholds=(0.9, 0.7), batch=2)
+    report = bench(request).to_dict()
     ((builder, wanted, of),) = asked
     assert (builder.flavour, builder.version, of) == ("tensorrt", "10.3.0", "dense")
     assert (wanted.batch, wanted.opt_batch, wanted.workspace_mib) == ((1, 4), 2, 512)
@@ -430,7 +468,7 @@ def test_engines_are_timed_beside_a_dense_one_like_them(
 def test_graphs_are_recorded_of_what_has_fixed_sizes(on_orin: tuple[Path, list[Any]]) -> None:
     """This export's token counts depend on the image, so only the dense engine is replayed."""
     folder, _ = on_orin
-    report = benchmark(folder, BenchOptions(iterations=1, warm_up=0, cuda_graph=True))
+    report = bench(folder, iterations=1, warm_up=0, cuda_graph=True).to_dict()
     assert report["environment"]["cuda_graphs"] == ["dense"]
     print_benchmark(report)
 
@@ -438,5 +476,5 @@ def test_graphs_are_recorded_of_what_has_fixed_sizes(on_orin: tuple[Path, list[A
 def test_an_engine_for_other_batches(on_orin: tuple[Path, list[Any]], stand_in: Cuda) -> None:
     folder, _ = on_orin
     with pytest.raises(SimpruneError, match=r"5 is outside 1\.\.4"):
-        benchmark(folder, BenchOptions(iterations=1, batch=5))
+        bench(folder, iterations=1, batch=5)
     assert stand_in.memory == stand_in.handles == {}

@@ -220,7 +220,7 @@ def test_folders_that_do_not_fit_are_refused(
     refused(root, "1 classes of the data are none of the model's: 'hat'; it has 't-shirt'")
     refused(root, "11 classes .* and the model 10 without names", facts(preprocessing=UNNAMED))
     Image.new("L", (28, 28)).save(root / "loose.png")
-    refused(root, "loose.png lies beside the class folders .* --no-labels")
+    refused(root, "loose.png lies beside the class folders .* labels=False")
 
 
 def test_classes_are_mapped_by_file_by_number_or_by_order(
@@ -322,7 +322,7 @@ def test_a_hub_data_set_with_splits_asks_for_one(
     images, labels = pictures
     one = datasets.load_from_disk(str(as_hub(tmp_path, images[:2], labels[:2])))
     datasets.DatasetDict({"test": one, "train": one}).save_to_disk(str(tmp_path / "all"))
-    refused(tmp_path / "all", "holds the splits test, train: give one, --data")
+    refused(tmp_path / "all", "holds the splits test, train: give one, data")
     assert len(open_data(tmp_path / "all" / "test", facts())) == 2
     (tmp_path / "all" / "test" / "state.json").write_text("{")
     refused(tmp_path / "all" / "test", "cannot be read as a data set")
@@ -330,8 +330,8 @@ def test_a_hub_data_set_with_splits_asks_for_one(
 
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     for options, match in (
-        ({"limit": 0}, "--limit 0"),
-        ({"max_unreadable": 2.0}, "--max-unreadable 2"),
+        ({"limit": 0}, "limit 0"),
+        ({"max_unreadable": 2.0}, "max_unreadable 2"),
         ({"labels": False, "classes": tmp_path}, "drop one"),
     ):
         with pytest.raises(SimpruneError, match=match):

@@ -8,7 +8,9 @@ What is not, and so is never shown by a test that uses it: the builder's work (a
 of what the builder was asked), whether TensorRT itself takes the graph, the plugin or its shapes,
 tactics and their timings, loading and running an engine. The plugin is not loaded: with it in
 place TensorRT-RTX's parser aborts the process. What TensorRT's parser does with a node that has a
-plugin, a function or both is written down here as NVIDIA documents it, not observed.
+plugin, a function or both is played as NVIDIA documented it for 10.7, which is false from 10.15 on
+and says nothing of the parse error of dynamic counts from 10.6 to 10.14 (docs/engines.md): a test
+that uses this shows which file `build` hands over, and not what TensorRT makes of it.
 
 :func:`double` gives the module of a version. The differences between versions that it plays: a
 function in the file is looked at before the plugins until 10.7; the network is told to be strongly
@@ -46,6 +48,7 @@ def read_record(engine: Path) -> dict[str, Any]:
 
 def double(version: str) -> types.ModuleType:
     """Return a module that behaves as ``tensorrt`` of that version, as far as the top tells."""
+    # long because its classes derive from those of a module that is imported here, and only here
     import tensorrt_rtx as real
 
     numbers = tuple(int(each) for each in version.split(".")[:2])

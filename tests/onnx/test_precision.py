@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from places import ROOT
 
 from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+from simprune_deploy.onnx.exporter import ExportOptions, export_onnx, metadata_of_model
 from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.precision import (
     PRECISIONS,
@@ -36,8 +36,9 @@ from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics
 from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
 from simprune_deploy.parity.golden import load_golden, save_golden
 from simprune_deploy.parity.replay import replay
+from simprune_deploy.parity.runs import Inputs, run
 from simprune_deploy.parity.tolerance import Tolerance
-from simprune_deploy.predict.runners import Inputs, TorchRunner, run
+from simprune_deploy.predict.torch_predictor import TorchPredictor
 from simprune_deploy.pruning.model import PrunedViT, prune
 
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
@@ -414,7 +415,7 @@ def test_golden_cases_prove_it_again(precision: str, tmp_path: Path) -> None:
     _, golden = compare_with_torch(graph, model, photographs(model))
     save_golden(tmp_path / "golden.npz", golden)
     read = load_golden(tmp_path / "golden.npz", [0, 1])
-    assert "told the decisions" in read.reference.name
+    assert "with the runtime's decisions" in read.reference.name
     verdict = compare_with_golden(graph, read)
     assert verdict.status == ("passed" if precision == "fp16" else "passed in emulation")
     far = dataclasses.replace(read.reference, outputs=read.reference.outputs + np.float32(0.5))
@@ -436,17 +437,17 @@ def test_decisions_are_judged_on_the_tokens_that_were_seen() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["merge", "drop"])
-def test_told_its_own_decisions_pytorch_gives_its_own_answer(reduction: str) -> None:
+def test_with_its_own_decisions_pytorch_gives_its_own_answer(reduction: str) -> None:
     model = prune(model_of("class token"), reduction=reduction)
     pixels = photographs(model, 4).pixels
     limits = np.full(4, model.config.threshold, np.float32)
-    inputs = Inputs(pixels, limits, (1, 4), False)
-    runner = TorchRunner(model, "logits")
-    own = run(runner, inputs, inputs.mixed(), [0, 1])
-    told = replay(runner, own, inputs, "told")
-    np.testing.assert_allclose(told.outputs, own.outputs, rtol=0, atol=1e-6)
+    inputs = Inputs(pixels, limits, (1, 4))
+    metadata = metadata_of_model(model, ExportOptions())
+    own = run(TorchPredictor(model, metadata), inputs, inputs.mixed())
+    replayed = replay(model, metadata, own, inputs, "replayed")
+    np.testing.assert_allclose(replayed.outputs, own.outputs, rtol=0, atol=1e-6)
     for layer in (0, 1):
-        for mine, theirs in zip(told.records[layer], own.records[layer], strict=True):
+        for mine, theirs in zip(replayed.records[layer], own.records[layer], strict=True):
             assert mine.same_decisions(theirs)
 
 
@@ -504,7 +505,8 @@ def test_the_demo_model_from_export_to_verify(precision: str, tmp_path: Path) ->
 def test_a_bad_precision_is_one_line(tmp_path: Path) -> None:
     done = simprune("export", DEMO, "--precision", "half", "-o", tmp_path / "out")
     assert done.returncode == 2
-    assert done.stderr == "error: precision 'half' is not known: use fp32, fp16 or bf16\n"
+    (line,) = done.stderr.splitlines()
+    assert "'--precision': 'half' is not one of 'fp32', 'fp16', 'bf16'" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    ArtifactError,
+    DestinationError,
+    InvalidArgumentError,
+    UnsupportedModelError,
+    argument,
+)
 from simprune_deploy.common.files import (
     check_destination,
     sha256,
@@ -23,6 +29,8 @@ from simprune_deploy.common.files import (
     write_json,
 )
 from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.requests import request_of
+from simprune_deploy.common.versions import version_numbers
 from simprune_deploy.deploy.bundle.archive import write_archive
 from simprune_deploy.deploy.bundle.library import check_library, fit, sm_of
 from simprune_deploy.deploy.bundle.own_wheel import write_own_wheel
@@ -31,7 +39,12 @@ from simprune_deploy.engine import libraries
 from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.plugin.build import source_files
 from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
-from simprune_deploy.engine.targets import Target, load_targets, short_names, version_numbers
+from simprune_deploy.engine.targets import (
+    Target,
+    find_targets,
+    load_targets,
+    short_names,
+)
 from simprune_deploy.onnx.exported_folder import (
     DEVICE_FORMAT,
     FORMAT,
@@ -64,6 +77,9 @@ class DeviceBundle:
     archive: Path
     manifest: dict[str, Any]
 
+    def __str__(self) -> str:
+        return f"{self.archive} ({self.archive.stat().st_size / 1e6:.1f} MB), and as {self.folder}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
         return {
@@ -85,13 +101,13 @@ def check_targets(targets: Sequence[Target]) -> None:
     """
     for target in targets:
         if target.built_here:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 f"{target.name}: its engine is built on this machine (`simprune-deploy build "
                 f"FOLDER --target {target.name}`); bundles are for devices that build their own"
             )
         releases = target.releases
         if releases and all(_too_old(each.oldest_tensorrt) for each in releases):
-            raise SimpruneError(
+            raise UnsupportedModelError(
                 f"{target.name}: its TensorRT ({target.facts['tensorrt']}) is too old for the "
                 f"plugin, which needs {'.'.join(map(str, OLDEST_TENSORRT))}"
             )
@@ -117,17 +133,75 @@ def check_destinations(output: Path, force: bool, folder: Path | None = None) ->
     check_destination(output, force, MANIFEST, folder)
     if (output / MANIFEST).is_file() and not (output / README).is_file():
         # --force is for a bundle that is made again, not for an export and its engines
-        raise SimpruneError(f"{output} is an exported folder and no bundle: give another -o DIR")
+        raise DestinationError(
+            f"{output} is an exported folder and no bundle: give another "
+            f"{argument('output', 'DIR')}"
+        )
     archive = archive_of(output)
     if archive.is_symlink() or (archive.exists() and not archive.is_file()):
-        raise SimpruneError(f"{archive} is not a file: give another place with -o")
+        raise DestinationError(
+            f"{archive} is not a file: give another place with {argument('output')}"
+        )
     if archive.exists() and not force:
-        raise SimpruneError(f"{archive} already exists: replace it with --force, or give -o DIR")
+        raise DestinationError(
+            f"{archive} already exists: replace it with {argument('force', True)}, or give "
+            f"{argument('output', 'DIR')}"
+        )
 
 
 def archive_of(output: Path) -> Path:
     """Return where a bundle's archive goes."""
     return output.with_name(f"{output.name}.tar.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleRequest:
+    """What to pack for which devices.
+
+    Args:
+        folder: A folder that :func:`simprune_deploy.export` wrote.
+        targets: Names of devices that build their own engine: ("jetson-orin",).
+        output: Folder to write, and the archive beside it. Default None: FOLDER-TARGET.
+        plugin: The plugin's library compiled for the targets. Default None: it is compiled on the
+            device.
+        force: Replace an earlier bundle. Default False.
+    """
+
+    folder: str | Path
+    targets: Sequence[str] = ()
+    output: str | Path | None = None
+    plugin: str | Path | None = None
+    force: bool = False
+
+
+def bundle(
+    folder: BundleRequest | str | Path,
+    targets: Sequence[str] = (),
+    *,
+    progress: Progress = silent,
+    **fields: Any,
+) -> DeviceBundle:
+    """Pack an exported folder for devices that build their own engine: a folder and a .tar.gz.
+
+    Args:
+        folder: A :class:`BundleRequest`, or its first field; the others by name.
+        targets: The request's second field.
+        progress: Called with a word on each step.
+
+    Raises:
+        SimpruneError: as :func:`make_bundle`.
+    """
+    if not isinstance(folder, BundleRequest):
+        fields["targets"] = targets
+    request = request_of(BundleRequest, folder, fields)
+    return make_bundle(
+        request.folder,
+        find_targets(request.targets),
+        output=request.output,
+        plugin=request.plugin,
+        force=request.force,
+        progress=progress,
+    )
 
 
 def make_bundle(
@@ -205,14 +279,17 @@ def _read_export(folder: Path) -> dict[str, Any]:
 
     manifest = read_manifest(folder)
     if manifest["format"] != FORMAT:
-        raise SimpruneError(f"{folder} is a bundle already: give the exported folder it came from")
+        raise InvalidArgumentError(
+            f"{folder} is a bundle already: give the exported folder it came from"
+        )
     if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise SimpruneError(
+        raise ArtifactError(
             f"the verdict on {folder} is {manifest['verdict']!r}, and bundles are made of verified "
-            "exports: export again, or with --no-verify if you want one all the same"
+            f"exports: export again, or with {argument('verify', False)} if you want one all the "
+            f"same"
         )
     if MODEL not in manifest["files"]:
-        raise SimpruneError(f"{folder / MANIFEST} names no {MODEL}: export again")
+        raise ArtifactError(f"{folder / MANIFEST} names no {MODEL}: export again")
     return manifest
 
 
@@ -236,7 +313,7 @@ def _write_stripped(graph: onnx.ModelProto, path: Path, targets: Sequence[Target
         return False
     stripped = without_function(graph)
     if with_function(stripped).SerializeToString() != graph.SerializeToString():
-        raise SimpruneError(
+        raise ArtifactError(
             f"the function in {MODEL} is not the one this version writes, so it cannot be taken "
             "out and put back: export again"
         )
@@ -253,7 +330,7 @@ def _copy_plugin(staging: Path, library: LibraryInfo | None) -> None:
         (staging / PREBUILT).parent.mkdir()
         shutil.copyfile(library.path, staging / PREBUILT)
         if sha256(staging / PREBUILT) != library.sha256:
-            raise SimpruneError(f"{library.path} was changed while it was copied: run this again")
+            raise ArtifactError(f"{library.path} was changed while it was copied: run this again")
 
 
 def _about(

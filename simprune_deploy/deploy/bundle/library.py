@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.common.versions import __version__
-from simprune_deploy.engine.targets import Release, Target, version_numbers
+from simprune_deploy.common.errors import ArtifactError, argument
+from simprune_deploy.common.versions import __version__, version_numbers
+from simprune_deploy.engine.targets import Release, Target
 from simprune_deploy.pruning.kernel_library import LibraryInfo, read_info
 
 
@@ -39,11 +39,11 @@ def check_library(path: Path, targets: Sequence[Target]) -> LibraryInfo:
     """
     info = read_info(path)
     if info.kind != "plugin" or info.tensorrt_headers is None or info.cuda is None:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} has no TensorRT plugin in it ({info.kind}): name libsimprune_plugin.so"
         )
     if info.version != __version__:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} is of version {info.version}, and this is {__version__}: build it again"
         )
     for target in targets:
@@ -55,26 +55,26 @@ def _check_target(path: Path, info: LibraryInfo, target: Target) -> None:
     cpu = target.facts["cpu"].value
     if info.machine != cpu:
         how = "plugin build --cross aarch64" if cpu == "aarch64" else "plugin build"
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} is for {info.machine}, and {target.name} is {cpu}: build one for it with "
             f"`simprune-deploy {how}`, or leave --plugin out, and it is compiled on the device"
         )
     sm = sm_of(target)
     if sm is None:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{target.name}: its compute capability is unknown, so no library can be held against "
-            "it: leave --plugin out, and the library is compiled on the device"
+            f"it: leave {argument('plugin')} out, and the library is compiled on the device"
         )
     if sm not in info.device_code.sms:
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} has GPU code for {info.device_code}, and {target.name} is SM {sm}: build it "
-            f"with --arch {sm}"
+            f"with {argument('arch')} {sm}"
         )
     fits = [fit(info, release) for release in target.releases]
     if fits and all(each.runs is False for each in fits):
-        raise SimpruneError(
+        raise ArtifactError(
             f"{path} does not run on {target.name}: {fits[-1].why}: build it with an older CUDA, "
-            "or leave --plugin out, and it is compiled on the device"
+            f"or leave {argument('plugin')} out, and it is compiled on the device"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipInfo
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import RequirementError
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.engine.plugin.build import source_files
 
@@ -34,7 +34,9 @@ def write_own_wheel(folder: Path) -> Path:
     try:
         from wheel.wheelfile import WheelFile
     except ImportError:
-        raise SimpruneError(f"wheel, which packs simprune-deploy, is missing: {INSTALL}") from None
+        raise RequirementError(
+            f"wheel, which packs simprune-deploy, is missing: {INSTALL}"
+        ) from None
 
     class Reproducible(WheelFile):
         """A wheel in which no time and no umask of this machine is left."""
@@ -79,24 +81,24 @@ def _metadata() -> dict[str, str]:
     found = metadata.distributions(name=DISTRIBUTION)
     installed = next((each for each in found if each.read_text("METADATA")), None)
     if installed is None:
-        raise SimpruneError(
+        raise RequirementError(
             f"{DISTRIBUTION} runs here without having been installed, so its dependencies are not "
             "known: pip install it (`pip install -e .` in a checkout)"
         )
     if installed.version != __version__:
-        raise SimpruneError(
+        raise RequirementError(
             f"{DISTRIBUTION} was installed as {installed.version} and runs as "
             f"{__version__}: install it again"
         )
     lacking = set(EXTRAS) - set(installed.metadata.get_all("Provides-Extra") or ())
     if lacking:
-        raise SimpruneError(
+        raise RequirementError(
             f"the metadata of {DISTRIBUTION} is older than its code (no extra "
             f"{', '.join(sorted(lacking))}): install it again (`pip install -e .` in a checkout)"
         )
     texts = {name: installed.read_text(name) for name in ("METADATA", "entry_points.txt")}
     if not all(texts.values()):
-        raise SimpruneError(f"the metadata of {DISTRIBUTION} is damaged: install it again")
+        raise RequirementError(f"the metadata of {DISTRIBUTION} is damaged: install it again")
     generator = f"simprune-deploy {__version__}"
     return {
         **{name: str(text) for name, text in texts.items()},

@@ -7,13 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.common.versions import __version__
+from simprune_deploy.common.errors import RequirementError
+from simprune_deploy.common.versions import __version__, version_numbers
 from simprune_deploy.deploy.bundle.own_wheel import EXTRAS
 from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.libraries import LIBRARY, PLUGIN_FOLDER
 from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
-from simprune_deploy.engine.targets import load_targets, version_numbers
+from simprune_deploy.engine.targets import load_targets
 from simprune_deploy.onnx.exported_folder import MODEL
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _render(template: str, values: dict[str, Any]) -> str:
     try:
         import jinja2
     except ImportError:
-        raise SimpruneError(
+        raise RequirementError(
             "jinja2, which writes the README, is missing: pip install 'simprune-deploy[bundle]'"
         ) from None
     text = resources.files(__package__).joinpath(template).read_text(encoding="utf-8")

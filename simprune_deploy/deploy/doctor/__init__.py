@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simprune_deploy.deploy.doctor.findings import Finding, all_needed_present, is_older
+from simprune_deploy.deploy.doctor.findings import Finding, all_needed_present
 from simprune_deploy.deploy.doctor.libraries import (
     examine_folder,
     examine_named_library,
@@ -14,7 +14,7 @@ from simprune_deploy.deploy.doctor.machine import Machine, examine_machine, gath
 from simprune_deploy.deploy.doctor.packages import examine_packages
 from simprune_deploy.engine.engine_metadata import TENSORRT, TENSORRT_RTX
 
-__all__ = ["Finding", "Machine", "all_needed_present", "examine", "is_older"]
+__all__ = ["Finding", "Machine", "all_needed_present", "examine"]
 
 
 def examine(folder: str | Path | None = None, machine: Machine | None = None) -> list[Finding]:

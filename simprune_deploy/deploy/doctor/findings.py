@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Literal
 
 State = Literal["ok", "missing", "too old", "broken", "optional"]
@@ -32,30 +31,14 @@ class Finding:
     detail: str = ""
     needed: bool = True
 
+    def __str__(self) -> str:
+        said = [self.version, self.detail, "" if self.state == "ok" else self.remedy]
+        return ": ".join([f"{self.name}: {self.state}", *filter(None, said)])
+
 
 def all_needed_present(findings: list[Finding]) -> bool:
     """Return whether nothing is missing, too old or broken that every user needs."""
     return all(finding.state in ("ok", "optional") for finding in findings if finding.needed)
-
-
-def is_older(version: str, minimum: str) -> bool:
-    """Compare the numbers at the start of versions; one without numbers counts as new enough."""
-    numbers = _numbers(version)
-    return bool(numbers) and numbers < _numbers(minimum)
-
-
-def major(version: str) -> int | None:
-    """Return the first number of a version, None where it has none."""
-    numbers = _numbers(version)
-    return numbers[0] if numbers else None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(number) for number in match.group().split(".")] if match else []
-    while len(numbers) > 1 and not numbers[-1]:
-        numbers.pop()  # 10 is as new as 10.0
-    return tuple(numbers)
 
 
 def one_line(error: Exception) -> str:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.deploy.doctor.findings import Finding, is_older, major, one_line
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
+from simprune_deploy.common.versions import is_older, major
+from simprune_deploy.deploy.doctor.findings import Finding, one_line
 from simprune_deploy.deploy.doctor.machine import UPDATE_DRIVER, Facts, Machine
 from simprune_deploy.engine.engine_metadata import (
     NAMES,
@@ -132,11 +133,11 @@ def examine_library(
     try:
         info = read_info(path)
         if info.machine != facts.processor:
-            raise SimpruneError(
+            raise ArtifactError(
                 f"{path} is for {info.machine}, and this machine is {facts.processor}"
             )
         if not info.device_code.sms:
-            raise SimpruneError(f"{path} is a {info.kind} library, without code for GPUs")
+            raise ArtifactError(f"{path} is a {info.kind} library, without code for GPUs")
     except SimpruneError as error:
         return dataclasses.replace(finding, state="broken", remedy=remedy, detail=one_line(error))
     detail = f"{path}: {info.device_code}"
@@ -146,12 +147,12 @@ def examine_library(
         detail += f", and this GPU is SM {sm}"
         remedy = f"{BUILD_PLUGIN} --arch {sm}{elsewhere}"
         return dataclasses.replace(finding, state="broken", remedy=remedy, detail=detail)
-    built, known = major(info.cuda or ""), major(facts.cuda or "")
+    built, known = major(info.cuda), major(facts.cuda)
     if built is not None and known is not None and known < built:
         detail += f", compiled with CUDA {info.cuda}, and this driver knows CUDA {facts.cuda}"
         remedy = f"{UPDATE_DRIVER}, or {BUILD_PLUGIN} with CUDA {known}'s nvcc"
         return dataclasses.replace(finding, state="broken", remedy=remedy, detail=detail)
-    headers = major(info.tensorrt_headers or "")
+    headers = major(info.tensorrt_headers)
     if headers is not None and tensorrt and major(tensorrt) != headers:
         detail += (
             f"; compiled with the headers of TensorRT {headers}, it loads into {tensorrt} but "
@@ -180,7 +181,7 @@ def examine_folder(folder: Path, facts: Facts, versions: dict[str, str]) -> Iter
     from simprune_deploy.onnx.exported_folder import MANIFEST, read_manifest
 
     if not folder.is_dir():
-        raise SimpruneError(f"{folder} is not a folder: give one that `simprune-deploy` wrote")
+        raise ArtifactError(f"{folder} is not a folder: give one that `simprune-deploy` wrote")
     if (folder / MANIFEST).exists():
         export = Finding("export", "ok", "", "verifying and building", "")
         try:

@@ -14,7 +14,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from simprune_deploy.deploy.doctor.findings import Finding, is_older
+from simprune_deploy.common.versions import is_older
+from simprune_deploy.deploy.doctor.findings import Finding
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
 
 TIMEOUT = 10.0

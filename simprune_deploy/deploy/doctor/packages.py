@@ -12,7 +12,8 @@ import warnings
 from importlib import metadata
 from typing import Any
 
-from simprune_deploy.deploy.doctor.findings import Finding, State, is_older, one_line
+from simprune_deploy.common.versions import is_older
+from simprune_deploy.deploy.doctor.findings import Finding, State, one_line
 from simprune_deploy.engine.plugin import toolchain
 
 MINIMUM_VERSIONS = {

@@ -23,7 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    DestinationError,
+    InvalidArgumentError,
+    RequirementError,
+    ToolFailedError,
+    argument,
+)
 from simprune_deploy.common.files import as_user_error, staged_file
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.common.versions import __version__
@@ -148,13 +154,19 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuiltLibra
 def _build(options: BuildOptions, progress: Progress | None) -> BuiltLibrary:
     step = progress or (lambda _: None)
     if sys.platform != "linux":
-        raise SimpruneError(f"the plugin is built on Linux, and this is {sys.platform}")
+        raise RequirementError(f"the plugin is built on Linux, and this is {sys.platform}")
     if options.cross is not None:
         check_cross(options.cross)
         if options.arch == "native":
-            raise SimpruneError("--arch native is this machine's GPU: with --cross write 87,110")
+            raise InvalidArgumentError(
+                f"{argument('arch', 'native')} is this machine's GPU: with {argument('cross')} "
+                f"write 87,110"
+            )
     elif options.cuda_lib is not None:
-        raise SimpruneError("--cuda-lib is for --cross: drop it, or write --cross aarch64")
+        raise InvalidArgumentError(
+            f"{argument('cuda_lib')} is for {argument('cross')}: drop it, or write "
+            f"{argument('cross', 'aarch64')}"
+        )
     _check_target(options.library, options.force)
     source = source_folder()
     step("looking for nvcc, TensorRT's headers and CMake")
@@ -164,9 +176,9 @@ def _build(options: BuildOptions, progress: Progress | None) -> BuiltLibrary:
         wish = jetson_architectures(nvcc)
     architectures = choose_architectures(wish, nvcc)
     if not architectures:
-        raise SimpruneError(
+        raise RequirementError(
             f"CUDA {nvcc.version} ({nvcc.path}) knows none of the kept architectures: name some "
-            f"with --arch; it compiles for {', '.join(nvcc.architectures)}"
+            f"with {argument('arch')}; it compiles for {', '.join(nvcc.architectures)}"
         )
     tensorrt = None
     if not options.kernels_only:
@@ -182,7 +194,13 @@ def _build(options: BuildOptions, progress: Progress | None) -> BuiltLibrary:
     with _build_folder() as folder:
         configure = _configuration(source, folder, cmake, nvcc, architectures, tensorrt, cross)
         compile_it = [
-            *(str(cmake.path), "--build", str(folder), "--target", options.target),
+            *(
+                str(cmake.path),
+                "--build",
+                str(folder),
+                "--target",
+                options.target,
+            ),
             *("--parallel", str(os.cpu_count() or 1)),
         ]
         _run_logged(
@@ -201,7 +219,7 @@ def source_folder() -> Path:
     for folder in (Path(__file__).parent / "source", Path(__file__).parents[3] / "plugins"):
         if (folder / "CMakeLists.txt").is_file():
             return folder
-    raise SimpruneError(
+    raise RequirementError(
         "the plugin's C++ sources are missing from this installation: install simprune-deploy again"
     )
 
@@ -220,16 +238,25 @@ def source_files() -> dict[str, Path]:
 def _check_target(library: Path, force: bool) -> None:
     folder = library.parent
     if folder.exists() and not folder.is_dir():
-        raise SimpruneError(f"{folder} is not a folder: give another one with -o")
+        raise DestinationError(
+            f"{folder} is not a folder: give another one with {argument('output')}"
+        )
     if library.is_dir():
-        raise SimpruneError(f"{library} is a folder: give another place with -o")
+        raise DestinationError(
+            f"{library} is a folder: give another place with {argument('output')}"
+        )
     if library.exists() and not force:
-        raise SimpruneError(f"{library} already exists: replace it with --force, or give -o DIR")
+        raise DestinationError(
+            f"{library} already exists: replace it with {argument('force', True)}, or give "
+            f"{argument('output', 'DIR')}"
+        )
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise SimpruneError(f"{parent} is not a writable folder: give another place with -o")
+        raise DestinationError(
+            f"{parent} is not a writable folder: give another place with {argument('output')}"
+        )
 
 
 @contextlib.contextmanager
@@ -347,7 +374,7 @@ def _run_logged(
         raise
     if code != 0:
         why = _meaning(log.read_text(encoding="utf-8")) or f"{command[0]} ended with {code}"
-        raise SimpruneError(f"the build failed: {why} (whole log: {log})")
+        raise ToolFailedError(f"the build failed: {why} (whole log: {log})")
     log.unlink()
 
 
@@ -410,7 +437,7 @@ def _check_result(
         ("GPU code", info.device_code.sms, architectures),
     ):
         if got != asked:
-            raise SimpruneError(
+            raise ToolFailedError(
                 f"the library that was built is not what was asked for: {name} {got}, not {asked}: "
                 f"the C++ sources in {source_folder()} do not belong to this version"
             )

@@ -11,7 +11,11 @@ import struct
 import subprocess
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    InvalidArgumentError,
+    RequirementError,
+    argument,
+)
 from simprune_deploy.engine.plugin.toolchain import CUDA_FOLDER, THOR, NotFoundError, Nvcc
 from simprune_deploy.pruning.kernel_library import MACHINES
 
@@ -68,9 +72,13 @@ def find_cross_tools(machine: str, nvcc: Nvcc, cuda_lib: Path | None = None) -> 
 def check_cross(machine: str) -> None:
     """Refuse a processor that is not known, or that is this machine's own."""
     if machine != AARCH64:
-        raise SimpruneError(f"--cross {machine!r} is not known: write --cross {AARCH64}")
+        raise InvalidArgumentError(
+            f"{argument('cross')} {machine!r} is not known: write {argument('cross', AARCH64)}"
+        )
     if platform.machine() == machine:
-        raise SimpruneError(f"this machine is {machine} itself: build without --cross")
+        raise RequirementError(
+            f"this machine is {machine} itself: build without {argument('cross')}"
+        )
 
 
 def jetson_architectures(nvcc: Nvcc) -> str:
@@ -94,24 +102,34 @@ def remedy_for_cuda_runtime(nvcc: Nvcc) -> str:
 
 def _cuda_home(nvcc: Nvcc) -> Path:
     """Ask nvcc for its headers: it may be a script that calls another one."""
-    command = [str(nvcc.path), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    command = [
+        str(nvcc.path),
+        "--dryrun",
+        "-x",
+        "cu",
+        "-c",
+        os.devnull,
+        "-o",
+        os.devnull,
+    ]
     said = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     ).stderr
     for folder in re.findall(r'"-I([^"]+)"', said):
         if Path(folder, "cuda_runtime.h").is_file():
             return Path(folder).resolve().parent
-    raise SimpruneError(
+    raise RequirementError(
         f"{nvcc.path} has no cuda_runtime.h of its own: name an nvcc of a whole CUDA toolkit with "
-        "--nvcc (its headers are the same for both machines)"
+        f"{argument('nvcc')} (its headers are the same for both machines)"
     )
 
 
 def _find_cuda_lib(nvcc: Nvcc, home: Path, named: Path | None) -> Path:
     if named is not None:
         if not (named / CUDA_RUNTIME).is_file():
-            raise SimpruneError(
-                f"--cuda-lib {named} holds no {CUDA_RUNTIME}: {remedy_for_cuda_runtime(nvcc)}"
+            raise InvalidArgumentError(
+                f"{argument('cuda_lib')} {named} holds no {CUDA_RUNTIME}: "
+                f"{remedy_for_cuda_runtime(nvcc)}"
             )
         _check_runtime(named, nvcc)
         return named.absolute()
@@ -141,18 +159,18 @@ def _check_runtime(folder: Path, nvcc: Nvcc) -> None:
         header = folder.parent / "include" / "cuda_runtime_api.h"
         text = header.read_text(encoding="utf-8", errors="replace") if header.is_file() else ""
     except OSError as error:
-        raise SimpruneError(f"cannot read {path}: {error.strerror or error}") from None
+        raise RequirementError(f"cannot read {path}: {error.strerror or error}") from None
     at = start.find(_ELF)
     number = struct.unpack_from("<H", start, at + 18)[0] if 0 <= at <= len(start) - 20 else None
     machine = MACHINES.get(number or 0, "no known processor")
     if not start.startswith(b"!<arch>\n") or machine != AARCH64:
-        raise SimpruneError(
+        raise RequirementError(
             f"{path} is for {machine}, not for {AARCH64}: {remedy_for_cuda_runtime(nvcc)}"
         )
     version = re.search(r"^\s*#\s*define\s+CUDART_VERSION\s+(\d+)", text, re.M)
     major = nvcc.version.split(".")[0]
     if version is not None and int(version[1]) // 1000 != int(major):
-        raise SimpruneError(
+        raise RequirementError(
             f"{path} is of CUDA {int(version[1]) // 1000}, and nvcc of CUDA {nvcc.version}: "
             f"{remedy_for_cuda_runtime(nvcc)}"
         )

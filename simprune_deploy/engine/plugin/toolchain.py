@@ -17,7 +17,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import (
+    InvalidArgumentError,
+    RequirementError,
+    SimpruneError,
+    ToolFailedError,
+    argument,
+)
 
 KEPT_ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120", "121")
 """What "all" builds for, as far as the nvcc at hand knows it."""
@@ -106,7 +112,7 @@ def locate_nvcc(path: Path | None = None) -> Path:
         if named:
             found = shutil.which(named)
             if found is None:
-                raise SimpruneError(f"{source} {named} is not a program: name nvcc itself")
+                raise RequirementError(f"{source} {named} is not a program: name nvcc itself")
             return Path(found).absolute()
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [str(Path(home, "bin", "nvcc")) for home in homes if home]
@@ -114,8 +120,8 @@ def locate_nvcc(path: Path | None = None) -> Path:
     found = next((found for name in candidates if (found := shutil.which(name))), None)
     if found is None:
         raise NotFoundError(
-            "no nvcc found (--nvcc, CUDACXX, CUDA_HOME, PATH, "
-            f"{CUDA_FOLDER / 'bin'}): {remedy_for_nvcc()}, or name it with --nvcc"
+            f"no nvcc found ({argument('nvcc')}, CUDACXX, CUDA_HOME, PATH, "
+            f"{CUDA_FOLDER / 'bin'}): {remedy_for_nvcc()}, or name it with {argument('nvcc')}"
         )
     return Path(found).absolute()
 
@@ -132,17 +138,19 @@ def ask_nvcc(path: Path) -> Nvcc:
     """Return the version and the architectures of the nvcc at `path`."""
     match = re.search(r"release \d+\.\d+, V((\d+)\.(\d+)\.\d+)", _ask(path, "--version"))
     if match is None:
-        raise SimpruneError(f"{path} --version names no CUDA release: is it NVIDIA's nvcc?")
+        raise RequirementError(f"{path} --version names no CUDA release: is it NVIDIA's nvcc?")
     version = match[1]
     if (int(match[2]), int(match[3])) < OLDEST_CUDA:
         oldest = ".".join(map(str, OLDEST_CUDA))
-        raise SimpruneError(
+        raise RequirementError(
             f"CUDA {version} ({path}) is older than {oldest}: {remedy_for_nvcc()}, or name a newer "
-            "nvcc with --nvcc"
+            f"nvcc with {argument('nvcc')}"
         )
     known = re.findall(r"^compute_(\d+)$", _ask(path, "--list-gpu-arch"), re.M)
     if not known:
-        raise SimpruneError(f"{path} --list-gpu-arch names no architecture: is it NVIDIA's nvcc?")
+        raise RequirementError(
+            f"{path} --list-gpu-arch names no architecture: is it NVIDIA's nvcc?"
+        )
     return Nvcc(path, version, tuple(sorted(set(known), key=int)))
 
 
@@ -166,9 +174,9 @@ def _ask(program: Path, option: str) -> str:
         ).stdout
     except subprocess.CalledProcessError as error:
         said = " ".join(f"{error.stdout} {error.stderr}".split())[:200]
-        raise SimpruneError(f"{program} {option} failed: {said or error}") from None
+        raise ToolFailedError(f"{program} {option} failed: {said or error}") from None
     except OSError as error:
-        raise SimpruneError(f"cannot run {program}: {error.strerror or error}") from None
+        raise ToolFailedError(f"cannot run {program}: {error.strerror or error}") from None
 
 
 # --- architectures --------------------------------------------------------------------------------
@@ -192,9 +200,10 @@ def choose_architectures(wish: str | None, nvcc: Nvcc) -> tuple[str, ...]:
     elif wish == "native":
         wish = ",".join(native_architectures(nvcc))
         if not wish:
-            raise SimpruneError(
+            raise InvalidArgumentError(
                 "--arch native: no GPU found (nvidia-smi lists none, and this is no Jetson Orin or "
-                "Thor): name the GPU's architecture, such as --arch 87, or say --arch all"
+                f"Thor): name the GPU's architecture, such as {argument('arch', '87')}, or say "
+                f"{argument('arch', 'all')}"
             )
     if wish == "all":
         kept = [
@@ -210,20 +219,22 @@ def _check_architectures(wish: str, nvcc: Nvcc) -> tuple[str, ...]:
     for part in wish.split(","):
         match = re.fullmatch(r"(?:sm_)?(\d+)(?:\.(\d))?", part.strip())
         if match is None:
-            raise SimpruneError(
-                f"--arch {wish!r} is not understood: write 'native', 'all', or GPU architectures "
+            raise InvalidArgumentError(
+                f"{argument('arch')} {wish!r} is not understood: write 'native', 'all', or GPU "
+                f"architectures "
                 "such as 87,110 (Jetson Orin, Thor)"
             )
         name = "".join(match.groups(default=""))
         if name not in nvcc.architectures:
             other = THOR.get(name)
-            raise SimpruneError(
-                f"--arch {name} is not known to CUDA {nvcc.version} ({nvcc.path}), which compiles "
+            raise InvalidArgumentError(
+                f"{argument('arch')} {name} is not known to CUDA {nvcc.version} ({nvcc.path}), "
+                f"which compiles "
                 f"for {', '.join(nvcc.architectures)}: "
                 + (
                     f"write {other} for Jetson Thor"
                     if other in nvcc.architectures
-                    else "choose among these, or name another CUDA with --nvcc"
+                    else f"choose among these, or name another CUDA with {argument('nvcc')}"
                 )
             )
         chosen.add(name)
@@ -286,7 +297,7 @@ def find_tensorrt_headers(folder: Path | None = None) -> TensorRTHeaders:
         if place:
             found = _headers_below(Path(place))
             if found is None:
-                raise SimpruneError(
+                raise RequirementError(
                     f"{source} {place} holds no NvInferRuntime.h (also not in its include folder): "
                     "name the folder of TensorRT's C++ headers"
                 )
@@ -304,7 +315,8 @@ def find_tensorrt_headers(folder: Path | None = None) -> TensorRTHeaders:
     raise too_old or NotFoundError(
         "no TensorRT headers (NvInferRuntime.h) found in TENSORRT_INCLUDE, TENSORRT_ROOT, "
         f"{', '.join(map(str, usual))}: {remedy_for_headers()}, or unpack TensorRT and name its "
-        "include folder with --tensorrt-include; --kernels-only builds without them"
+        f"include folder with {argument('tensorrt_include')}; {argument('kernels_only', True)} "
+        f"builds without them"
     )
 
 
@@ -329,7 +341,7 @@ def _check_version(folder: Path) -> TensorRTHeaders:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise SimpruneError(f"cannot read {path}: {error.strerror or error}") from None
+        raise RequirementError(f"cannot read {path}: {error.strerror or error}") from None
     numbers = []
     for part in ("MAJOR", "MINOR"):
         # where both are there, NV_TENSORRT_* refers to the other one by name
@@ -337,11 +349,13 @@ def _check_version(folder: Path) -> TensorRTHeaders:
             rf"^\s*#\s*define\s+(?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part})\s+(\d+)", text, re.M
         )
         if match is None:
-            raise SimpruneError(f"{path} does not tell TensorRT's version: are these its headers?")
+            raise RequirementError(
+                f"{path} does not tell TensorRT's version: are these its headers?"
+            )
         numbers.append(int(match.group(1)))
     version = ".".join(map(str, numbers))
     if tuple(numbers) < OLDEST_TENSORRT:
-        raise SimpruneError(
+        raise RequirementError(
             f"TensorRT {version} in {folder} is too old: its plugins have no IPluginV3, which "
             "begins with 10.0 (JetPack 6; JetPack 5 has TensorRT 8 and cannot load this plugin)"
         )
@@ -369,7 +383,7 @@ def find_cmake() -> CMake:
             too_old = too_old or f"CMake {match[1]} ({path}) is older than {oldest}"
         else:
             return CMake(Path(path), match[1], _find_generator())
-    raise SimpruneError(f"{too_old or 'no CMake found in PATH'}: {remedy}")
+    raise RequirementError(f"{too_old or 'no CMake found in PATH'}: {remedy}")
 
 
 def _cmake_wheel() -> str | None:
@@ -387,7 +401,7 @@ def _find_generator() -> str:
         return "Unix Makefiles"
     if shutil.which("ninja"):
         return "Ninja"
-    raise SimpruneError("neither make nor ninja found: sudo apt-get install build-essential")
+    raise RequirementError("neither make nor ninja found: sudo apt-get install build-essential")
 
 
 def check_host_compiler() -> str:
@@ -399,11 +413,11 @@ def check_host_compiler() -> str:
     named = shlex.split(os.environ.get("CXX", ""))
     if named:
         if shutil.which(named[0]) is None:
-            raise SimpruneError(
+            raise RequirementError(
                 f"CXX {named[0]} is not a program: name a C++ compiler, or unset it"
             )
         return named[0]
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return name
-    raise SimpruneError("no C++ compiler found: sudo apt-get install g++")
+    raise RequirementError("no C++ compiler found: sudo apt-get install g++")

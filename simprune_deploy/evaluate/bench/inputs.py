@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.evaluate.bench.machine import usable_cores
-from simprune_deploy.evaluate.bench.options import BenchOptions
+from simprune_deploy.common.errors import InvalidArgumentError, RequirementError, argument
 from simprune_deploy.onnx.exported_folder import GOLDEN
 from simprune_deploy.onnx.metadata import preprocessing_of
-
-if TYPE_CHECKING:
-    import onnx
-
-    from simprune_deploy.onnx.metadata import ModelMetadata
+from simprune_deploy.predict.records import Array
+from simprune_deploy.predict.source import ModelSource
 
 MOST_IMAGES = 16
-
-Array = np.ndarray[Any, Any]
-Feed = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,51 +36,43 @@ class Pictures:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-def thresholds_of(metadata: ModelMetadata, options: BenchOptions) -> tuple[float, ...]:
-    """Return the thresholds to time.
-
-    Raises:
-        SimpruneError: others than the model's own were asked for, and it cannot do them.
-    """
-    if not options.thresholds:
-        return (metadata.pruning.threshold,)
-    if not metadata.export["runtime_threshold"]:
-        raise SimpruneError(
-            f"the threshold of this export is fixed at {metadata.pruning.threshold}: export with "
-            "--runtime-threshold to time others"
-        )
-    return tuple(dict.fromkeys(options.thresholds))
-
-
-def load_pictures(
-    folder: Path, graph: onnx.ModelProto, metadata: ModelMetadata, options: BenchOptions
-) -> Pictures:
+def load_pictures(source: ModelSource, images: str | Path | None, wanted: int | None) -> Pictures:
     """Return the folder's golden images, or those that the user named, in batches.
+
+    Args:
+        source: The export.
+        images: Folder of pictures. None: the golden cases.
+        wanted: Images in a batch. None: the smallest batch.
 
     Raises:
         SimpruneError: there are none, or the export does not take such a batch.
     """
     from simprune_deploy.onnx.variants import pruned_layers
 
+    metadata = source.metadata
     low, high = metadata.batch
-    batch = low if options.batch is None else options.batch
+    batch = low if wanted is None else wanted
     if not low <= batch <= high:
-        raise SimpruneError(
-            f"--batch {batch} is outside {low}..{high}, which this export takes: export with "
-            "another --batch"
+        raise InvalidArgumentError(
+            f"{argument('batch')} {batch} is outside {low}..{high}, which this export takes: "
+            f"export with another {argument('batch')}",
+            what="batch",
+            value=batch,
+            allowed=(low, high),
         )
-    if options.images is None:
+    if images is None:
         from simprune_deploy.parity.golden import load_golden
 
-        images = load_golden(folder / GOLDEN, pruned_layers(graph)).images
-        return Pictures(_batches(images, batch), len(images), "the golden cases of the folder")
-    from simprune_deploy.common.images import load_folder
+        assert source.folder is not None
+        assert source.graph is not None
+        found = load_golden(source.folder / GOLDEN, pruned_layers(source.graph)).images
+        return Pictures(_batches(found, batch), len(found), "the golden cases of the folder")
+    from simprune_deploy.common.images import as_uint8_nhwc, load_folder
 
-    preprocessing = preprocessing_of(metadata)
-    found = load_folder(
-        options.images, preprocessing, MOST_IMAGES, normalize=not metadata.export["normalize"]
-    )
-    return Pictures(_batches(found.pixels, batch), len(found.pixels), found.source, found.skipped)
+    normalizes = bool(metadata.export["normalize"])
+    loaded = load_folder(images, preprocessing_of(metadata), MOST_IMAGES, normalize=not normalizes)
+    pixels = as_uint8_nhwc(loaded.pixels) if metadata.takes_uint8 else loaded.pixels
+    return Pictures(_batches(pixels, batch), len(pixels), loaded.source, loaded.skipped)
 
 
 def _batches(images: Array, batch: int) -> list[Array]:
@@ -97,57 +82,38 @@ def _batches(images: Array, batch: int) -> list[Array]:
     return [np.ascontiguousarray(images[row]) for row in rows]
 
 
-def feed_of(metadata: ModelMetadata, images: Array, threshold: float) -> Feed:
-    """Return the pruned model's inputs for a batch."""
-    if not metadata.export["runtime_threshold"]:
-        return {"images": images}
-    return {"images": images, "threshold": np.array([threshold], np.float32)}
-
-
-def images_only(feed: Feed) -> Feed:
-    """Return what the dense model takes of a feed: it has no threshold."""
-    return {"images": feed["images"]}
-
-
-def count_tokens(
-    graph: onnx.ModelProto, metadata: ModelMetadata, feeds: list[Feed]
-) -> dict[str, Any]:
+def count_tokens(source: ModelSource, batches: Sequence[Array], threshold: float) -> dict[str, Any]:
     """Return how many tokens the batches kept, and the speed-up that these counts allow.
 
-    Counted where decisions can be seen, in ONNX Runtime on the CPU.
+    Counted where decisions can be seen, in ONNX Runtime on the CPU, and as they run: a batch is
+    padded to its largest image.
     """
-    from simprune_deploy.onnx.precision import emulated
-    from simprune_deploy.onnx.variants import (
-        diagnostic_name,
-        pruned_layers,
-        with_diagnostics,
-        with_function,
-    )
     from simprune_deploy.pruning.cost import allowed_speedup, spread_over_blocks
 
-    layers = pruned_layers(graph)
-    try:
-        from simprune_deploy.predict.onnxruntime_session import cpu_session
-
-        shown = with_diagnostics(with_function(graph))
-        if metadata.precision == "bf16":
-            shown = emulated(shown, metadata.precision)
-        session = cpu_session(shown.SerializeToString(), usable_cores())
-    except ImportError:
-        return {"unknown": "tokens are counted in ONNX Runtime: pip install onnxruntime"}
-    names = [diagnostic_name(layer, "kept_index") for layer in layers]
+    metadata = source.metadata
     height, width = metadata.image_size
     embed = 2.0 * metadata.channels * height * width * metadata.embed_dim
     kept, shares, costs = [], [], []
-    for feed in feeds:
-        counts = [float(found.shape[1]) for found in session.run(names, feed)]
-        by_block = spread_over_blocks(metadata.num_tokens, layers, counts, metadata.depth)
-        kept.append(counts)
-        shares.append(sum(by_block) / metadata.depth / metadata.num_tokens)
-        costs.append(1 / allowed_speedup(metadata.block, metadata.num_tokens, by_block, embed))
+    try:
+        with source.spec().open() as predictor:
+            layers = predictor.layers
+            for images in batches:
+                found = predictor.answer(
+                    images, threshold=threshold, decisions=True, batches=[range(len(images))]
+                )
+                records = found.records or {}
+                counts = [float(len(records[layer][0].kept_index)) for layer in layers]
+                by_block = spread_over_blocks(metadata.num_tokens, layers, counts, metadata.depth)
+                kept.append(counts)
+                shares.append(sum(by_block) / metadata.depth / metadata.num_tokens)
+                allowed = allowed_speedup(metadata.block, metadata.num_tokens, by_block, embed)
+                costs.append(1 / allowed)
+    except RequirementError:
+        return {"unknown": "tokens are counted in ONNX Runtime: pip install onnxruntime"}
+    means = np.mean(kept, axis=0).round(2).tolist()
     return {
         "before": metadata.num_tokens,
-        "kept": dict(zip(map(str, layers), np.mean(kept, axis=0).round(2).tolist(), strict=True)),
+        "kept": dict(zip(map(str, layers), means, strict=True)),
         "processed_share": round(float(np.mean(shares)), 4),
         "allowed_speedup": round(1 / float(np.mean(costs)), 4),
     }

@@ -1,0 +1,66 @@
+"""How an exported graph is to look, as what a user says of it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.onnx.function_body import MAX_OPSET, MIN_OPSET
+from simprune_deploy.onnx.metadata import FLOAT32_NCHW, UINT8_NHWC, InputForm, check_input
+from simprune_deploy.onnx.precision import Precision, check_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What the exported graph looks like, beside the model itself.
+
+    Args:
+        opset: ONNX opset, 18 to 23. Default 20, the first with a native Gelu.
+        batch: Smallest and largest batch; equal ones make the batch static. Default 1 to 8.
+        runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
+        normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
+        input: "float32-nchw" (the default), or "uint8-nhwc": images as a camera gives them,
+            uint8[B, H, W, C], which the graph converts, scales by 1/255 and normalizes. The second
+            implies `normalize`.
+        softmax: Give probabilities instead of logits.
+        log_size_in_keys: Let attention read the log-sizes as a channel of the keys, which is
+            faster on a CPU. False adds them to the scores, the form that GPU kernels fuse, and
+            in float32 whatever the precision. Default (None): True in "fp32", else False.
+        emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
+        opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
+            prefix tokens. It changes no result. Default (): all of them.
+        precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
+            and outputs stay float32.
+
+    Raises:
+        SimpruneError: a value is out of its range.
+    """
+
+    opset: int = 20
+    batch: tuple[int, int] = (1, 8)
+    runtime_threshold: bool = False
+    normalize: bool = False
+    softmax: bool = False
+    emit_assignments: bool = False
+    log_size_in_keys: bool | None = None
+    precision: Precision = "fp32"
+    opt_tokens: tuple[int, ...] = ()
+    input: InputForm = FLOAT32_NCHW
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_input(self.input)
+        if self.input == UINT8_NHWC:
+            object.__setattr__(self, "normalize", True)
+        if self.log_size_in_keys is None:
+            object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
+        low, high = self.batch
+        if low < 1 or high < low:
+            raise InvalidArgumentError(
+                f"batch {low}..{high} is not a range: give 1..8, or one number for a fixed batch"
+            )
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise InvalidArgumentError(
+                f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use "
+                f"{argument('opset', 20)}"
+            )

@@ -1,0 +1,170 @@
+"""What a user names as a model, resolved once: a checkpoint's model, or an export of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.files import sha256
+from simprune_deploy.onnx.exported_folder import MANIFEST, MODEL, read_manifest
+from simprune_deploy.onnx.metadata import ModelMetadata, load_graph, read_metadata
+
+if TYPE_CHECKING:
+    import onnx
+
+    from simprune_deploy.predict.predictor import Form, PredictorSpec, Provider
+    from simprune_deploy.pruning.model import PrunedViT
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model, and what is known of it.
+
+    Attributes:
+        name: What the user gave.
+        metadata: Input, preprocessing, shape and classes; of a checkpoint, as an export would say.
+        model: Of a checkpoint; None for an export.
+        graph: Of an export, as the file has it; None for a checkpoint.
+        file: The ONNX file of an export; None for a checkpoint.
+        manifest: Of an exported folder; None without one.
+    """
+
+    name: str
+    metadata: ModelMetadata
+    model: PrunedViT | None = None
+    graph: onnx.ModelProto | None = None
+    file: Path | None = None
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def kind(self) -> Literal["exported graph", "checkpoint"]:
+        return "checkpoint" if self.graph is None else "exported graph"
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of an export: its golden cases, engines and plugin are there."""
+        return None if self.file is None else self.file.parent
+
+    @property
+    def runtime_threshold(self) -> bool:
+        """Whether one graph serves every threshold."""
+        return self.graph is None or bool(self.metadata.export["runtime_threshold"])
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the weights (checkpoint) or of the ONNX file."""
+        if self.model is not None:
+            from simprune_deploy.predict.torch_predictor import sha256_of_weights
+
+            return sha256_of_weights(self.model)
+        assert self.file is not None
+        return sha256(self.file)
+
+    def spec(
+        self,
+        form: Form = "pruned",
+        *,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        keep_memory: bool = True,
+    ) -> PredictorSpec:
+        """Return what opens the model where it is at home: PyTorch, or ONNX Runtime.
+
+        Args:
+            form: Default "pruned".
+            provider, threads, keep_memory: Of ONNX Runtime; see
+                :class:`simprune_deploy.predict.onnx_predictor.OnnxSpec`.
+        """
+        if self.model is not None:
+            from simprune_deploy.predict.torch_predictor import TorchSpec
+
+            return TorchSpec(self.model, self.metadata, form)
+        from simprune_deploy.predict.onnx_predictor import OnnxSpec
+
+        assert self.graph is not None
+        graph = self.graph.SerializeToString()
+        return OnnxSpec(graph, form, provider, threads, keep_memory)
+
+
+def source_of_model(name: str, model: Any) -> ModelSource:
+    """Return a checkpoint's model, pruned or not, as a source.
+
+    Args:
+        name: What the user called it.
+        model: A timm model, which prunes nowhere, or a pruned one.
+    """
+    from simprune_deploy.onnx.exporter import ExportOptions, metadata_of_model
+    from simprune_deploy.pruning.config import PruneConfig
+    from simprune_deploy.pruning.model import PrunedViT
+
+    pruned = model if isinstance(model, PrunedViT) else PrunedViT(model, PruneConfig())
+    pruned.eval()
+    return ModelSource(name, metadata_of_model(pruned, ExportOptions()), model=pruned)
+
+
+def source_of_export(path: Path) -> ModelSource:
+    """Return an exported folder, or an ONNX file of one, as a source.
+
+    Args:
+        path: The folder, whose files are checked against its manifest, or the file.
+
+    Raises:
+        SimpruneError: it is damaged, or was not made by simprune-deploy.
+    """
+    manifest, file = None, path
+    if path.is_dir():
+        manifest, file = read_manifest(path), path / MODEL
+    graph = load_graph(file)
+    return ModelSource(str(path), read_metadata(graph), graph=graph, file=file, manifest=manifest)
+
+
+def open_source(
+    model: Any, options: CheckpointOptions | None = None, *, prune: bool = False
+) -> ModelSource:
+    """Return whatever names a model as a source.
+
+    Args:
+        model: A path of an export, a checkpoint's (or a name to download, with
+            ``options.pretrained``), a timm or pruned model, or a source.
+        options: How a checkpoint is loaded. Default: :class:`CheckpointOptions`'s defaults.
+        prune: Give a model that prunes nowhere the default prune layers. Default False.
+
+    Raises:
+        SimpruneError: it cannot be read, or the options are for checkpoints and it is none.
+    """
+    if isinstance(model, ModelSource):
+        return model
+    options = options or CheckpointOptions()
+    name = "the model"
+    if isinstance(model, (str, Path)):
+        name = str(model)
+        if not options.pretrained and is_export(Path(model)):
+            if options.arch or options.trust_pickle:
+                raise InvalidArgumentError(
+                    f"{argument('arch')} and {argument('trust_pickle', True)} are for checkpoints, "
+                    f"and {model} is an export"
+                )
+            return source_of_export(Path(model))
+        from simprune_deploy.checkpoints.loading import load_checkpoint
+
+        model = load_checkpoint(
+            name,
+            arch=options.arch,
+            img_size=options.img_size,
+            pretrained=options.pretrained,
+            trust_pickle=options.trust_pickle,
+        ).model
+    if prune:
+        from simprune_deploy.pruning.model import prune as with_prune_layers
+
+        model = with_prune_layers(model)
+    return source_of_model(name, model)
+
+
+def is_export(path: Path) -> bool:
+    """Tell an exported folder or ONNX file from a checkpoint."""
+    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix == ".onnx")

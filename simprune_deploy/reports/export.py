@@ -1,0 +1,40 @@
+"""What a person sees of an export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from simprune_deploy.reports.terminal import print_facts, print_verdict
+
+if TYPE_CHECKING:
+    from simprune_deploy.deploy.export import ExportResult
+
+
+def print_export(result: ExportResult) -> None:
+    """Print what was exported, and the verdict on it."""
+    console = Console()
+    facts = result.manifest["model"]
+    pruning = facts["pruning"]
+    print_facts(
+        console,
+        {
+            "model": facts["architecture"] or "(unnamed)",
+            "checkpoint": "; ".join(result.checkpoint),
+            "prunes before blocks": pruning["layers"],
+            "threshold": pruning["threshold"],
+            "precision": facts["export"]["precision"],
+            "patches kept": pruning["capacities"] or "as many as the image needs",
+            "written": ", ".join(
+                f"{result.folder / name} ({entry['bytes'] / 1e6:.1f} MB)"
+                for name, entry in result.manifest["files"].items()
+                if name.endswith(".onnx")
+            ),
+        },
+    )
+    console.print()
+    if result.verdict is None:
+        console.print("verdict: [yellow]not verified[/yellow] (--no-verify)", highlight=False)
+    else:
+        print_verdict(console, result.verdict)

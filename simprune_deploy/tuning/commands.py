@@ -1,0 +1,370 @@
+"""``sweep`` and ``tune`` as functions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.common.errors import DestinationError, InvalidArgumentError, argument
+from simprune_deploy.common.files import stem_of
+from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
+from simprune_deploy.common.requests import as_path, request_of
+from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
+from simprune_deploy.predict.source import ModelSource, open_source
+from simprune_deploy.tuning.configuration import Tuned, tuned
+from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, settings_for
+from simprune_deploy.tuning.results import Setting, SweepResult
+from simprune_deploy.tuning.runtimes import compared, runtime_of
+from simprune_deploy.tuning.search import (
+    MAX_DROP,
+    MIN_SPEEDUP,
+    TARGET_LATENCY,
+    Objective,
+    layer_candidates,
+    search,
+)
+from simprune_deploy.tuning.store import check_store
+from simprune_deploy.tuning.sweep import (
+    Runner,
+    Sweep,
+    SweepOptions,
+    batch_for,
+    setting_of,
+    start_sweep,
+)
+
+Backend = Literal["onnxruntime", "torch", "engine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What sweeping and tuning have in common: the model, the pictures, and what runs it."""
+
+    model: Any
+    data: str | Path
+    backend: Backend | None = None
+    limit: int | None = None
+    classes: str | Path | None = None
+    labels: bool = True
+    max_unreadable: float = MAX_UNREADABLE
+    batch: int = 32
+    timing: int = 200
+    output: str | Path | None = None
+    force: bool = False
+    ray: str | None = None
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+    command: str = ""
+
+    @property
+    def options(self) -> SweepOptions:
+        """How to measure."""
+        return SweepOptions(self.batch, self.timing)
+
+    @property
+    def data_options(self) -> DataOptions:
+        """What is said of the data."""
+        return DataOptions(self.limit, self.labels, as_path(self.classes), self.max_unreadable)
+
+    def started(
+        self,
+        source: ModelSource,
+        backend: Backend,
+        folder: Path,
+        runner: Runner | None,
+        bar: ProgressBar,
+        resume: bool,
+        force: bool,
+    ) -> Sweep:
+        """Open the pictures and what runs the model."""
+        batch = batch_for(source, self.batch)
+        pictures = open_data(Path(self.data), source.metadata, self.data_options)
+        return start_sweep(
+            source,
+            pictures,
+            runtime_of(backend, source, batch, _step_of(bar)),
+            folder,
+            dataclasses.replace(self.options, batch=batch),
+            resume=resume,
+            force=force,
+            runner=runner,
+            bar=bar,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRequest(_Measured):
+    """What to measure.
+
+    Args:
+        model: An exported folder, an ONNX file of one, a checkpoint, or a model.
+        data: A folder with a folder a class, or of pictures; .csv, .npz; a Hugging Face data set.
+        thresholds: Default None: 0.95 to 0.6 in steps of 0.05.
+        layers: Sets of blocks. Default None: the model's, or "auto".
+        selections, reductions, tokens: As in :class:`Grid`. Default None: the model's.
+        backend: What runs the model. Default None: "onnxruntime", with `compare` "torch".
+        compare: Measure other methods too, at the same token counts, in PyTorch. Default False.
+        limit: Take this many pictures, spread evenly. Default None: all.
+        classes: File that maps the data's classes to the model's. Default None.
+        labels: Use labels where there are any. Default True.
+        max_unreadable: The share of unreadable pictures beyond which it stops. Default 0.01.
+        batch: Pictures a run; timing is of one. Default 32.
+        timing: Runs that each latency is of; 0: no timing. Default 200.
+        output: Folder to write. Default None: NAME-sweep.
+        resume: Go on with what is there. Default False.
+        force: Replace an earlier sweep. Default False.
+        ray: Run on a Ray cluster: "host:port", "auto" or "local". Default None.
+        checkpoint: How a checkpoint is loaded.
+        command: What makes the sweep again, for the report.
+    """
+
+    thresholds: Sequence[float] | None = None
+    layers: Sequence[LayerSet] | None = None
+    selections: Sequence[str] | None = None
+    reductions: Sequence[str] | None = None
+    tokens: Sequence[TokenSet] | None = None
+    compare: bool = False
+    resume: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(self.output or f"{stem_of(self.model)}-sweep")
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields of :class:`Grid` that were given."""
+        names = ("thresholds", "layers", "selections", "reductions", "tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def sweep(
+    model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fields: Any
+) -> SweepResult:
+    """Measure accuracy, tokens, time and memory at many settings, beside the dense model.
+
+    The result is in the folder too, as ``sweep.json``.
+
+    Args:
+        model: A :class:`SweepRequest`, or its first field; the others by name.
+        data: The request's second field.
+        bar: Shows how far it is. Default: nothing is shown.
+
+    Raises:
+        SimpruneError: the model, the data or the folder cannot be used, or a setting does not fit.
+    """
+    if not isinstance(model, SweepRequest):
+        fields["data"] = data
+    request = request_of(SweepRequest, model, fields)
+    # every check that needs no model comes before the model is loaded
+    Grid(**request.asked)
+    _ = request.options, request.data_options
+    check_store(request.folder, request.resume, request.force)
+    if request.compare and request.backend not in (None, "torch"):
+        raise InvalidArgumentError(
+            f"{argument('compare', True)} runs in PyTorch, not {request.backend}: leave "
+            f"{argument('backend')} out"
+        )
+    backend = request.backend or ("torch" if request.compare else "onnxruntime")
+    _check_backend(backend, request)
+    with _cluster(request.ray) as runner:
+        bar.begin("loading the model and the list of pictures", 1)
+        source = _source(request)
+        settings = settings_for(source, request.asked)
+        if request.compare:
+            settings = compared(settings)
+        started = request.started(
+            source, backend, request.folder, runner, bar, request.resume, request.force
+        )
+        result = started.result(settings, request.command)
+        result.save(request.folder / "sweep.json")
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneRequest(_Measured):
+    """What to find. Give one of `max_drop`, `min_speedup` and `target_latency`.
+
+    Args:
+        model, data, limit, classes, labels, max_unreadable, batch, timing, ray, checkpoint,
+            command: As in :class:`SweepRequest`.
+        max_drop: Most pruning whose accuracy surely drops by no more than this share.
+        min_speedup: Least pruning that is so many times as fast as the dense model.
+        target_latency: Least pruning that takes no more milliseconds for one picture.
+        layers: Sets of blocks; ("auto",) tries several. Default None: the model's, or three at
+            the quarters of the depth.
+        selection: "cover" (the default) or "redundancy".
+        reduction: "merge" (the default) or "drop".
+        confidence: Of the interval of the drop, in (0, 1). Default 0.95.
+        overflow: Fix token counts that this share of the pictures exceeds. Default None: counts
+            stay dynamic.
+        backend: What runs the model. Default None: "onnxruntime".
+        cells: Folder that keeps what was measured; a sweep's will do. Default None: none.
+        output: File for ``export --config``. Default None: NAME-tuned.json.
+        force: Replace a file that is there. Default False.
+    """
+
+    max_drop: float | None = None
+    min_speedup: float | None = None
+    target_latency: float | None = None
+    layers: Sequence[LayerSet] | None = None
+    selection: str = "cover"
+    reduction: str = "merge"
+    confidence: float = 0.95
+    overflow: float | None = None
+    cells: str | Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where the result goes."""
+        return Path(self.output or f"{stem_of(self.model)}-tuned.json")
+
+    @property
+    def objective(self) -> Objective:
+        """What is wanted.
+
+        Raises:
+            InvalidArgumentError: not exactly one of the three is given, or it is out of range.
+        """
+        given = [
+            (kind, value)
+            for kind, value in (
+                (MAX_DROP, self.max_drop),
+                (MIN_SPEEDUP, self.min_speedup),
+                (TARGET_LATENCY, self.target_latency),
+            )
+            if value is not None
+        ]
+        if len(given) != 1:
+            raise InvalidArgumentError(
+                f"give one wish: {argument('max_drop', 0.005, '0.5%')}, "
+                f"{argument('min_speedup', 1.5)} or {argument('target_latency', 8, '8ms')}"
+            )
+        kind, value = given[0]
+        return Objective(kind, value, self.confidence)
+
+
+def tune(model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fields: Any) -> Tuned:
+    """Find the threshold, and the blocks, that meet a wish, and write them for ``export --config``.
+
+    Args:
+        model: A :class:`TuneRequest`, or its first field; the others by name.
+        data: The request's second field.
+        bar: Shows how far it is. Default: nothing is shown.
+
+    Raises:
+        SimpruneError: the model, the data or the file cannot be used.
+        CheckFailedError: nothing meets the wish; the message says what the best is.
+    """
+    if not isinstance(model, TuneRequest):
+        fields["data"] = data
+    request = request_of(TuneRequest, model, fields)
+    objective = request.objective
+    _ = request.options, request.data_options
+    if not request.timing and not objective.of_accuracy:
+        raise InvalidArgumentError(
+            f"{argument(objective.kind.replace('-', '_'))} needs times, and "
+            f"{argument('timing', 0)} takes none"
+        )
+    _check_file(request.file, request.force)
+    backend = request.backend or "onnxruntime"
+    _check_backend(backend, request)
+    with _cluster(request.ray) as runner, _folder(request.cells) as folder:
+        bar.begin("loading the model and the list of pictures", 1)
+        source = _source(request)
+        bases = _bases(source, request)
+        started = request.started(source, backend, folder, runner, bar, True, False)
+        found = search(started, objective, bases)
+        result = tuned(started, found, request.overflow, request.command)
+        result.save(request.file)
+    return result
+
+
+def _step_of(bar: ProgressBar) -> Progress:
+    return lambda step: bar.begin(step, 1)
+
+
+def _source(request: _Measured) -> ModelSource:
+    source = open_source(request.model, request.checkpoint, prune=True)
+    if source.graph is not None and not source.metadata.pruning.layers:
+        raise InvalidArgumentError(
+            f"{source.name} is a dense model without prune layers: sweep its checkpoint"
+        )
+    return source
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Runner | None]:
+    """Join the Ray cluster that was asked for, if one was."""
+    if address is None:
+        yield None
+        return
+    from simprune_deploy.tuning.cluster import connected
+
+    with connected(address) as runner:
+        yield runner
+
+
+def _check_backend(backend: Backend, request: _Measured) -> None:
+    """Refuse engines before any work where they cannot run."""
+    if backend == "engine":
+        from simprune_deploy.tuning.engine_runtime import check_engines_can_run
+
+        check_engines_can_run(Path(str(request.model)), request.ray is not None)
+
+
+def _check_file(file: Path, force: bool) -> None:
+    if file.is_dir() or (file.exists() and not force):
+        raise DestinationError(
+            f"{file} already exists: replace it with {argument('force', True)}, or give "
+            f"{argument('output', 'FILE')}"
+        )
+    if not file.absolute().parent.is_dir():
+        raise DestinationError(
+            f"{file.absolute().parent} is not a folder: give another place with "
+            f"{argument('output')}"
+        )
+
+
+@contextlib.contextmanager
+def _folder(cells: str | Path | None) -> Iterator[Path]:
+    """Yield the folder for what is measured; one that nobody named is removed again."""
+    if cells is not None:
+        yield Path(cells)
+        return
+    with tempfile.TemporaryDirectory(prefix="simprune-tune-") as place:
+        yield Path(place)
+
+
+def _bases(source: ModelSource, request: TuneRequest) -> list[Setting]:
+    """Return the settings whose thresholds are searched."""
+    choices = (request.selection, request.reduction)
+    if source.graph is not None:
+        if not source.runtime_threshold:
+            raise InvalidArgumentError(
+                f"the threshold of {source.name} is fixed: tune its checkpoint, or export with "
+                f"{argument('runtime_threshold', True)}"
+            )
+        if request.layers is not None or choices != ("cover", "merge"):
+            raise InvalidArgumentError(
+                f"the graph of {source.name} fixes all but the threshold: tune its checkpoint to "
+                f"choose {argument('layers')}, {argument('selection')} or {argument('reduction')}"
+            )
+        return [setting_of(source)]
+    metadata = source.metadata
+    grid = Grid((0.9,), request.layers or ("auto",), (request.selection,), (request.reduction,))
+    bases = grid.settings(metadata.depth, metadata.num_patches)
+    own = metadata.pruning.layers
+    if request.layers is None:
+        return [dataclasses.replace(each, layers=own) for each in bases]
+    if tuple(request.layers) != ("auto",):
+        return bases
+    return [
+        dataclasses.replace(each, layers=candidate)
+        for each in bases
+        for candidate in layer_candidates(metadata.depth, each.layers)
+    ]

@@ -1,0 +1,73 @@
+"""The counts of a setting turned into what a report shows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from simprune_deploy.evaluate.classes import ClassResult
+from simprune_deploy.evaluate.datasets import DataSet
+from simprune_deploy.predict.source import ModelSource
+from simprune_deploy.pruning.cost import block_flops
+from simprune_deploy.tuning.results import Measurement, Setting
+from simprune_deploy.tuning.tallies import COSINE_STEPS, Tally
+from simprune_deploy.tuning.timing import Timing
+
+
+def measurement_of(
+    source: ModelSource,
+    data: DataSet,
+    setting: Setting,
+    tally: Tally,
+    timed: Timing | None,
+) -> Measurement:
+    """Turn the counts of a setting into what a report shows."""
+    metadata, count = source.metadata, tally.images
+    labelled, classified = data.labels is not None, metadata.num_classes > 0
+    processed, flops = _cost(source, setting, tally)
+    dense_flops = metadata.depth * block_flops(metadata.block, metadata.num_tokens)
+    kept = [sum(patches * images for patches, images in each.items()) for each in tally.kept]
+    return Measurement(
+        setting=setting,
+        images=count,
+        top1=tally.right / count if labelled else None,
+        top5=tally.right_in_5 / count if labelled and metadata.num_classes > 5 else None,
+        agreement=tally.agree / count if classified else None,
+        cosine=tally.cosines / COSINE_STEPS / count,
+        worst_cosine=tally.worst_cosine,
+        tokens_processed=processed,
+        kept=tuple(each / count for each in kept),
+        gflops=flops / 1e9,
+        flops_share=flops / dense_flops,
+        milliseconds=timed.milliseconds if timed else None,
+        dense_milliseconds=timed.dense_milliseconds if timed else None,
+        peak_memory=timed.peak_memory if timed else None,
+        speedup_low=timed.speedup_low if timed else None,
+        speedup_high=timed.speedup_high if timed else None,
+        right_only_here=tally.right_only_here if labelled else None,
+        right_only_dense=tally.right_only_dense if labelled else None,
+        classes=tuple(
+            ClassResult(data.classes[label], *counts)
+            for label, counts in sorted(tally.classes.items())
+        ),
+    )
+
+
+def _cost(source: ModelSource, setting: Setting, tally: Tally) -> tuple[float, float]:
+    """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
+    metadata = source.metadata
+    stretches = _stretches(setting.layers, metadata.depth)
+    per_stretch = [{metadata.num_patches: tally.images}, *tally.kept]
+    tokens = flops = 0.0
+    for blocks, counts in zip(stretches, per_stretch, strict=True):
+        for patches, images in sorted(counts.items()):
+            seen = patches + metadata.num_prefix_tokens
+            tokens += blocks * images * seen
+            flops += blocks * images * block_flops(metadata.block, seen)
+    return tokens / (tally.images * metadata.depth * metadata.num_tokens), flops / tally.images
+
+
+def _stretches(layers: Sequence[int], depth: int) -> list[int]:
+    """Return how many blocks lie before the first prune layer, between them, and behind."""
+    ends = [0, *layers, depth]
+    return [after - before for before, after in itertools.pairwise(ends)]
