@@ -164,7 +164,7 @@ def build_model(content: bytes) -> VisionTransformer:
     graph = onnx.load_model_from_string(content).graph
     model: Any = timm.create_model(ARCHITECTURE, img_size=IMAGE_SIZE, num_classes=0)
     model.load_state_dict(to_timm(hf_tensors(graph)), strict=True)
-    # what is not DINOv2's must not carry its name, its source or its licence
+    # what is not DINOv2's must not carry its name, its source or its license
     model.pretrained_cfg = {
         **model.pretrained_cfg,
         "url": "",

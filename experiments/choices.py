@@ -42,7 +42,7 @@ from variants import SpreadViT
 
 import simprune_deploy as sd
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace
-from simprune_deploy.tune.baselines import kept_counts
+from simprune_deploy.tuning.baselines import kept_counts
 
 GROUPS = ("selection", "layers", "spread")
 PROBES = (0.995, 0.98, 0.95, 0.9, 0.8, 0.65, 0.45, 0.25)

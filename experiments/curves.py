@@ -39,9 +39,9 @@ import simprune_deploy as sd
 from simprune_deploy.common.files import staged_file
 from simprune_deploy.evaluate.statistics import paired_drop
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace
-from simprune_deploy.report.plots import render_pareto
-from simprune_deploy.tune.baselines import Baseline, kept_counts
-from simprune_deploy.tune.results import DENSE, OURS, Cell, Setting, SweepResult
+from simprune_deploy.reports.plots import render_pareto
+from simprune_deploy.tuning.baselines import Baseline, kept_counts
+from simprune_deploy.tuning.results import DENSE, OURS, Measurement, Setting, SweepResult
 
 BASELINES = {
     "random": Baseline("random"),
@@ -122,7 +122,7 @@ def draw(rows: Sequence[dict[str, Any]], layers: tuple[int, ...], dense: float |
         layers: The blocks before which they prune.
         dense: The unpruned model's accuracy, or None without labels.
     """
-    cells = [Cell(Setting(DENSE), images=0, top1=dense, cosine=1.0)]
+    cells = [Measurement(Setting(DENSE), images=0, top1=dense, cosine=1.0)]
     for row in rows:
         if row["method"].endswith(", keys"):
             continue
@@ -133,7 +133,7 @@ def draw(rows: Sequence[dict[str, Any]], layers: tuple[int, ...], dense: float |
         else:
             setting = Setting(row["method"], float(row["threshold"]), layers)
         measured = {"cosine": float(row["cosine"]), "tokens_processed": float(row["tokens"])}
-        cells.append(Cell(setting, int(row["images"]), top1=accuracy, **measured))
+        cells.append(Measurement(setting, int(row["images"]), top1=accuracy, **measured))
     return render_pareto(SweepResult({}, {}, {}, tuple(cells)), "svg")
 
 

@@ -1,6 +1,6 @@
 """The two real tracks of docs/method.md, and how settings are measured and compared on them.
 
-* ``fashion``: the Fashion-MNIST classifier of ``examples/fashion_mnist`` on its labelled images.
+* ``fashion``: the Fashion-MNIST classifier of ``examples/fashion_mnist`` on its labeled images.
 * ``photographs``: the DINOv2-layout ViT-S/14 that ``examples/real_weights.py`` makes, at 224
   pixels, on its 20 ImageNet photographs and the 8 that come with the package. It has no
   classifier: what is measured is the cosine of the final class token to the unpruned model's.

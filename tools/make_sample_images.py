@@ -32,7 +32,7 @@ class Photograph:
     subject: str
     author: str
     source: str
-    licence: str
+    license: str
 
 
 PHOTOGRAPHS = (
@@ -42,15 +42,15 @@ PHOTOGRAPHS = (
         subject="the astronaut Eileen Collins",
         author="NASA",
         source="NASA Great Images database, https://flic.kr/p/r9qvLn",
-        licence="public domain (no known copyright restrictions)",
+        license="public domain (no known copyright restrictions)",
     ),
     Photograph(
         name="camera",
         file="camera.png",
-        subject="a photographer at work, in grey",
+        subject="a photographer at work, in gray",
         author="Lav Varshney",
         source="scikit-image",
-        licence="CC0",
+        license="CC0",
     ),
     Photograph(
         name="cat",
@@ -58,7 +58,7 @@ PHOTOGRAPHS = (
         subject="Chelsea the cat",
         author="Stefan van der Walt",
         source="scikit-image",
-        licence="CC0",
+        license="CC0",
     ),
     Photograph(
         name="coffee",
@@ -66,7 +66,7 @@ PHOTOGRAPHS = (
         subject="a coffee cup, courtesy of Pikolo Espresso Bar",
         author="Rachel Michetti",
         source="scikit-image",
-        licence="CC0",
+        license="CC0",
     ),
     Photograph(
         name="galaxies",
@@ -74,15 +74,15 @@ PHOTOGRAPHS = (
         subject="the Hubble eXtreme Deep Field",
         author="NASA",
         source="http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/",
-        licence="public domain (NASA's media guidelines)",
+        license="public domain (NASA's media guidelines)",
     ),
     Photograph(
         name="gravel",
         file="gravel.png",
-        subject="gravel, in grey",
+        subject="gravel, in gray",
         author="CC0 Textures",
         source="https://cc0textures.com/view.php?tex=Gravel04",
-        licence="CC0",
+        license="CC0",
     ),
     Photograph(
         name="retina",
@@ -90,7 +90,7 @@ PHOTOGRAPHS = (
         subject="fundus photograph of a normal left eye",
         author="Mikael Häggström",
         source=("https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg"),
-        licence="CC0 1.0",
+        license="CC0 1.0",
     ),
     Photograph(
         name="rocket",
@@ -98,7 +98,7 @@ PHOTOGRAPHS = (
         subject="launch of DSCOVR on a Falcon 9",
         author="SpaceX",
         source="https://www.flickr.com/photos/spacexphotos/16511594820/",
-        licence="public domain (released by SpaceX in March 2015)",
+        license="public domain (released by SpaceX in March 2015)",
     ),
 )
 
@@ -106,16 +106,16 @@ HEADER = """\
 # The sample photographs
 
 Scaled copies (short side {short_side} pixels, JPEG, metadata removed) of photographs in
-scikit-image's data. The licences are the ones its documentation states for each
+scikit-image's data. The licenses are the ones its documentation states for each
 (`skimage/data/_fetchers.py`, version {version}). Made by `tools/make_sample_images.py`.
 
-| File | Shows | Author | Licence | Source |
+| File | Shows | Author | License | Source |
 |---|---|---|---|---|
 """
 
 
 def scale(picture: Image.Image) -> Image.Image:
-    """Scale so that the short side is SHORT_SIDE; grey pictures stay grey."""
+    """Scale so that the short side is SHORT_SIDE; gray pictures stay gray."""
     factor = SHORT_SIDE / min(picture.size)
     size = (round(picture.width * factor), round(picture.height * factor))
     mode = "L" if picture.mode == "L" else "RGB"
@@ -150,7 +150,7 @@ def main() -> None:
         (output / f"{photograph.name}.jpg").write_bytes(encoded)
         table += (
             f"| {photograph.name}.jpg | {photograph.subject} | {photograph.author} "
-            f"| {photograph.licence} | {photograph.source} (`{photograph.file}`) |\n"
+            f"| {photograph.license} | {photograph.source} (`{photograph.file}`) |\n"
         )
         print(f"{photograph.name}.jpg: {len(encoded):,} bytes")
     (output / "LICENSES.md").write_text(table, encoding="utf-8")

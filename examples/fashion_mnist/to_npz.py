@@ -1,6 +1,6 @@
 """Turn all 10,000 test images of Fashion-MNIST into one file that ``sweep --data`` takes.
 
-Data: Debian's package ``dataset-fashion-mnist`` (Expat licence)::
+Data: Debian's package ``dataset-fashion-mnist`` (Expat license)::
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb data
     python examples/fashion_mnist/to_npz.py data/usr/share/datasets/fashion-mnist test10k.npz

@@ -5,7 +5,7 @@ pixels. To afford that on a CPU most of the training runs with timm's patch drop
 quarter of the patches); the last part sees all of them. A model trained this way is also more
 tolerant of missing patches than one that was not, which flatters random pruning more than ours.
 
-Data: Debian's package ``dataset-fashion-mnist`` (Expat licence)::
+Data: Debian's package ``dataset-fashion-mnist`` (Expat license)::
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb data
     python examples/fashion_mnist/train.py data/usr/share/datasets/fashion-mnist
