@@ -10,7 +10,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from simprune_deploy.common.errors import InvalidArgumentError, RequirementError, SimpruneError
+from simprune_deploy.common.errors import (
+    InvalidArgumentError,
+    RequirementError,
+    SimpruneError,
+    argument,
+)
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import flavours
@@ -202,7 +207,7 @@ def check_precision(precision: str, builder: Builder) -> None:
         if precision == "bf16" and major < 8:
             raise RequirementError(
                 f"SM {major}.{minor} has no bfloat16, which begins with SM 8.0: export with "
-                "--precision fp16 or fp32"
+                f"{argument('precision', 'fp16')} or fp32"
             )
 
 

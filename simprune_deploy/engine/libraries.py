@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-from simprune_deploy.common.errors import ArtifactError, SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError, argument
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.gpu import Gpu
 from simprune_deploy.engine.plugin.build import BuildOptions, build
@@ -79,7 +79,8 @@ def _check_tools(folder: Path | None) -> None:
         where = f" -o {folder / PLUGIN_FOLDER}" if folder is not None else ""
         raise ArtifactError(
             f"the plugin's library is missing, and cannot be built here: {error}; name one with "
-            f"--plugin, or build it elsewhere with `simprune-deploy plugin build{where}`"
+            f"{argument('plugin')}, or build it elsewhere with `simprune-deploy plugin "
+            f"build{where}`"
         ) from error
 
 

@@ -60,9 +60,11 @@ class AccuracyLimits:
     sure: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("max-drop", self.max_drop), ("min-agreement", self.min_agreement)):
+        for name, value in (("max_drop", self.max_drop), ("min_agreement", self.min_agreement)):
             if value is not None and not 0 < value < 1:
-                raise InvalidArgumentError(f"--{name} {value:.2%} must lie between 0% and 100%")
+                raise InvalidArgumentError(
+                    f"{argument(name)} {value:.2%} must lie between 0% and 100%"
+                )
         if self.max_drop is None and self.min_agreement is None:
             raise InvalidArgumentError(
                 f"say what is let pass: {argument('max_drop', 0.005, '0.5%')} or "

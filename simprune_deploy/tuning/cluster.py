@@ -139,7 +139,8 @@ def connected(address: str, cpus: int | None = None) -> Iterator[RayRunner]:
         import ray
     except ImportError:
         raise RequirementError(
-            'Ray is not installed: pip install "simprune-deploy[ray]", or leave --ray out'
+            'Ray is not installed: pip install "simprune-deploy[ray]", or leave '
+            f"{argument('ray')} out"
         ) from None
     if address != "local":
         _check_connects(address)

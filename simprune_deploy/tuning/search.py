@@ -32,6 +32,10 @@ LOWEST, HIGHEST, STEPS = 30, 99, 100
 MAX_DROP, MIN_SPEEDUP, TARGET_LATENCY = "max-drop", "min-speedup", "target-latency"
 
 
+def _name(kind: str) -> str:
+    return argument(kind.replace("-", "_"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What the user wants.
@@ -62,7 +66,7 @@ class Objective:
         low, high = ranges[self.kind]
         if not low < self.value < high:
             raise InvalidArgumentError(
-                f"--{self.kind} {self.value:g} must lie between {low:g} and {high:g}"
+                f"{_name(self.kind)} {self.value:g} must lie between {low:g} and {high:g}"
             )
 
     @property
@@ -240,8 +244,8 @@ def check_enough(sweep: Sweep, wish: Objective) -> None:
     """
     if sweep.data.labels is None:
         raise InvalidArgumentError(
-            f"--{MAX_DROP} needs labels, and {sweep.data.path} gives none: use "
-            f"--{MIN_SPEEDUP} or --{TARGET_LATENCY}, or data with a folder a class"
+            f"{_name(MAX_DROP)} needs labels, and {sweep.data.path} gives none: use "
+            f"{_name(MIN_SPEEDUP)} or {_name(TARGET_LATENCY)}, or data with a folder a class"
         )
     least, have = images_for_drop(wish.value, wish.confidence), len(sweep.data)
     if have < least:

@@ -57,7 +57,8 @@ def _check_target(path: Path, info: LibraryInfo, target: Target) -> None:
         how = "plugin build --cross aarch64" if cpu == "aarch64" else "plugin build"
         raise ArtifactError(
             f"{path} is for {info.machine}, and {target.name} is {cpu}: build one for it with "
-            f"`simprune-deploy {how}`, or leave --plugin out, and it is compiled on the device"
+            f"`simprune-deploy {how}`, or leave {argument('plugin')} out, and it is compiled on "
+            f"the device"
         )
     sm = sm_of(target)
     if sm is None:

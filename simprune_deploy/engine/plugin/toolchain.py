@@ -201,7 +201,8 @@ def choose_architectures(wish: str | None, nvcc: Nvcc) -> tuple[str, ...]:
         wish = ",".join(native_architectures(nvcc))
         if not wish:
             raise InvalidArgumentError(
-                "--arch native: no GPU found (nvidia-smi lists none, and this is no Jetson Orin or "
+                f"{argument('arch', 'native')}: no GPU found (nvidia-smi lists none, and this is "
+                f"no Jetson Orin or "
                 f"Thor): name the GPU's architecture, such as {argument('arch', '87')}, or say "
                 f"{argument('arch', 'all')}"
             )
