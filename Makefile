@@ -24,9 +24,10 @@ demo: setup
 test: setup lint cross-tools browser
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-FAST = test_structure.py common checkpoints pruning predict parity reports onnx/test_function_body.py \
-	onnx/test_variants.py engine/test_engine_metadata.py engine/test_targets.py \
-	evaluate/test_datasets.py evaluate/test_statistics.py tuning/test_baselines.py docs/test_docker.py
+FAST = test_structure.py common checkpoints pruning/test_config.py pruning/test_operator.py \
+	predict parity reports onnx/test_function_body.py onnx/test_variants.py \
+	engine/test_engine_metadata.py engine/test_targets.py evaluate/test_datasets.py \
+	evaluate/test_statistics.py tuning/test_baselines.py docs/test_docker.py
 test-fast: setup
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST:%=tests/%)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 from simprune_deploy.pruning.kernel_library import MARK
@@ -52,3 +53,9 @@ def elf(machine: int = 183, facts: Any = FACTS, gpu_code: bytes | None = None) -
     if gpu_code is None:
         head = head[:-2] + struct.pack("<H", 2)
     return head + data + headers
+
+
+def written(path: Path, data: bytes) -> Path:
+    """Write a file, and return its path."""
+    path.write_bytes(data)
+    return path

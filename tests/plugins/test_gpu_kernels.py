@@ -60,6 +60,7 @@ class Backend:
         inputs = [tensor.to(self.device) for tensor in tensors(case, dtype)]
         outputs = self.kernels.similarity_prune(*inputs, **case.attributes)
         assert all(output.device.type == self.device.type for output in outputs)
+        assert all(output.is_contiguous() for output in outputs)
         assert [output.dtype for output in outputs] == [
             dtype,
             torch.float32,
@@ -267,7 +268,15 @@ def test_exact_data_equals_the_definition_and_the_reference(
     for seed in range(8):
         for reduction in REDUCTIONS:
             case = exact_case(
-                seed, selection=selection, reduction=reduction, capacity=seed % 3 * 4, patches=14
+                seed,
+                selection=selection,
+                reduction=reduction,
+                capacity=seed % 3 * 4,
+                patches=14,
+                padding=("none", "tail", "holes", "mixed")[seed % 4],
+                prefix=seed % 3,
+                multiple_of=1 + seed % 4,
+                per_image_threshold=seed % 2 == 1,
             )
             outputs = backend(case, dtype)
             assert_right(case, outputs, dtype, exact=True)
@@ -612,11 +621,17 @@ def test_strided_tensors(backend: Backend) -> None:
     every_other = torch.stack([log_size, log_size], 2)[:, :, 0]
     assert not turned.is_contiguous()
     assert not every_other.is_contiguous()
-    outputs = backend.kernels.similarity_prune(turned, every_other, threshold, **case.attributes)
-    assert_same_bits(
-        tuple(output.cpu() for output in outputs),  # type: ignore[arg-type]
-        backend(case, torch.float16),
-    )
+    before = [turned.clone(), every_other.clone()]
+    # the second threshold is one element that both images read
+    for limit, same in ((threshold, threshold), (threshold[:1].expand(2), threshold[:1])):
+        outputs = backend.kernels.similarity_prune(turned, every_other, limit, **case.attributes)
+        alike = dataclasses.replace(case, threshold=same.cpu().numpy())
+        assert_same_bits(
+            tuple(output.cpu() for output in outputs),  # type: ignore[arg-type]
+            backend(alike, torch.float16),
+        )
+    assert torch.equal(before[0], turned)
+    assert torch.equal(before[1], every_other)
 
 
 def test_a_prepared_call_reads_what_its_inputs_hold_at_launch(backend: Backend) -> None:
@@ -626,6 +641,8 @@ def test_a_prepared_call_reads_what_its_inputs_hold_at_launch(backend: Backend) 
     )
     inputs = [tensor.to(backend.device) for tensor in tensors(first, torch.float16)]
     prepared = backend.kernels.prepare(*inputs, **first.attributes)
+    with pytest.raises(SimpruneError, match=r"call launch\(\) before outputs\(\)"):
+        prepared.outputs()
     for case in (first, second, first):
         for mine, given in zip(
             (prepared.tokens, prepared.log_size, prepared.threshold),
