@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     )
     from simprune_deploy.deploy.building import BuildRequest, BuildResult, build
     from simprune_deploy.deploy.bundle import BundleRequest, DeviceBundle, bundle
+    from simprune_deploy.deploy.doctor.diagnosis import Diagnosis, doctor
     from simprune_deploy.deploy.export import ExportRequest, ExportResult, export
     from simprune_deploy.deploy.inspection import inspect
-    from simprune_deploy.deploy.listing import Diagnosis, ModelList, doctor, models, targets
+    from simprune_deploy.deploy.listing import ModelList, models, targets
     from simprune_deploy.deploy.verification import VerifyRequest, verify
     from simprune_deploy.engine.build import EngineOptions
     from simprune_deploy.evaluate.accuracy_check import (
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from simprune_deploy.reports.sweep import report
     from simprune_deploy.reports.visualize import Visualization, VisualizeRequest, visualize
     from simprune_deploy.tuning.commands import SweepRequest, TuneRequest, sweep, tune
-    from simprune_deploy.tuning.configuration import Tuned
     from simprune_deploy.tuning.results import SweepResult
+    from simprune_deploy.tuning.tuned import Tuned
 
 _NAMES = {
     "checkpoints.loading": "load save",
@@ -65,7 +66,8 @@ _NAMES = {
     "deploy.bundle": "BundleRequest DeviceBundle bundle",
     "deploy.export": "ExportRequest ExportResult export",
     "deploy.inspection": "inspect",
-    "deploy.listing": "Diagnosis ModelList doctor models targets",
+    "deploy.doctor.diagnosis": "Diagnosis doctor",
+    "deploy.listing": "ModelList models targets",
     "deploy.verification": "VerifyRequest verify",
     "engine.build": "EngineOptions",
     "evaluate.accuracy_check": "AccuracyRequest AccuracyResult check_accuracy",
@@ -78,7 +80,7 @@ _NAMES = {
     "reports.sweep": "report",
     "reports.visualize": "Visualization VisualizeRequest visualize",
     "tuning.commands": "SweepRequest TuneRequest sweep tune",
-    "tuning.configuration": "Tuned",
+    "tuning.tuned": "Tuned",
     "tuning.results": "SweepResult",
 }
 """Where each name lives; a test holds this to the imports above."""

@@ -56,7 +56,7 @@ def doctor(
 ) -> None:
     """Say what is installed, what is missing or does not fit, and the command that helps."""
     with errors():
-        from simprune_deploy.deploy.listing import doctor as diagnose
+        from simprune_deploy.deploy.doctor.diagnosis import doctor as diagnose
         from simprune_deploy.reports.terminal import print_findings
 
         found = diagnose(folder)

@@ -34,7 +34,7 @@ from simprune_deploy.cli.sweep import (
 from simprune_deploy.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from simprune_deploy.tuning.configuration import Tuned
+    from simprune_deploy.tuning.tuned import Tuned
 
 
 def tune(

@@ -43,7 +43,7 @@ from simprune_deploy.engine.folder_engines import build_ahead, build_here, check
 from simprune_deploy.onnx.exported_folder import FORMAT, GOLDEN, MANIFEST, MODEL, PARITY
 from simprune_deploy.onnx.options import ExportOptions
 from simprune_deploy.pruning.config import PruneConfig, Reduction, Selection, check_threshold
-from simprune_deploy.pruning.configuration import read_configuration
+from simprune_deploy.pruning.tuned_file import read_configuration
 
 if TYPE_CHECKING:
     import onnx

@@ -19,12 +19,12 @@ from simprune_deploy.common.errors import (
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine import flavours
+from simprune_deploy.engine.compatibility import Here
 from simprune_deploy.engine.engine_metadata import (
     TENSORRT,
     TENSORRT_RTX,
     Capability,
     EngineMetadata,
-    Here,
 )
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
 from simprune_deploy.engine.libraries import (

@@ -159,25 +159,6 @@ class EngineMetadata:
                     raise ValueError(f"profile {shapes!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Here:
-    """What an engine would be loaded by.
-
-    Attributes:
-        flavour: "tensorrt" or "tensorrt-rtx".
-        version: Its version; None if it is not installed.
-        compute_capability: The GPU's; None if there is none.
-        cuda: The CUDA version that the GPU's driver knows; None if there is none.
-        plugin: SHA-256 of the plugin's library that would be loaded; None: none would be.
-    """
-
-    flavour: str
-    version: str | None
-    compute_capability: Capability | None
-    cuda: str | None = None
-    plugin: str | None = None
-
-
 def metadata_path(engine: Path) -> Path:
     """Return where an engine's metadata is: ``x.engine.json`` beside ``x.engine``."""
     return engine.with_name(engine.name + ".json")
@@ -222,62 +203,7 @@ def read_engine_metadata(engine: Path, *, check_hash: bool = True) -> EngineMeta
     return metadata
 
 
-def check_fits(metadata: EngineMetadata, here: Here) -> None:
-    """Refuse an engine that this machine cannot load or would load wrongly.
-
-    Raises:
-        SimpruneError: with what it was built for, what is here, and the way out.
-    """
-    problem = misfit(metadata, here)
-    if problem is not None:
-        raise ArtifactError(f"{metadata.engine.file} {problem}")
-
-
-def misfit(metadata: EngineMetadata, here: Here) -> str | None:
-    """Return why an engine does not fit a machine, as the end of a sentence; None if it does."""
-    built = f"was built for SM {', '.join(metadata.compute_capabilities)} with {metadata.title}"
-    again = f"run `{_build_command(metadata)}`"
-    if here.flavour != metadata.flavour:
-        return f"{built}, and {NAMES[here.flavour]} cannot load it"
-    if here.version is None:
-        return f"{built}, and {NAMES[here.flavour]} is not installed here"
-    if here.compute_capability is None:
-        return f"{built}, and no GPU was found here"
-    mine = f"{here.compute_capability[0]}.{here.compute_capability[1]}"
-    if mine not in metadata.compute_capabilities or not same_version(
-        metadata.version, here.version
-    ):
-        return f"{built}; this is SM {mine} with {here.version}: {again}"
-    if (
-        metadata.cuda
-        and here.cuda
-        and version_numbers(here.cuda)[0] < version_numbers(metadata.cuda)[0]
-    ):
-        return f"{built} and CUDA {metadata.cuda}; this driver knows CUDA {here.cuda}: {again}"
-    if metadata.plugin is not None and here.plugin != metadata.plugin.sha256:
-        name = metadata.plugin.file
-        if here.plugin is None:
-            return f"has the plugin of {name} in it, and no library was found: name it (--plugin)"
-        return (
-            f"was built with another {name} (SHA-256 {metadata.plugin.sha256[:12]}...) than the "
-            f"library here ({here.plugin[:12]}...): name that one (--plugin), or {again}"
-        )
-    return None
-
-
-def same_version(one: str, other: str) -> bool:
-    """Compare versions as far as both tell them: 10.3.0 and 10.3.0.30 are the same."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
-    return all(mine == theirs for mine, theirs in pairs)
-
-
 def parse_capability(text: str) -> Capability:
     """Return (8, 9) for "8.9"."""
     major, minor = text.split(".")
     return int(major), int(minor)
-
-
-def _build_command(metadata: EngineMetadata) -> str:
-    if metadata.flavour == TENSORRT:
-        return "simprune-deploy build FOLDER"
-    return f"simprune-deploy build FOLDER --target {','.join(metadata.targets) or 'NAME'}"

@@ -10,12 +10,8 @@ from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, S
 from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
 from simprune_deploy.engine.builders import this_machine
-from simprune_deploy.engine.engine_metadata import (
-    EngineMetadata,
-    Here,
-    misfit,
-    read_engine_metadata,
-)
+from simprune_deploy.engine.compatibility import Here, misfit
+from simprune_deploy.engine.engine_metadata import EngineMetadata, read_engine_metadata
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.onnx.exported_folder import MANIFEST
 

@@ -24,7 +24,8 @@ from simprune_deploy.common.errors import (
 )
 from simprune_deploy.engine import cuda, flavours
 from simprune_deploy.engine.builders import this_machine
-from simprune_deploy.engine.engine_metadata import check_fits, read_engine_metadata
+from simprune_deploy.engine.compatibility import check_fits
+from simprune_deploy.engine.engine_metadata import read_engine_metadata
 from simprune_deploy.engine.loading import load, make_allocator, make_context, reason
 from simprune_deploy.engine.tensors import Shape, check_inputs, tensors_of
 

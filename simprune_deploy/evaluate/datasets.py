@@ -21,7 +21,13 @@ from simprune_deploy.common.images import (
     printable,
 )
 from simprune_deploy.evaluate.classes import map_labels, read_mapping
-from simprune_deploy.evaluate.sources import Archive, HubDataset, Source, csv_source, folder_source
+from simprune_deploy.evaluate.data_sources import (
+    Archive,
+    HubDataset,
+    Source,
+    csv_source,
+    folder_source,
+)
 from simprune_deploy.onnx.metadata import preprocessing_of
 
 if TYPE_CHECKING:
@@ -187,7 +193,7 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
         SimpruneError: there is nothing in it, or its labels are not the model's classes.
     """
     options = options or DataOptions()
-    source = open_source(path, options.labels)
+    source = open_data_source(path, options.labels)
     count = len(source)
     wanted = min(options.limit or count, count)
     positions = np.arange(wanted, dtype=np.int64) * count // wanted
@@ -226,7 +232,7 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
     )
 
 
-def open_source(path: Path, labelled: bool) -> Source:
+def open_data_source(path: Path, labelled: bool) -> Source:
     """Return where the pictures of a folder or file are; its labels too if they are wanted.
 
     Raises:

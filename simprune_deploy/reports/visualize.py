@@ -30,7 +30,7 @@ from simprune_deploy.reports.pictures import (
 )
 
 if TYPE_CHECKING:
-    from simprune_deploy.evaluate.sources import Source
+    from simprune_deploy.evaluate.data_sources import Source
     from simprune_deploy.onnx.metadata import ModelMetadata
     from simprune_deploy.predict.predictor import Prediction, Predictor
 
@@ -158,8 +158,8 @@ def open_sources(paths: Sequence[Path], limit: int) -> list[tuple[Source, int]]:
     Raises:
         SimpruneError: one of them is missing or holds no pictures.
     """
-    from simprune_deploy.evaluate.datasets import open_source
-    from simprune_deploy.evaluate.sources import Files
+    from simprune_deploy.evaluate.data_sources import Files
+    from simprune_deploy.evaluate.datasets import open_data_source
 
     if limit < 1:
         raise InvalidArgumentError(f"{argument('limit')} {limit} must be 1 or more")
@@ -170,7 +170,7 @@ def open_sources(paths: Sequence[Path], limit: int) -> list[tuple[Source, int]]:
         if path.is_file() and path.suffix.lower() not in (".csv", ".npz"):
             found.append((Files("picture", path.parent, [path]), 0))
             continue
-        source = open_source(path, labelled=False)
+        source = open_data_source(path, labelled=False)
         wanted = min(limit, len(source))
         found += [(source, index * len(source) // wanted) for index in range(wanted)]
     return found

@@ -16,10 +16,8 @@ from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
 from simprune_deploy.common.requests import as_path, request_of
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.source import ModelSource, open_source
-from simprune_deploy.tuning.configuration import Tuned, tuned
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
-from simprune_deploy.tuning.runtimes import compared, runtime_of
 from simprune_deploy.tuning.search import (
     MAX_DROP,
     MIN_SPEEDUP,
@@ -37,6 +35,8 @@ from simprune_deploy.tuning.sweep import (
     setting_of,
     start_sweep,
 )
+from simprune_deploy.tuning.sweep_runtimes import compared, runtime_of
+from simprune_deploy.tuning.tuned import Tuned, tuned
 
 Backend = Literal["onnxruntime", "torch", "engine"]
 

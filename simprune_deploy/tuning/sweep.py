@@ -24,8 +24,8 @@ from simprune_deploy.evaluate.timing import RUNS_A_BLOCK
 from simprune_deploy.predict.source import ModelSource
 from simprune_deploy.tuning.measurements import measurement_of
 from simprune_deploy.tuning.results import BASELINES, OURS, Measurement, Setting, SweepResult
-from simprune_deploy.tuning.runtimes import SweepRuntime
 from simprune_deploy.tuning.store import Store, open_store
+from simprune_deploy.tuning.sweep_runtimes import SweepRuntime
 from simprune_deploy.tuning.tallies import (
     DENSE_SETTING,
     Models,

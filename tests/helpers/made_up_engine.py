@@ -6,11 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.engine.engine_metadata import (
-    EngineMetadata,
-    FileStamp,
-    Here,
-)
+from simprune_deploy.engine.compatibility import Here
+from simprune_deploy.engine.engine_metadata import EngineMetadata, FileStamp
 
 ORIN = Here("tensorrt", "10.3.0", (8, 7), "12.6", "b" * 64)
 

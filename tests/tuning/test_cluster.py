@@ -18,8 +18,8 @@ from simprune_deploy.evaluate.datasets import DataOptions, DataSet, open_data
 from simprune_deploy.predict.source import ModelSource, source_of_model
 from simprune_deploy.tuning.cluster import RayRunner, connected
 from simprune_deploy.tuning.results import Measurement, Setting
-from simprune_deploy.tuning.runtimes import runtime_of
 from simprune_deploy.tuning.sweep import LocalRunner, Runner, SweepOptions, start_sweep
+from simprune_deploy.tuning.sweep_runtimes import runtime_of
 from simprune_deploy.tuning.tallies import Models, Shard, ShardResult
 
 MODEL = ROOT / "examples" / "fashion_mnist" / "vit"

@@ -40,8 +40,8 @@ from simprune_deploy.onnx.variants import (
 from simprune_deploy.predict.source import ModelSource, source_of_model
 from simprune_deploy.tuning.grid import THRESHOLDS, Grid, settings_for
 from simprune_deploy.tuning.results import OURS, Measurement, Setting, load_sweep
-from simprune_deploy.tuning.runtimes import runtime_of
 from simprune_deploy.tuning.sweep import LocalRunner, SweepOptions, start_sweep
+from simprune_deploy.tuning.sweep_runtimes import runtime_of
 from simprune_deploy.tuning.tallies import (
     DENSE_SETTING,
     Models,

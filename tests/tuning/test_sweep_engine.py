@@ -37,8 +37,8 @@ from simprune_deploy.predict.engine_predictor import EnginePredictor, EngineSpec
 from simprune_deploy.predict.source import ModelSource, source_of_export
 from simprune_deploy.tuning import tallies as evaluate
 from simprune_deploy.tuning.results import Measurement
-from simprune_deploy.tuning.runtimes import runtime_of
 from simprune_deploy.tuning.sweep import Sweep, SweepOptions, setting_of, start_sweep
+from simprune_deploy.tuning.sweep_runtimes import runtime_of
 
 MODEL = ROOT / "examples" / "fashion_mnist" / "vit"
 IMAGES = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"

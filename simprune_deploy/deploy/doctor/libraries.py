@@ -12,13 +12,12 @@ from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.common.versions import is_older, major
 from simprune_deploy.deploy.doctor.findings import Finding, one_line
 from simprune_deploy.deploy.doctor.machine import UPDATE_DRIVER, Facts, Machine
+from simprune_deploy.engine.compatibility import Here, misfit
 from simprune_deploy.engine.engine_metadata import (
     NAMES,
     TENSORRT,
     TENSORRT_RTX,
     EngineMetadata,
-    Here,
-    misfit,
     read_engine_metadata,
 )
 from simprune_deploy.engine.plugin import toolchain
