@@ -172,3 +172,13 @@ def test_no_function_is_long_without_a_reason() -> None:
         if lines > MOST_LINES and not any(REASON in line for line in head)
     ]
     assert not too_long
+
+
+def test_what_there_is_to_measure_or_draw_has_to_be_given() -> None:
+    for call in (
+        lambda: sd.sweep("model"),
+        lambda: sd.tune("model", max_drop=0.01),
+        lambda: sd.visualize("model"),
+    ):
+        with pytest.raises(sd.InvalidArgumentError, match=r"give (data|images)"):
+            call()

@@ -56,7 +56,7 @@ class VisualizeRequest:
     """
 
     model: Any
-    images: Sequence[str | Path]
+    images: str | Path | Sequence[str | Path]
     output: str | Path | None = None
     threshold: float | None = None
     layers: str | Sequence[int] | None = None
@@ -93,7 +93,11 @@ class Visualization:
 
 
 def visualize(
-    model: Any, images: Sequence[str | Path] = (), *, progress: Progress = silent, **fields: Any
+    model: Any,
+    images: str | Path | Sequence[str | Path] = (),
+    *,
+    progress: Progress = silent,
+    **fields: Any,
 ) -> Visualization:
     """Draw which patches survive each prune layer, and which were folded into which.
 
@@ -109,7 +113,10 @@ def visualize(
         fields["images"] = images
     request = request_of(VisualizeRequest, model, fields)
     check_destination(request.folder, request.force, NUMBERS)
-    sources = open_sources([Path(each) for each in request.images], request.limit)
+    given = [request.images] if isinstance(request.images, (str, Path)) else request.images
+    if not given:
+        raise InvalidArgumentError(f"there is nothing to draw: give {argument('images')}")
+    sources = open_sources([Path(each) for each in given], request.limit)
     progress("loading the model")
     source = _model_to_draw(request)
     with source.spec().open() as predictor:

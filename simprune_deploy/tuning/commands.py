@@ -60,6 +60,16 @@ class _Measured:
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     command: str = ""
 
+    def check(self) -> None:
+        """Refuse what cannot be used before anything is loaded.
+
+        Raises:
+            InvalidArgumentError: a value is out of its range, or there is no data.
+        """
+        if not str(self.data):
+            raise InvalidArgumentError(f"there is nothing to measure on: give {argument('data')}")
+        _ = self.options, self.data_options
+
     @property
     def options(self) -> SweepOptions:
         """How to measure."""
@@ -162,7 +172,7 @@ def sweep(
     request = request_of(SweepRequest, model, fields)
     # every check that needs no model comes before the model is loaded
     Grid(**request.asked)
-    _ = request.options, request.data_options
+    request.check()
     check_store(request.folder, request.resume, request.force)
     if request.compare and request.backend not in (None, "torch"):
         raise InvalidArgumentError(
@@ -264,7 +274,7 @@ def tune(model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fiel
         fields["data"] = data
     request = request_of(TuneRequest, model, fields)
     objective = request.objective
-    _ = request.options, request.data_options
+    request.check()
     if not request.timing and not objective.of_accuracy:
         raise InvalidArgumentError(
             f"{argument(objective.kind.replace('-', '_'))} needs times, and "
