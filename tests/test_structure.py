@@ -103,6 +103,15 @@ def test_a_request_or_its_fields_but_not_both() -> None:
         sd.bench(request, batch=2)
     with pytest.raises(TypeError, match="bach"):
         sd.bench("nowhere", bach=2)
+    for call, given, field, second in (
+        (sd.export, sd.ExportRequest("nowhere"), "output", "out"),
+        (sd.visualize, sd.VisualizeRequest("nowhere", "pictures"), "images", "others"),
+        (sd.sweep, sd.SweepRequest("nowhere", "data"), "data", "others"),
+        (sd.tune, sd.TuneRequest("nowhere", "data", max_drop=0.01), "data", "others"),
+        (sd.bundle, sd.BundleRequest("nowhere", ("jetson-orin",)), "targets", ("rtx-ada",)),
+    ):
+        with pytest.raises(TypeError, match=f"is given: say {field} in it"):
+            call(given, second)
     for call in (lambda: sd.bench(request), lambda: sd.bench("nowhere", backend="onnxruntime")):
         with pytest.raises(sd.SimpruneError, match="nowhere"):
             call()

@@ -10,7 +10,6 @@ in the parity check.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from simprune_deploy.common.errors import SimpruneError
-from simprune_deploy.common.images import ImageSet, Preprocessing, as_uint8_nhwc, load_folder
+from simprune_deploy.common.images import ImageSet, Preprocessing, load_as_taken
 from simprune_deploy.onnx.exported_folder import read_manifest
 
 
@@ -36,10 +35,12 @@ def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:
     height, width = model["image_size"]
     wanted = {**recorded, "channels": model["channels"], "height": height, "width": width}
     preprocessing = Preprocessing.from_dict(wanted)
-    found = load_folder(folder, preprocessing, normalize=not model["export"]["normalize"])
-    if model["export"].get("input") == "uint8-nhwc":
-        return dataclasses.replace(found, pixels=as_uint8_nhwc(found.pixels))
-    return found
+    return load_as_taken(
+        folder,
+        preprocessing,
+        graph_normalizes=model["export"]["normalize"],
+        uint8=model["export"].get("input") == "uint8-nhwc",
+    )
 
 
 def batches(count: int, config: dict[str, Any]) -> Iterator[np.ndarray]:

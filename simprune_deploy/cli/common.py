@@ -8,7 +8,6 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -153,10 +152,3 @@ def _end(message: str, code: int) -> None:
         traceback.print_exc()
     typer.secho(f"error: {message}", fg="red", err=True)
     raise typer.Exit(code) from None
-
-
-def output_folder(output: Path | None, model: str, suffix: str) -> Path:
-    """Return the folder that was named, or NAME-suffix."""
-    from simprune_deploy.common.files import stem_of
-
-    return output or Path(f"{stem_of(model)}-{suffix}")

@@ -110,7 +110,7 @@ def sweep(
     """Measure accuracy, tokens, time and memory at many settings, beside the dense model."""
     with errors():
         from simprune_deploy.reports.bars import progress_bar
-        from simprune_deploy.reports.sweep import write_results
+        from simprune_deploy.reports.sweep import write_reports
         from simprune_deploy.tuning.commands import SweepRequest
         from simprune_deploy.tuning.commands import sweep as measure
 
@@ -139,7 +139,8 @@ def sweep(
         )
         with progress_bar(enabled=not as_json) as bar:
             result = measure(request, bar=bar)
-            written = write_results(result, request.folder)
+            reports = write_reports(result, request.folder)
+        written = [request.folder / "sweep.json", *reports]
         if as_json:
             files = [path.name for path in written]
             print_json({"output": str(request.folder), "files": files, **result.to_dict()})

@@ -219,6 +219,34 @@ def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool 
     )
 
 
+def load_as_taken(
+    images: str | os.PathLike[str] | None,
+    preprocessing: Preprocessing,
+    *,
+    graph_normalizes: bool,
+    uint8: bool,
+    limit: int = 64,
+) -> ImageSet:
+    """Load pictures as a graph takes them.
+
+    Args:
+        images: Folder of pictures. None: the photographs that come along.
+        preprocessing: What the model wants.
+        graph_normalizes: Whether mean and std are in the graph.
+        uint8: Whether it takes uint8[B, H, W, C].
+        limit: The most pictures of a folder. Default 64.
+
+    Raises:
+        SimpruneError: as :func:`load_folder`.
+    """
+    normalize = not graph_normalizes
+    if images is None:
+        found = sample_images(preprocessing, normalize=normalize)
+    else:
+        found = load_folder(images, preprocessing, limit, normalize)
+    return dataclasses.replace(found, pixels=as_uint8_nhwc(found.pixels)) if uint8 else found
+
+
 def load_folder(
     folder: str | os.PathLike[str],
     preprocessing: Preprocessing,

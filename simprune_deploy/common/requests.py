@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 Request = TypeVar("Request")
 
 
-def request_of(kind: type[Request], first: Any, fields: dict[str, Any]) -> Request:
+def request_of(
+    kind: type[Request], first: Any, fields: dict[str, Any], **positional: Any
+) -> Request:
     """Return a request that was given, or the one that its fields make.
 
     ``bench(BenchRequest("out", batch=4))`` and ``bench("out", batch=4)`` ask for the same.
@@ -18,10 +20,12 @@ def request_of(kind: type[Request], first: Any, fields: dict[str, Any]) -> Reque
         kind: The dataclass.
         first: A request, or its first field.
         fields: The other fields, by name.
+        positional: Fields that may be given by position too; None: not given.
 
     Raises:
         TypeError: a request was given and fields beside it, or a field is unknown.
     """
+    fields = {**{name: one for name, one in positional.items() if one is not None}, **fields}
     if not isinstance(first, kind):
         make: Callable[..., Request] = kind
         return make(first, **fields)

@@ -40,7 +40,14 @@ from simprune_deploy.deploy.triton import (
 )
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.folder_engines import build_ahead, build_here, check_can_build_here
-from simprune_deploy.onnx.exported_folder import FORMAT, GOLDEN, MANIFEST, MODEL, PARITY
+from simprune_deploy.onnx.exported_folder import (
+    FORMAT,
+    GOLDEN,
+    MANIFEST,
+    MODEL,
+    PARITY,
+    UNVERIFIED,
+)
 from simprune_deploy.onnx.options import ExportOptions
 from simprune_deploy.pruning.config import PruneConfig, Reduction, Selection, check_threshold
 from simprune_deploy.pruning.tuned_file import read_configuration
@@ -48,7 +55,6 @@ from simprune_deploy.pruning.tuned_file import read_configuration
 if TYPE_CHECKING:
     import onnx
 
-    from simprune_deploy.common.images import ImageSet
     from simprune_deploy.engine.targets import Target
     from simprune_deploy.parity.verdict import Verdict
     from simprune_deploy.pruning.model import PrunedViT
@@ -215,9 +221,7 @@ def export(
         SimpruneError: the model, the destination, the options or the images cannot be used; or
             engines or a bundle cannot be made, and then the export is there all the same.
     """
-    if not isinstance(model, ExportRequest):
-        fields = {"output": output, "options": options, **fields}
-    request = request_of(ExportRequest, model, fields)
+    request = request_of(ExportRequest, model, fields, output=output, options=options)
     # every check that needs no model comes before the model is loaded
     pruning, hints = request.pruning()
     given = request.options or ExportOptions()
@@ -264,14 +268,21 @@ def _export_folder(
     source: dict[str, Any],
     progress: Progress,
 ) -> ExportResult:
+    from simprune_deploy.common.images import Preprocessing, load_as_taken
     from simprune_deploy.onnx.exporter import export_onnx
+    from simprune_deploy.onnx.metadata import UINT8_NHWC
     from simprune_deploy.parity.comparison import compare_with_torch
     from simprune_deploy.parity.golden import save_golden
 
     _check_finite(model)
     # pictures first: a wrong folder should not cost the user an export
     pictures = (
-        load_pictures(model, request.images, options.normalize, options.input)
+        load_as_taken(
+            request.images,
+            Preprocessing.of_model(model),
+            graph_normalizes=options.normalize,
+            uint8=options.input == UINT8_NHWC,
+        )
         if request.verify
         else None
     )
@@ -350,29 +361,6 @@ class _Afterwards:
             ) from error
 
 
-def load_pictures(
-    model: PrunedViT, images: str | Path | None, graph_normalizes: bool, form: str
-) -> ImageSet:
-    """Load pictures as the graph takes them."""
-    from simprune_deploy.common.images import (
-        Preprocessing,
-        as_uint8_nhwc,
-        load_folder,
-        sample_images,
-    )
-    from simprune_deploy.onnx.metadata import UINT8_NHWC
-
-    preprocessing = Preprocessing.of_model(model)
-    normalize = not graph_normalizes
-    if images is None:
-        found = sample_images(preprocessing, normalize=normalize)
-    else:
-        found = load_folder(Path(images), preprocessing, normalize=normalize)
-    if form == UINT8_NHWC:
-        return dataclasses.replace(found, pixels=as_uint8_nhwc(found.pixels))
-    return found
-
-
 def _check_finite(model: PrunedViT) -> None:
     import torch
 
@@ -391,7 +379,7 @@ def _manifest(
     packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy")
     return {
         "format": FORMAT,
-        "verdict": verdict.status if verdict else "not verified",
+        "verdict": verdict.status if verdict else UNVERIFIED,
         "model": read_metadata(graph).to_dict(),
         "inputs": [describe_value(value) for value in graph.graph.input],
         "outputs": [describe_value(value) for value in graph.graph.output],

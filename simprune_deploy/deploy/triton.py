@@ -28,7 +28,7 @@ from simprune_deploy.deploy.triton_config import (
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.engine_metadata import TENSORRT, EngineMetadata, read_engine_metadata
 from simprune_deploy.engine.libraries import find_library
-from simprune_deploy.onnx.exported_folder import GOLDEN, MODEL, read_manifest
+from simprune_deploy.onnx.exported_folder import GOLDEN, MODEL, check_verdict, read_manifest
 
 if TYPE_CHECKING:
     import onnx
@@ -114,16 +114,11 @@ def write_repository(
         SimpruneError: the folder or the engine cannot be used or its parity check failed, Triton
             cannot load such an engine or keep the batch range, or the place cannot be written.
     """
-    from simprune_deploy.onnx.exported_folder import ACCEPTED
     from simprune_deploy.onnx.metadata import load_graph, read_metadata
 
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise ArtifactError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and only verified exports are "
-            f"served: export again, or with {argument('verify', False)} if you want it all the same"
-        )
+    check_verdict(folder, manifest, "only verified exports are served")
     graph = load_graph(folder / MODEL)
     metadata = read_metadata(graph)
     check_batch(metadata.batch)

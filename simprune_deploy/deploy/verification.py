@@ -10,7 +10,6 @@ from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import request_of
-from simprune_deploy.deploy.export import load_pictures
 from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.onnx.exported_folder import GOLDEN
 from simprune_deploy.predict.source import source_of_export
@@ -98,14 +97,9 @@ def _reference(request: VerifyRequest, source: ModelSource) -> PrunedViT | None:
         from simprune_deploy.pruning.model import PrunedViT
 
         height, width = source.metadata.image_size
-        options = request.checkpoint
-        model = load_checkpoint(
-            given,
-            arch=options.arch,
-            img_size=height if height == width else (height, width),
-            pretrained=options.pretrained,
-            trust_pickle=options.trust_pickle,
-        ).model
+        size = height if height == width else (height, width)
+        options = dataclasses.replace(request.checkpoint, img_size=size)
+        model = load_checkpoint(given, **dataclasses.asdict(options)).model
         return PrunedViT(getattr(model, "vit", model), source.metadata.pruning)
     found: PrunedViT = given
     return found
@@ -118,6 +112,7 @@ def _compare(
     predictor: Predictor | None,
     progress: Progress,
 ) -> Verdict:
+    from simprune_deploy.common.images import Preprocessing, load_as_taken
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
     from simprune_deploy.parity.golden import load_golden
@@ -128,6 +123,10 @@ def _compare(
     if reference is None:
         golden = load_golden(folder / GOLDEN, pruned_layers(graph))
         return compare_with_golden(graph, golden, progress, predictor)
-    normalizes = bool(source.metadata.export["normalize"])
-    pictures = load_pictures(reference, images, normalizes, source.metadata.input)
+    pictures = load_as_taken(
+        images,
+        Preprocessing.of_model(reference),
+        graph_normalizes=bool(source.metadata.export["normalize"]),
+        uint8=source.metadata.takes_uint8,
+    )
     return compare_with_torch(graph, reference, pictures, progress, predictor)[0]

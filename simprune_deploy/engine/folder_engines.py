@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simprune_deploy.common.errors import ArtifactError, argument
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.engine.build import BuiltEngine, EngineOptions, build_engine
 from simprune_deploy.engine.builders import ahead_of_time, check_precision, for_this_gpu
 from simprune_deploy.engine.libraries import check_can_be_made
 from simprune_deploy.engine.targets import Target
-from simprune_deploy.onnx.exported_folder import MODEL, read_manifest
+from simprune_deploy.onnx.exported_folder import MODEL, check_verdict, read_manifest
 
 if TYPE_CHECKING:
     pass
@@ -106,14 +105,5 @@ def check_can_build_here(precision: str) -> None:
 
 
 def _model_to_build(folder: Path) -> Path:
-    from simprune_deploy.onnx.exported_folder import ACCEPTED
-
-    manifest = read_manifest(folder)
-    if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise ArtifactError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and engines are built of "
-            f"verified "
-            f"exports: export again, or with {argument('verify', False)} if you want one all the "
-            f"same"
-        )
+    check_verdict(folder, read_manifest(folder), "engines are built of verified exports")
     return folder / MODEL

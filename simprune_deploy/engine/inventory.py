@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from simprune_deploy.common.files import sha256
 from simprune_deploy.engine import ENGINE_SUFFIX, ENGINES
 from simprune_deploy.engine.builders import this_machine
 from simprune_deploy.engine.compatibility import Here, misfit
-from simprune_deploy.engine.engine_metadata import EngineMetadata, read_engine_metadata
+from simprune_deploy.engine.engine_metadata import NAMES, EngineMetadata, read_engine_metadata
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.onnx.exported_folder import MANIFEST
 
@@ -71,6 +72,25 @@ def engines_in(folder: Path, plugin: Path | None = None) -> list[FoundEngine]:
     """Return the engines of an exported folder, by name."""
     paths = sorted((folder / ENGINES).glob(f"*{ENGINE_SUFFIX}"))
     return [examine_engine(path, plugin) for path in paths if not path.name.startswith(".")]
+
+
+def pruned_engine_in(
+    folder: Path, plugin: Path | None = None, flavours: Sequence[str] = tuple(NAMES)
+) -> tuple[Path, EngineMetadata] | None:
+    """Return the first engine of the pruned model that fits this machine; None if there is none.
+
+    Args:
+        folder: The exported folder.
+        plugin: The plugin's library. Default: looked for as ``build`` does.
+        flavours: Which engines count. Default: TensorRT's and TensorRT-RTX's.
+    """
+    for found in engines_in(folder, plugin):
+        known = found.metadata
+        if found.problem is not None or known is None:
+            continue
+        if known.of == "pruned" and known.flavour in flavours:
+            return found.path, known
+    return None
 
 
 def choose_engine(folder: Path, plugin: Path | None = None) -> FoundEngine:

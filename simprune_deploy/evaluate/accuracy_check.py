@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +25,19 @@ from simprune_deploy.evaluate.accuracy import (
     save_baseline,
 )
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
-from simprune_deploy.evaluate.predictions import ComparedModel, open_model, predict_classes
-from simprune_deploy.predict.source import ModelSource, is_export, open_source, source_of_export
+from simprune_deploy.evaluate.predictions import (
+    ComparedModel,
+    open_model,
+    predict_classes,
+    weight_norms,
+)
+from simprune_deploy.predict.source import (
+    ModelSource,
+    is_export,
+    open_source,
+    source_of_export,
+    source_of_model,
+)
 
 Against = Literal["dense", "pruned"]
 
@@ -199,10 +209,9 @@ def check_accuracy(
     limits = request.limits
     progress("loading")
     with contextlib.ExitStack() as stack:
-        models = [
-            stack.enter_context(_opened(each))
-            for each in _models(request, compared=limits is not None, progress=progress)
-        ]
+        models = _models(request, compared=limits is not None, progress=progress)
+        for each in models:
+            stack.enter_context(each.predictor)
         pictures = open_data(Path(request.data), models[0].metadata, request.data_options)
         done = 0
 
@@ -231,12 +240,6 @@ def check_accuracy(
     if saved is not None:
         save_baseline(saved, candidate, data)
     return AccuracyResult(report, saved)
-
-
-@contextlib.contextmanager
-def _opened(model: ComparedModel) -> Iterator[ComparedModel]:
-    with model.predictor:
-        yield model
 
 
 def _models(request: AccuracyRequest, compared: bool, progress: Progress) -> list[ComparedModel]:
@@ -279,7 +282,6 @@ def _reference(request: AccuracyRequest, reference: str, source: ModelSource) ->
         return open_model(source_of_export(Path(reference)))
     other = open_source(reference, request.checkpoint)
     if request.against == "pruned":
-        from simprune_deploy.predict.source import source_of_model
         from simprune_deploy.pruning.model import PrunedViT
 
         assert other.model is not None
@@ -291,7 +293,6 @@ def _reference(request: AccuracyRequest, reference: str, source: ModelSource) ->
 def _engine(
     target: Path, plugin: Path | None, progress: Progress
 ) -> tuple[ComparedModel, ModelSource]:
-    from simprune_deploy.evaluate.predictions import weight_norms
     from simprune_deploy.predict.engine_files import shipped_engine
 
     spec, source = shipped_engine(target, plugin, progress)

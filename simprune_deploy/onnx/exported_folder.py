@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from simprune_deploy.common.errors import ArtifactError
+from simprune_deploy.common.errors import ArtifactError, argument
 from simprune_deploy.common.files import sha256
-
-if TYPE_CHECKING:
-    pass
 
 MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
 PLUGIN_SOURCE = "plugin/source"
@@ -22,6 +19,8 @@ LARGEST_MANIFEST = 1 << 24
 
 ACCEPTED = ("passed", "passed in emulation")
 """The verdicts with which a model may ship."""
+UNVERIFIED = "not verified"
+"""What a manifest says in a verdict's place of an export that was not compared with PyTorch."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -73,6 +72,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if sha256(file) != expected:
             raise ArtifactError(f"{file} is not the file that was exported: its SHA-256 differs")
     return dict(manifest)
+
+
+def check_verdict(folder: Path, manifest: dict[str, Any], rule: str) -> None:
+    """Refuse a folder whose model was compared with PyTorch, and found different.
+
+    Args:
+        folder: The exported folder, for the message.
+        manifest: What its manifest says.
+        rule: What is refused, for the message: "engines are built of verified exports".
+
+    Raises:
+        ArtifactError: its verdict is none with which a model may ship.
+    """
+    if manifest["verdict"] not in (*ACCEPTED, UNVERIFIED):
+        raise ArtifactError(
+            f"the verdict on {folder} is {manifest['verdict']!r}, and {rule}: export again, or "
+            f"with {argument('verify', False)} if you want one all the same"
+        )
 
 
 def _file_inside(folder: Path, name: str) -> Path:

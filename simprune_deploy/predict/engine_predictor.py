@@ -18,7 +18,8 @@ from simprune_deploy.predict.predictor import (
     Predictor,
     RuntimeInfo,
     counted,
-    one_or_each,
+    decisions_shown,
+    graph_inputs,
 )
 from simprune_deploy.predict.records import Array
 
@@ -112,27 +113,19 @@ class EnginePredictor(Predictor):
     def _run_batch(
         self, images: Array, limits: Array | None, counts: bool, decisions: bool
     ) -> BatchAnswer:
-        from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
-
         shows = bool(self.layers) and (counts or decisions)
         engine = self._engine_that_shows() if shows else self.engine
         found = engine.run(self._feed(engine, images, limits))
         outputs = np.asarray(found[self.metadata.output])
         if not shows:
             return BatchAnswer(outputs, traces={} if decisions else None)
-        kept = traces = None
+        kept = None
+        traces = decisions_shown(found, self.layers)
         if counts:
-            assignments = [found[diagnostic_name(layer, "assignment")] for layer in self.layers]
+            assignments = [trace["assignment"] for trace in traces.values()]
             model, name = self.metadata, engine.metadata.engine.file
             kept = counted(assignments, model.num_prefix_tokens, model.num_patches, name)
-        if decisions:
-            traces = {
-                layer: {
-                    what: np.asarray(found[diagnostic_name(layer, what)]) for what in DIAGNOSTICS
-                }
-                for layer in self.layers
-            }
-        return BatchAnswer(outputs, kept, traces)
+        return BatchAnswer(outputs, kept, traces if decisions else None)
 
     def _engine_that_shows(self) -> Engine:
         if self.spec.showing == self.spec.engine:
@@ -147,7 +140,4 @@ class EnginePredictor(Predictor):
         return self._showing
 
     def _feed(self, engine: Engine, images: Array, limits: Array | None) -> dict[str, Array]:
-        feed = {"images": images}
-        if "threshold" in engine.inputs and limits is not None:
-            feed["threshold"] = one_or_each(limits)
-        return feed
+        return graph_inputs(images, limits if "threshold" in engine.inputs else None)

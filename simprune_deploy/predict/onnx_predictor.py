@@ -18,7 +18,8 @@ from simprune_deploy.predict.predictor import (
     Provider,
     RuntimeInfo,
     counted,
-    one_or_each,
+    decisions_shown,
+    graph_inputs,
 )
 from simprune_deploy.predict.records import Array
 
@@ -125,25 +126,18 @@ class OnnxPredictor(Predictor):
             found = dict(zip(names, session.run(names, self._feed(images, limits)), strict=True))
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise _failed(error) from error
-        kept = traces = None
+        kept = None
         prefix = self.metadata.num_prefix_tokens
+        traces = decisions_shown(found, self.layers) if decisions else None
         if shows == "counts" and self.layers:
             kept = np.stack([found[kept_name(layer)] for layer in self.layers], 1) - prefix
-        elif counts and self.layers:
-            assignments = [found[diagnostic_name(layer, "assignment")] for layer in self.layers]
+        elif counts and traces:
+            assignments = [trace["assignment"] for trace in traces.values()]
             kept = counted(assignments, prefix, self.metadata.num_patches)
-        if decisions:
-            traces = {
-                layer: {what: found[diagnostic_name(layer, what)] for what in DIAGNOSTICS}
-                for layer in self.layers
-            }
         return BatchAnswer(found[self.metadata.output], kept, traces)
 
     def _feed(self, images: Array, limits: Array | None) -> dict[str, Array]:
-        feed = {"images": images}
-        if self._takes_threshold and limits is not None:
-            feed["threshold"] = one_or_each(limits)
-        return feed
+        return graph_inputs(images, limits if self._takes_threshold else None)
 
     def _session(self, shows: Shows) -> Any:
         """Return the session of a form of the graph, made when it is first asked for."""

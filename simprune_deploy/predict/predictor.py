@@ -17,13 +17,13 @@ import numpy as np
 from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
 from simprune_deploy.common.images import as_uint8_nhwc
 from simprune_deploy.onnx.metadata import preprocessing_of
+from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
 from simprune_deploy.predict.records import Array, PruneRecord
 
 if TYPE_CHECKING:
     from simprune_deploy.onnx.metadata import ModelMetadata
 
 Form = Literal["pruned", "dense"]
-Runtime = Literal["onnxruntime", "torch", "engine"]
 Provider = Literal["cpu"]
 """What ONNX Runtime computes on; another device is one more value."""
 
@@ -258,6 +258,21 @@ def split(count: int, batch: tuple[int, int]) -> list[list[int]]:
 def one_or_each(limits: Array) -> Array:
     """Return thresholds as a graph takes them: one is enough where all are the same."""
     return limits[:1] if (limits == limits[0]).all() else limits
+
+
+def graph_inputs(images: Array, limits: Array | None) -> dict[str, Array]:
+    """Return a graph's inputs by name; `limits` is None where it takes no threshold."""
+    if limits is None:
+        return {"images": images}
+    return {"images": images, "threshold": one_or_each(limits)}
+
+
+def decisions_shown(found: Mapping[str, Any], layers: Sequence[int]) -> dict[int, dict[str, Array]]:
+    """Return by prune layer what it read and decided, of the outputs of a graph that shows it."""
+    return {
+        layer: {what: np.asarray(found[diagnostic_name(layer, what)]) for what in DIAGNOSTICS}
+        for layer in layers
+    }
 
 
 def counted(

@@ -151,13 +151,7 @@ def open_source(
             return source_of_export(Path(model))
         from simprune_deploy.checkpoints.loading import load_checkpoint
 
-        model = load_checkpoint(
-            name,
-            arch=options.arch,
-            img_size=options.img_size,
-            pretrained=options.pretrained,
-            trust_pickle=options.trust_pickle,
-        ).model
+        model = load_checkpoint(name, **dataclasses.asdict(options)).model
     if prune:
         from simprune_deploy.pruning.model import prune as with_prune_layers
 

@@ -64,7 +64,7 @@ class TorchPredictor(Predictor):
     ) -> BatchAnswer:
         import torch
 
-        traces: list[Any] = []
+        traces: list[Any] | None = [] if counts or decisions else None
         limit = None if limits is None else torch.from_numpy(limits)
         outputs = self._forward(torch.from_numpy(images), limit, traces).numpy()
         kept = shown = None
@@ -72,7 +72,7 @@ class TorchPredictor(Predictor):
             assignments = [trace.assignment.numpy() for trace in traces]
             kept = counted(assignments, self.model.num_prefix_tokens, self.model.num_patches)
         if decisions:
-            shown = {trace.layer: trace_arrays(trace) for trace in traces}
+            shown = {trace.layer: trace_arrays(trace) for trace in traces or ()}
         return BatchAnswer(outputs, kept, shown)
 
     def _forward(self, images: Any, limits: Any, traces: list[Any] | None) -> Any:

@@ -24,11 +24,6 @@ def block_flops(shape: BlockShape, tokens: float) -> float:
     return 2 * tokens * linear + 4 * tokens**2 * shape.embed_dim
 
 
-def prune_flops(shape: BlockShape, patches: float) -> float:
-    """Return the FLOPs of one prune layer's Gram matrix over M patches: ``2 M^2 D``."""
-    return 2 * patches**2 * shape.embed_dim
-
-
 def flops_share(shape: BlockShape, dense_tokens: int, tokens_by_block: Sequence[float]) -> float:
     """Return the blocks' FLOPs at the given token counts over their FLOPs when dense."""
     pruned = sum(block_flops(shape, tokens) for tokens in tokens_by_block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,30 +17,15 @@ FILES = ("report.html", "pareto.png", "pareto.svg", "sweep.csv", "sweep.md")
 def write_reports(result: SweepResult, folder: Path) -> list[Path]:
     """Write the page, the plots and the tables into a folder that is there; return their paths.
 
-    Each file appears whole or not at all, in place of an earlier one.
+    Each file appears whole or not at all, in place of an earlier one. The page and the plots are
+    left out where what draws them (matplotlib, jinja2) is not installed.
     """
-    paths = [folder / name for name in FILES]
+    drawn = all(importlib.util.find_spec(name) for name in ("matplotlib", "jinja2"))
+    names = FILES if drawn else [name for name in FILES if name.endswith((".csv", ".md"))]
+    paths = [folder / name for name in names]
     for path in paths:
         write_report(result, path)
     return paths
-
-
-def write_results(result: SweepResult, folder: Path) -> list[Path]:
-    """Write what a sweep gave; the page and the plots where what draws them is installed.
-
-    Returns:
-        The files, ``sweep.json`` first.
-    """
-    import importlib.util
-
-    drawn = all(importlib.util.find_spec(name) for name in ("matplotlib", "jinja2"))
-    result.save(folder / "sweep.json")
-    written = [folder / "sweep.json"]
-    for name in FILES:
-        if drawn or name.endswith((".csv", ".md")):
-            write_report(result, folder / name)
-            written.append(folder / name)
-    return written
 
 
 def write_report(result: SweepResult, path: Path) -> None:

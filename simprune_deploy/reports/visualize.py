@@ -56,7 +56,7 @@ class VisualizeRequest:
     """
 
     model: Any
-    images: str | Path | Sequence[str | Path]
+    images: str | Path | Sequence[str | Path] = ()
     output: str | Path | None = None
     threshold: float | None = None
     layers: str | Sequence[int] | None = None
@@ -94,7 +94,7 @@ class Visualization:
 
 def visualize(
     model: Any,
-    images: str | Path | Sequence[str | Path] = (),
+    images: str | Path | Sequence[str | Path] | None = None,
     *,
     progress: Progress = silent,
     **fields: Any,
@@ -109,9 +109,7 @@ def visualize(
     Raises:
         SimpruneError: the model, no picture, or the folder can be used.
     """
-    if not isinstance(model, VisualizeRequest):
-        fields["images"] = images
-    request = request_of(VisualizeRequest, model, fields)
+    request = request_of(VisualizeRequest, model, fields, images=images)
     check_destination(request.folder, request.force, NUMBERS)
     given = [request.images] if isinstance(request.images, (str, Path)) else request.images
     if not given:

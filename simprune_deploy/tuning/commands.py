@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import DestinationError, InvalidArgumentError, argument
@@ -35,10 +35,9 @@ from simprune_deploy.tuning.sweep import (
     setting_of,
     start_sweep,
 )
-from simprune_deploy.tuning.sweep_runtimes import compared, runtime_of
+from simprune_deploy.tuning.sweep_runtimes import Backend, compared, runtime_of
+from simprune_deploy.tuning.tallies import close_models
 from simprune_deploy.tuning.tuned import Tuned, tuned
-
-Backend = Literal["onnxruntime", "torch", "engine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class _Measured:
     """What sweeping and tuning have in common: the model, the pictures, and what runs it."""
 
     model: Any
-    data: str | Path
+    data: str | Path = ""
     backend: Backend | None = None
     limit: int | None = None
     classes: str | Path | None = None
@@ -153,7 +152,7 @@ class SweepRequest(_Measured):
 
 
 def sweep(
-    model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fields: Any
+    model: Any, data: str | Path | None = None, *, bar: ProgressBar = NO_BAR, **fields: Any
 ) -> SweepResult:
     """Measure accuracy, tokens, time and memory at many settings, beside the dense model.
 
@@ -167,9 +166,7 @@ def sweep(
     Raises:
         SimpruneError: the model, the data or the folder cannot be used, or a setting does not fit.
     """
-    if not isinstance(model, SweepRequest):
-        fields["data"] = data
-    request = request_of(SweepRequest, model, fields)
+    request = request_of(SweepRequest, model, fields, data=data)
     # every check that needs no model comes before the model is loaded
     Grid(**request.asked)
     request.check()
@@ -258,7 +255,9 @@ class TuneRequest(_Measured):
         return Objective(kind, value, self.confidence)
 
 
-def tune(model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fields: Any) -> Tuned:
+def tune(
+    model: Any, data: str | Path | None = None, *, bar: ProgressBar = NO_BAR, **fields: Any
+) -> Tuned:
     """Find the threshold, and the blocks, that meet a wish, and write them for ``export --config``.
 
     Args:
@@ -270,9 +269,7 @@ def tune(model: Any, data: str | Path = "", *, bar: ProgressBar = NO_BAR, **fiel
         SimpruneError: the model, the data or the file cannot be used.
         CheckFailedError: nothing meets the wish; the message says what the best is.
     """
-    if not isinstance(model, TuneRequest):
-        fields["data"] = data
-    request = request_of(TuneRequest, model, fields)
+    request = request_of(TuneRequest, model, fields, data=data)
     objective = request.objective
     request.check()
     if not request.timing and not objective.of_accuracy:
@@ -309,9 +306,12 @@ def _source(request: _Measured) -> ModelSource:
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[Runner | None]:
-    """Join the Ray cluster that was asked for, if one was."""
+    """Join the Ray cluster that was asked for, if one was; at the end close what ran here."""
     if address is None:
-        yield None
+        try:
+            yield None
+        finally:
+            close_models()
         return
     from simprune_deploy.tuning.cluster import connected
 

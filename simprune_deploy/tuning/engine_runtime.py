@@ -23,7 +23,7 @@ from simprune_deploy.engine.build import BuiltEngine, EngineOptions
 from simprune_deploy.engine.builders import Builder, for_this_gpu
 from simprune_deploy.engine.engine_metadata import TENSORRT
 from simprune_deploy.engine.folder_engines import build_here
-from simprune_deploy.engine.inventory import engines_in
+from simprune_deploy.engine.inventory import pruned_engine_in
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.onnx.exported_folder import MANIFEST, MODEL
 from simprune_deploy.predict.engine_predictor import EngineSpec
@@ -152,15 +152,11 @@ class EngineRuntime:
 
 def _like_the_one_there(folder: Path) -> tuple[EngineOptions, bool]:
     """Return how the folder's engine for this machine was built, so that it is not replaced."""
-    for found in engines_in(folder):
-        metadata = found.metadata
-        if (
-            found.problem is None
-            and metadata is not None
-            and (metadata.of, metadata.flavour) == ("pruned", TENSORRT)
-        ):
-            return EngineOptions.like(metadata), metadata.plugin is not None
-    return EngineOptions(), True
+    found = pruned_engine_in(folder, flavours=(TENSORRT,))
+    if found is None:
+        return EngineOptions(), True
+    _, metadata = found
+    return EngineOptions.like(metadata), metadata.plugin is not None
 
 
 def _named(engine: BuiltEngine) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.progress import Progress, silent
@@ -18,7 +18,7 @@ from simprune_deploy.tuning.tallies import Models, by_graph
 if TYPE_CHECKING:
     from simprune_deploy.pruning.model import PrunedViT
 
-RUNTIMES = ("onnxruntime", "torch", "engine")
+Backend = Literal["onnxruntime", "torch", "engine"]
 
 
 class SweepRuntime(Protocol):
@@ -45,12 +45,12 @@ class SweepRuntime(Protocol):
 
 
 def runtime_of(
-    name: str, source: ModelSource, batch: int, progress: Progress = silent
+    name: Backend, source: ModelSource, batch: int, progress: Progress = silent
 ) -> SweepRuntime:
     """Return the runtime of a name.
 
     Args:
-        name: One of :data:`RUNTIMES`.
+        name: What runs it.
         source: The model.
         batch: The largest batch it will be given.
         progress: Called with a word on each step where engines have to be built.
@@ -72,10 +72,10 @@ def runtime_of(
 
         return EngineRuntime(source, progress)
     raise InvalidArgumentError(
-        f"backend {name!r} is unknown: use one of {', '.join(RUNTIMES)}",
+        f"backend {name!r} is unknown: use one of {', '.join(get_args(Backend))}",
         what="backend",
         value=name,
-        allowed=RUNTIMES,
+        allowed=get_args(Backend),
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simprune_deploy.common.errors import ToolFailedError
+from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.predict.predictor import Predictor, PredictorSpec
 from simprune_deploy.tuning.results import Setting
 
@@ -239,13 +240,13 @@ def tally(
         kept: int64[b, layers].
         labels: int64[b], or None.
     """
-    cosines = np.minimum(1.0, cosine(outputs, dense))
+    near = np.minimum(1.0, cosines(outputs, dense))
     agree = outputs.argmax(1) == dense.argmax(1)
     values: dict[str, Any] = {
         "images": len(outputs),
         "agree": int(agree.sum()),
-        "cosines": int(np.rint(cosines * COSINE_STEPS).astype(np.int64).sum()),
-        "worst_cosine": float(cosines.min(initial=1.0)),
+        "cosines": int(np.rint(near * COSINE_STEPS).astype(np.int64).sum()),
+        "worst_cosine": float(near.min(initial=1.0)),
         "kept": tuple(Counter(column.tolist()) for column in kept.T),
     }
     if labels is not None:
@@ -267,14 +268,6 @@ def tally(
 def _counts(chosen: np.ndarray, *hits: np.ndarray) -> tuple[int, int, int]:
     right, dense_right = (int((chosen & each).sum()) for each in hits)
     return int(chosen.sum()), right, dense_right
-
-
-def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return float64[b], the cosines between the rows of two arrays [b, C]."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    found: np.ndarray = np.einsum("bc,bc->b", a, b) / np.maximum(lengths, 1e-300)
-    return found
 
 
 def rank(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

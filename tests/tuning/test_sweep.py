@@ -37,6 +37,7 @@ from simprune_deploy.onnx.variants import (
     with_kept_counts,
     without_function,
 )
+from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.predict.source import ModelSource, source_of_model
 from simprune_deploy.tuning.grid import THRESHOLDS, Grid, settings_for
 from simprune_deploy.tuning.results import OURS, Measurement, Setting, load_sweep
@@ -48,7 +49,6 @@ from simprune_deploy.tuning.tallies import (
     Shard,
     ShardResult,
     Tally,
-    cosine,
     rank,
     tally,
     total,
@@ -159,8 +159,8 @@ def test_cells_say_what_a_loop_over_single_images_says(
         in_five = [label in row.argsort()[-5:] for row, label in zip(outputs, labels, strict=True)]
         assert cell.top5 == pytest.approx(np.mean(in_five), abs=1e-12)
         assert cell.agreement == pytest.approx((outputs.argmax(1) == dense.argmax(1)).mean())
-        assert cell.cosine == pytest.approx(cosine(outputs, dense).mean(), abs=1e-5)
-        assert cell.worst_cosine == pytest.approx(cosine(outputs, dense).min(), abs=1e-4)
+        assert cell.cosine == pytest.approx(cosines(outputs, dense).mean(), abs=1e-5)
+        assert cell.worst_cosine == pytest.approx(cosines(outputs, dense).min(), abs=1e-4)
         assert cell.right_only_here == (right & ~dense_right).sum()
         assert cell.right_only_dense == (dense_right & ~right).sum()
         assert sum(each.images for each in cell.classes) == COUNT

@@ -35,7 +35,6 @@ from simprune_deploy.evaluate.datasets import DataOptions, open_data
 from simprune_deploy.onnx.variants import diagnostic_name
 from simprune_deploy.predict.engine_predictor import EnginePredictor, EngineSpec
 from simprune_deploy.predict.source import ModelSource, source_of_export
-from simprune_deploy.tuning import tallies as evaluate
 from simprune_deploy.tuning.results import Measurement
 from simprune_deploy.tuning.sweep import Sweep, SweepOptions, setting_of, start_sweep
 from simprune_deploy.tuning.sweep_runtimes import runtime_of
@@ -71,7 +70,6 @@ def install(stand_in: Cuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         return asked
 
     yield installed
-    evaluate.close_models()
     gc.collect()
     assert stand_in.memory == stand_in.handles == {}  # every engine gave back what it took
 

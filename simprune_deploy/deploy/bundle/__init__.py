@@ -53,6 +53,8 @@ from simprune_deploy.onnx.exported_folder import (
     MODEL,
     PARITY,
     PLUGIN_SOURCE,
+    UNVERIFIED,
+    check_verdict,
     read_manifest,
 )
 from simprune_deploy.pruning.kernel_library import LibraryInfo
@@ -176,7 +178,7 @@ class BundleRequest:
 
 def bundle(
     folder: BundleRequest | str | Path,
-    targets: Sequence[str] = (),
+    targets: Sequence[str] | None = None,
     *,
     progress: Progress = silent,
     **fields: Any,
@@ -191,9 +193,7 @@ def bundle(
     Raises:
         SimpruneError: as :func:`make_bundle`.
     """
-    if not isinstance(folder, BundleRequest):
-        fields["targets"] = targets
-    request = request_of(BundleRequest, folder, fields)
+    request = request_of(BundleRequest, folder, fields, targets=targets)
     return make_bundle(
         request.folder,
         find_targets(request.targets),
@@ -275,19 +275,12 @@ def make_bundle(
 
 
 def _read_export(folder: Path) -> dict[str, Any]:
-    from simprune_deploy.onnx.exported_folder import ACCEPTED
-
     manifest = read_manifest(folder)
     if manifest["format"] != FORMAT:
         raise InvalidArgumentError(
             f"{folder} is a bundle already: give the exported folder it came from"
         )
-    if manifest["verdict"] not in (*ACCEPTED, "not verified"):
-        raise ArtifactError(
-            f"the verdict on {folder} is {manifest['verdict']!r}, and bundles are made of verified "
-            f"exports: export again, or with {argument('verify', False)} if you want one all the "
-            f"same"
-        )
+    check_verdict(folder, manifest, "bundles are made of verified exports")
     if MODEL not in manifest["files"]:
         raise ArtifactError(f"{folder / MANIFEST} names no {MODEL}: export again")
     return manifest
@@ -348,7 +341,7 @@ def _about(
     environment = parity.get("environment", {})
     gpu = environment.get("gpu", "none used")
     checked, unchecked = [], []
-    if verdict == "not verified":
+    if verdict == UNVERIFIED:
         unchecked.append(f"{MODEL}: it was exported with --no-verify, and never run")
     else:
         runtime = environment.get("runtime", "an unknown runtime")

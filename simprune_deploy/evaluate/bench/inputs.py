@@ -67,11 +67,16 @@ def load_pictures(source: ModelSource, images: str | Path | None, wanted: int | 
         assert source.graph is not None
         found = load_golden(source.folder / GOLDEN, pruned_layers(source.graph)).images
         return Pictures(_batches(found, batch), len(found), "the golden cases of the folder")
-    from simprune_deploy.common.images import as_uint8_nhwc, load_folder
+    from simprune_deploy.common.images import load_as_taken
 
-    normalizes = bool(metadata.export["normalize"])
-    loaded = load_folder(images, preprocessing_of(metadata), MOST_IMAGES, normalize=not normalizes)
-    pixels = as_uint8_nhwc(loaded.pixels) if metadata.takes_uint8 else loaded.pixels
+    loaded = load_as_taken(
+        images,
+        preprocessing_of(metadata),
+        graph_normalizes=bool(metadata.export["normalize"]),
+        uint8=metadata.takes_uint8,
+        limit=MOST_IMAGES,
+    )
+    pixels = loaded.pixels
     return Pictures(_batches(pixels, batch), len(pixels), loaded.source, loaded.skipped)
 
 

@@ -17,7 +17,7 @@ from simprune_deploy.engine.builders import like
 from simprune_deploy.engine.engine_metadata import TENSORRT, EngineMetadata
 from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.gpu import find_gpu
-from simprune_deploy.engine.inventory import engines_in
+from simprune_deploy.engine.inventory import pruned_engine_in
 from simprune_deploy.engine.libraries import find_library
 from simprune_deploy.evaluate.bench.machine import usable_cores
 from simprune_deploy.evaluate.memory import MemoryRun, probe
@@ -199,10 +199,9 @@ def _pruned_engine(
     folder: Path, request: BenchRequest, batch: int, progress: Progress
 ) -> tuple[Path, EngineMetadata]:
     if not request.force:
-        for found in engines_in(folder, as_path(request.plugin)):
-            known = found.metadata
-            if found.problem is None and known is not None and known.of == "pruned":
-                return found.path, known
+        found = pruned_engine_in(folder, as_path(request.plugin))
+        if found is not None:
+            return found
     wanted = EngineOptions(opt_batch=batch, force=request.force)
     try:
         built = build_here(
