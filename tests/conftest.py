@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(max(COMPILED[name] for name in needed)))
 
 
-def made(make: Callable[[], Path]) -> Path:
-    """Return what `make` makes; without its tools skip the test, or in CI let it fail."""
-    try:
-        return make()
-    except plugin_build.UnavailableError as error:
-        if os.environ.get("CI"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="session")
 def tensorrt_headers() -> Path:
     """Return a folder of TensorRT's headers."""
-    return made(plugin_build.tensorrt_headers)
+    return plugin_build.made(plugin_build.tensorrt_headers)
 
 
 @pytest.fixture
@@ -85,16 +74,16 @@ def deciding_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def host_library() -> Path:
     """Return libsimprune_host.so: the kernels and the plugin on the CPU."""
-    return made(plugin_build.host_library)
+    return plugin_build.made(plugin_build.host_library)
 
 
 @pytest.fixture(scope="session")
 def plugin_library() -> Path:
     """Return libsimprune_plugin.so for every kept architecture, as `plugin build` made it."""
-    return made(plugin_build.plugin_library)
+    return plugin_build.made(plugin_build.plugin_library)
 
 
 @pytest.fixture(scope="session")
 def jetson_library() -> Path:
     """Return libsimprune_plugin.so for Jetson, as `plugin build --cross aarch64` made it."""
-    return made(plugin_build.jetson_library)
+    return plugin_build.made(plugin_build.jetson_library)

@@ -16,7 +16,12 @@ from torch import nn
 from simprune_deploy.checkpoints import architecture as fitting
 from simprune_deploy.checkpoints import formats
 from simprune_deploy.checkpoints.formats import Contents, one_line
-from simprune_deploy.common.errors import CheckpointError, DestinationError, argument
+from simprune_deploy.common.errors import (
+    CheckpointError,
+    DestinationError,
+    InvalidArgumentError,
+    argument,
+)
 from simprune_deploy.common.files import staged_file
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, describe_vit
@@ -118,6 +123,10 @@ def save(model: PrunedViT, path: str | Path, force: bool = False) -> None:
     Raises:
         SimpruneError: the file exists, cannot be written, or the model could not be built again.
     """
+    if not isinstance(model, PrunedViT):
+        raise InvalidArgumentError(
+            f"this is a {type(model).__name__}, and save writes pruned models: prune it first"
+        )
     path = Path(path)
     if path.is_dir():
         raise DestinationError(f"{path} is a folder: give the name of a file")
@@ -186,7 +195,8 @@ def _existing(path: Path) -> Path:
             f"{argument('pretrained', True)}"
         )
     raise CheckpointError(
-        f"{path} does not exist: give a checkpoint, or a timm name {argument('pretrained', True)}"
+        f"{path} does not exist: give a checkpoint, or a timm name and "
+        f"{argument('pretrained', True)}"
     )
 
 

@@ -37,7 +37,12 @@ TrustPickle = Annotated[
     ),
 ]
 
-SPELLED_OTHERWISE = {"output": "-o", "targets": "--target", "workspace_mib": "--workspace"}
+SPELLED_OTHERWISE = {
+    "output": "-o",
+    "targets": "--target",
+    "workspace_mib": "--workspace",
+    "use_plugin": "--plugin",
+}
 """The options that are not called as the library's arguments are."""
 
 debugging = contextvars.ContextVar("debugging", default=False)

@@ -70,6 +70,12 @@ def arguments_spelled(spelling: Spelling) -> Iterator[None]:
         _spelling.reset(before)
 
 
+def spelled(text: str) -> str:
+    """Return a text with its arguments spelled for whoever reads it: for what is no error."""
+    spelling = _spelling.get()
+    return _NAMED.sub(lambda found: spelling(*found.groups()), text)
+
+
 class SimpruneError(Exception):
     """Something that the caller can mend: the message says how.
 
@@ -79,6 +85,10 @@ class SimpruneError(Exception):
         value: What was found there. Default None.
         allowed: What would be allowed. Default None.
         remedy: The way out. Default None.
+
+    Attributes:
+        marked: The message with its arguments still marked, to be part of another message.
+        what, value, allowed, remedy: As given.
     """
 
     def __init__(
@@ -90,23 +100,22 @@ class SimpruneError(Exception):
         allowed: Any = None,
         remedy: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(spelled(message))
+        self.marked = message
         self.what, self.value, self.allowed, self.remedy = what, value, allowed, remedy
 
     def __str__(self) -> str:
-        spelling = _spelling.get()
-        return _NAMED.sub(lambda found: spelling(*found.groups()), self.message)
+        return spelled(self.marked)
 
     def with_note(self, note: str) -> SimpruneError:
         """Return the same error with more to say."""
-        more = type(self)(f"{self.message} {note}")
-        more.__dict__.update({**self.__dict__, "message": more.message})
+        more = type(self)(f"{self.marked} {note}")
+        more.__dict__.update({**self.__dict__, "marked": more.marked})
         return more
 
     def __reduce__(self) -> Any:
         # the fields too, when the error comes from another process
-        return (type(self), (self.message,), self.__dict__)
+        return (type(self), (self.marked,), self.__dict__)
 
 
 class InvalidArgumentError(SimpruneError):

@@ -40,6 +40,12 @@ def is_older(version: str, minimum: str) -> bool:
     return mine + (0,) * (length - len(mine)) < oldest + (0,) * (length - len(oldest))
 
 
+def same_version(one: str, other: str) -> bool:
+    """Compare versions as far as both tell them: 10.3.0 and 10.3.0.30 are the same."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return all(mine == theirs for mine, theirs in pairs)
+
+
 def major(version: str | None) -> int | None:
     """Return the first number of a version, None where it has none."""
     try:

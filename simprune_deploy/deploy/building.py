@@ -45,7 +45,7 @@ class BuildRequest:
     triton: bool = False
 
     def __post_init__(self) -> None:
-        plugin, without = argument("plugin"), argument("no_plugin", True)
+        plugin, without = argument("plugin"), argument("use_plugin", False)
         if self.per_target and not self.targets:
             raise says_how_to_build()
         if self.plugin is not None and not self.use_plugin:

@@ -224,7 +224,9 @@ def export(
     request = request_of(ExportRequest, model, fields, output=output, options=options)
     # every check that needs no model comes before the model is loaded
     pruning, hints = request.pruning()
-    given = request.options or ExportOptions()
+    given = ExportOptions() if request.options is None else request.options
+    if not isinstance(given, ExportOptions):
+        raise InvalidArgumentError(f"{argument('options')} {given!r} must be ExportOptions")
     graph_options = dataclasses.replace(given, opt_tokens=given.opt_tokens or hints)
     named = request.model if isinstance(request.model, (str, Path)) else None
     check_destination(request.folder, request.force, MANIFEST, named)

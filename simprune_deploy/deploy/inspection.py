@@ -26,6 +26,10 @@ def inspect(target: str, arch: str | None = None, trust_pickle: bool = False) ->
         SimpruneError: it is none of these, or damaged.
     """
     path = Path(target)
+    if not _exists(path):
+        raise ArtifactError(f"{path} does not exist: give an export, an engine, or a checkpoint")
+    if path.name == "sweep.json" or (path / "sweep.json").is_file():
+        raise ArtifactError(f"{path} is a sweep: `simprune-deploy report {path}` shows it")
     if path.is_dir() and (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         return {
@@ -44,6 +48,14 @@ def inspect(target: str, arch: str | None = None, trust_pickle: bool = False) ->
     if path.is_file() and _looks_like_onnx(path):
         return {"kind": "ONNX model", **_describe_graph(path)}
     return _describe_checkpoint(target, arch, trust_pickle)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:  # too long, a null character, a folder denied
+        why = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot read {str(path)[:200]!r}: {why}") from error
 
 
 def _sizes(files: dict[str, Any]) -> dict[str, int]:

@@ -12,11 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import (
-    ArtifactError,
-    InvalidArgumentError,
-    argument,
-)
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument, spelled
 from simprune_deploy.common.files import sha256, staged_folder
 from simprune_deploy.deploy.triton_config import (
     LABELS,
@@ -249,7 +245,9 @@ def _notes(
 ) -> list[str]:
     notes = []
     if golden is None:
-        notes.append("no warm-up: the export has no golden images (--no-verify)")
+        notes.append(
+            spelled(f"no warm-up: the export has no golden images ({argument('verify', False)})")
+        )
     if form == ONNX and metadata.precision == "bf16":
         notes.append(
             "ONNX Runtime's CPU provider has no bfloat16 kernels: on a server without a GPU this "

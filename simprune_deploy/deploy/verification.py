@@ -27,8 +27,9 @@ class VerifyRequest:
 
     Args:
         target: An exported folder, its ONNX file, or one of its engines.
-        reference: The PyTorch model to compare with, or a checkpoint of it. Default None: the
-            golden cases beside the file, for which torch need not be installed.
+        reference: The PyTorch model to compare with, or a checkpoint of it; one that is not pruned
+            is pruned as the export was. Default None: the golden cases beside the file, for which
+            torch need not be installed.
         images: Folder of pictures, only with a reference. Default None: photographs that come
             along.
         engine: Run the folder's engine for the GPU of this machine in place of ONNX Runtime.
@@ -92,17 +93,17 @@ def _reference(request: VerifyRequest, source: ModelSource) -> PrunedViT | None:
     given = request.reference
     if given is None:
         return None
+    from simprune_deploy.pruning.model import PrunedViT
+
     if isinstance(given, (str, Path)):
         from simprune_deploy.checkpoints.loading import load_checkpoint
-        from simprune_deploy.pruning.model import PrunedViT
 
         height, width = source.metadata.image_size
         size = height if height == width else (height, width)
         options = dataclasses.replace(request.checkpoint, img_size=size)
         model = load_checkpoint(given, **dataclasses.asdict(options)).model
-        return PrunedViT(getattr(model, "vit", model), source.metadata.pruning)
-    found: PrunedViT = given
-    return found
+        given = getattr(model, "vit", model)
+    return given if isinstance(given, PrunedViT) else PrunedViT(given, source.metadata.pruning)
 
 
 def _compare(

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import InvalidArgumentError, SimpruneError, argument
+from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import as_user_error, staged_file, write_json
 from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.requests import batch_range, check_whole
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.engine import ENGINES, flavours
 from simprune_deploy.engine.builders import Builder, check_precision
@@ -64,11 +65,12 @@ class EngineOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 1 << 20:
-            raise InvalidArgumentError(
-                f"{argument('workspace_mib')} {self.workspace_mib} is not between 1 and {1 << 20} "
-                f"MiB"
-            )
+        if self.workspace_mib is not None:
+            check_whole("workspace_mib", self.workspace_mib, 1, 1 << 20)
+        if self.opt_batch is not None:
+            check_whole("opt_batch", self.opt_batch, 1)
+        if self.batch is not None:
+            object.__setattr__(self, "batch", batch_range(self.batch))
 
     @classmethod
     def like(cls, metadata: EngineMetadata, force: bool = False) -> EngineOptions:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from simprune_deploy.common.errors import ArtifactError
-from simprune_deploy.common.versions import version_numbers
+from simprune_deploy.common.errors import ArtifactError, argument, spelled
+from simprune_deploy.common.versions import same_version, version_numbers
 from simprune_deploy.engine.engine_metadata import NAMES, TENSORRT, Capability, EngineMetadata
 
 
@@ -63,18 +63,16 @@ def misfit(metadata: EngineMetadata, here: Here) -> str | None:
     if metadata.plugin is not None and here.plugin != metadata.plugin.sha256:
         name = metadata.plugin.file
         if here.plugin is None:
-            return f"has the plugin of {name} in it, and no library was found: name it (--plugin)"
-        return (
+            return spelled(
+                f"has the plugin of {name} in it, and no library was found: name it "
+                f"({argument('plugin')})"
+            )
+        return spelled(
             f"was built with another {name} (SHA-256 {metadata.plugin.sha256[:12]}...) than the "
-            f"library here ({here.plugin[:12]}...): name that one (--plugin), or {again}"
+            f"library here ({here.plugin[:12]}...): name that one ({argument('plugin')}), or "
+            f"{again}"
         )
     return None
-
-
-def same_version(one: str, other: str) -> bool:
-    """Compare versions as far as both tell them: 10.3.0 and 10.3.0.30 are the same."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
-    return all(mine == theirs for mine, theirs in pairs)
 
 
 def _build_command(metadata: EngineMetadata) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from simprune_deploy.common.errors import ToolFailedError
+from simprune_deploy.common.errors import ToolFailedError, argument
 from simprune_deploy.common.files import as_user_error
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.engine_metadata import NAMES
@@ -77,7 +77,7 @@ def _remedy(request: dict[str, Any], errors: list[str]) -> str:
     said = " ".join(errors).lower()
     if limit is None or not any(each in said for each in ("workspace", "outofmemory")):
         return ""
-    return f"; --workspace {limit} may be too small: raise it, or leave it out"
+    return f"; {argument('workspace_mib', limit)} may be too small: raise it, or leave it out"
 
 
 def _worker_lines(request: dict[str, Any]) -> Generator[str, None, None]:

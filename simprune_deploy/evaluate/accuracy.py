@@ -19,6 +19,7 @@ from simprune_deploy.common.errors import (
     argument,
 )
 from simprune_deploy.common.files import staged_file, write_json
+from simprune_deploy.common.requests import check_between
 from simprune_deploy.evaluate.classes import ClassResult
 from simprune_deploy.evaluate.predictions import Predictions
 from simprune_deploy.evaluate.statistics import (
@@ -60,16 +61,13 @@ class AccuracyLimits:
     sure: bool = False
 
     def __post_init__(self) -> None:
+        examples = {"max_drop": (0.005, "0.5%"), "min_agreement": (0.99, "99%")}
         for name, value in (("max_drop", self.max_drop), ("min_agreement", self.min_agreement)):
-            if value is not None and not 0 < value < 1:
-                raise InvalidArgumentError(
-                    f"{argument(name)} {value:.2%} must lie between 0% and 100%"
-                )
+            if value is not None:
+                check_between(name, value, 0, 1, argument(name, *examples[name]))
         if self.max_drop is None and self.min_agreement is None:
-            raise InvalidArgumentError(
-                f"say what is let pass: {argument('max_drop', 0.005, '0.5%')} or "
-                f"{argument('min_agreement', 0.99, '99%')}"
-            )
+            wishes = " or ".join(argument(name, *each) for name, each in examples.items())
+            raise InvalidArgumentError(f"say what is let pass: {wishes}")
 
 
 @dataclasses.dataclass(frozen=True)

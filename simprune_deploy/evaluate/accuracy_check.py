@@ -52,12 +52,12 @@ class AccuracyRequest:
     """What to compare, on what, and how much may be lost.
 
     Args:
-        model: An exported folder, its ONNX file, one of its engines, or a checkpoint.
+        model: An exported folder, its ONNX file, one of its engines, a checkpoint, or a model.
         data: A folder with a folder a class, or of pictures; .csv, .npz; a Hugging Face data set.
         max_drop: Of top-1 accuracy, as a share: 0.005 is half a point. Default None: not asked.
         min_agreement: Share of images with the same class. Default None: not asked.
         sure: Require it of the whole 95 % confidence interval. Default False.
-        reference: Another model to compare with. Default None: the same without its pruning.
+        reference: Another of these to compare with. Default None: the same without its pruning.
         against: Whether a reference checkpoint runs "dense" (default) or "pruned" as `model` is.
         baseline: Stored predictions to compare with. Default None.
         retrained: Let pass that the baseline is of other weights. Default False.
@@ -76,12 +76,12 @@ class AccuracyRequest:
         DestinationError: the baseline is there already, or its folder is not.
     """
 
-    model: str | Path
+    model: Any
     data: str | Path
     max_drop: float | None = None
     min_agreement: float | None = None
     sure: bool = False
-    reference: str | None = None
+    reference: Any = None
     against: Against = "dense"
     baseline: str | Path | None = None
     retrained: bool = False
@@ -244,24 +244,19 @@ def check_accuracy(
 
 def _models(request: AccuracyRequest, compared: bool, progress: Progress) -> list[ComparedModel]:
     """Return the model, and behind it the one to compare with unless that is a baseline."""
-    target = Path(request.model)
-    if not target.exists() and not request.checkpoint.pretrained:
-        raise ArtifactError(
-            f"{request.model} does not exist: give an exported folder or a checkpoint"
-        )
-    if request.engine or target.suffix == ENGINE_SUFFIX:
+    target = Path(request.model) if isinstance(request.model, (str, Path)) else None
+    if target is not None and not target.exists() and not request.checkpoint.pretrained:
+        raise ArtifactError(f"{target} does not exist: give an exported folder or a checkpoint")
+    if target is not None and (request.engine or target.suffix == ENGINE_SUFFIX):
         first, source = _engine(target, as_path(request.plugin), progress)
+    elif request.engine or request.plugin is not None:
+        raise InvalidArgumentError(
+            f"{argument('plugin')} is for engines: add {argument('engine', True)}"
+            if request.plugin is not None
+            else f"{argument('engine', True)} is for exported folders, and a model is given"
+        )
     else:
-        options = request.checkpoint
-        if is_export(target) or target.suffix == ".onnx":
-            if request.reference is None and (options.arch or options.trust_pickle):
-                raise InvalidArgumentError(
-                    f"{argument('arch')} and {argument('trust_pickle', True)} are for checkpoints,"
-                    " and none is given"
-                )
-            source = source_of_export(target)
-        else:
-            source = open_source(request.model, options)
+        source = _source(request, target)
         first = open_model(source)
     if not compared or request.baseline is not None:
         return [first]
@@ -272,8 +267,24 @@ def _models(request: AccuracyRequest, compared: bool, progress: Progress) -> lis
     return [first, _reference(request, request.reference, source)]
 
 
-def _reference(request: AccuracyRequest, reference: str, source: ModelSource) -> ComparedModel:
-    if is_export(Path(reference)) or reference.endswith(".onnx"):
+def _source(request: AccuracyRequest, target: Path | None) -> ModelSource:
+    options = request.checkpoint
+    if target is None or not _is_exported(target):
+        return open_source(request.model, options)
+    if request.reference is None and (options.arch or options.trust_pickle):
+        raise InvalidArgumentError(
+            f"{argument('arch')} and {argument('trust_pickle', True)} are for checkpoints,"
+            " and none is given"
+        )
+    return source_of_export(target)
+
+
+def _is_exported(target: Path) -> bool:
+    return is_export(target) or target.suffix == ".onnx"
+
+
+def _reference(request: AccuracyRequest, reference: Any, source: ModelSource) -> ComparedModel:
+    if isinstance(reference, (str, Path)) and _is_exported(Path(reference)):
         if request.against == "pruned":
             raise InvalidArgumentError(
                 f"{argument('against', 'pruned')} is for checkpoints; {reference} is pruned as "
@@ -286,7 +297,7 @@ def _reference(request: AccuracyRequest, reference: str, source: ModelSource) ->
 
         assert other.model is not None
         pruned = PrunedViT(other.model.vit, source.metadata.pruning)
-        return open_model(source_of_model(reference, pruned))
+        return open_model(source_of_model(other.name, pruned))
     return open_model(other, dense=True)
 
 

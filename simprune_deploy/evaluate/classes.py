@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simprune_deploy.common.errors import DataError, argument
+from simprune_deploy.common.errors import DataError, argument, spelled
 
 IMAGENET_CLASSES = 1000
 MOST_SHOWN = 3
@@ -114,7 +114,7 @@ def _numbers(
                     f"{_some(names) if names else 'no names for its classes: give a number'}"
                 )
             numbers[name] = own[_normal(value)] if isinstance(value, str) else int(value)
-        return numbers, "classes mapped by --classes"
+        return numbers, spelled(f"classes mapped by {argument('classes')}")
     if own and all(_normal(name) in own for name in used):
         return {name: own[_normal(name)] for name in used}, "classes matched by name"
     if num_classes == IMAGENET_CLASSES:

@@ -114,9 +114,7 @@ def folder_source(root: Path, labelled: bool = True) -> Files:
     if refused:
         raise DataError(f"{root}/{refused[0][0]} cannot be listed: {refused[0][1]}")
     if not paths:
-        raise DataError(
-            f"{root} holds no pictures: give a folder of pictures with {argument('data')}"
-        )
+        raise DataError(f"{root} holds no pictures: give a folder that does")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not labelled or not folders:
         return Files("unlabelled folder", root, paths)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument
+from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument, spelled
 from simprune_deploy.common.images import (
     PictureLoader,
     Preprocessing,
     UnusableImageError,
     printable,
 )
+from simprune_deploy.common.requests import check_whole
 from simprune_deploy.evaluate.classes import map_labels, read_mapping
 from simprune_deploy.evaluate.data_sources import (
     Archive,
@@ -55,11 +57,12 @@ class DataOptions:
     max_unreadable: float = MAX_UNREADABLE
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InvalidArgumentError(f"{argument('limit')} {self.limit} must be 1 or more")
-        if not 0 <= self.max_unreadable <= 1:
+        if self.limit is not None:
+            check_whole("limit", self.limit, 1)
+        if not isinstance(self.max_unreadable, numbers.Real) or not 0 <= self.max_unreadable <= 1:
             raise InvalidArgumentError(
-                f"{argument('max_unreadable')} {self.max_unreadable:g} must be a share, such as 1%"
+                f"{argument('max_unreadable')} {self.max_unreadable!r} must be a share: "
+                f"{argument('max_unreadable', 0.01, '1%')}"
             )
         if self.classes is not None and not self.labels:
             raise InvalidArgumentError(
@@ -199,7 +202,9 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
     positions = np.arange(wanted, dtype=np.int64) * count // wanted
     notes = []
     if wanted < count:
-        notes.append(f"{wanted:,} of {count:,} pictures, spread evenly (--limit)")
+        notes.append(
+            spelled(f"{wanted:,} of {count:,} pictures, spread evenly ({argument('limit')})")
+        )
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     if source.labels is None:
@@ -209,7 +214,11 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
                 f"{argument('classes')} maps labels, and {path} has none: drop it"
             )
     elif not options.labels:
-        notes.append("labels left aside (--no-labels): agreement in place of accuracy")
+        notes.append(
+            spelled(
+                f"labels left aside ({argument('labels', False)}): agreement in place of accuracy"
+            )
+        )
     elif not metadata.num_classes:
         notes.append("the model gives features: labels are not used")
     else:

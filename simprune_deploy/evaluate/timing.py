@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.requests import check_whole
 
 Runner = Callable[[int], "float | None"]
 """Runs input number i to its end. Returns how many milliseconds of it were the GPU's, if known."""
@@ -47,14 +47,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("warm_up", 0)):
-            value = getattr(self, name)
-            if not least <= value <= MOST:
-                raise InvalidArgumentError(
-                    f"{argument(name)} {value} is not between {least} and {MOST}",
-                    what=name,
-                    value=value,
-                    allowed=(least, MOST),
-                )
+            check_whole(name, getattr(self, name), least, MOST)
 
     @property
     def rounds(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.requests import batch_range, check_whole
 from simprune_deploy.onnx.function_body import MAX_OPSET, MIN_OPSET
 from simprune_deploy.onnx.metadata import FLOAT32_NCHW, UINT8_NHWC, InputForm, check_input
 from simprune_deploy.onnx.precision import Precision, check_precision
@@ -16,7 +17,8 @@ class ExportOptions:
 
     Args:
         opset: ONNX opset, 18 to 23. Default 20, the first with a native Gelu.
-        batch: Smallest and largest batch; equal ones make the batch static. Default 1 to 8.
+        batch: Smallest and largest batch; one number, or equal ones, make the batch static. Default
+            1 to 8.
         runtime_threshold: Make the threshold a graph input, float32[1] or one per image.
         normalize: Take pixels in [0, 1] and put mean and deviation into the graph.
         input: "float32-nchw" (the default), or "uint8-nhwc": images as a camera gives them,
@@ -54,11 +56,8 @@ class ExportOptions:
             object.__setattr__(self, "normalize", True)
         if self.log_size_in_keys is None:
             object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
-        low, high = self.batch
-        if low < 1 or high < low:
-            raise InvalidArgumentError(
-                f"batch {low}..{high} is not a range: give 1..8, or one number for a fixed batch"
-            )
+        object.__setattr__(self, "batch", batch_range(self.batch))
+        check_whole("opset", self.opset, 1)
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise InvalidArgumentError(
                 f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use "

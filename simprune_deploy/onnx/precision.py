@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError
+from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError, argument
 from simprune_deploy.onnx.function_body import OP_TYPE
 
 FLOAT = int(TensorProto.FLOAT)
@@ -285,12 +285,12 @@ def _narrow(values: np.ndarray, precision: str, what: str) -> tuple[np.ndarray, 
     largest = float(sizes.max(initial=0.0))
     if not np.isfinite(narrow).all():
         end, remedy = (
-            (f"float16 ends at {LARGEST_FLOAT16:.0f}", "use --precision bf16")
+            (f"float16 ends at {LARGEST_FLOAT16:.0f}", argument("precision", "bf16"))
             if precision == "fp16"
-            else ("bfloat16 ends at 3.39e38", "use --precision fp32")
+            else ("bfloat16 ends at 3.39e38", argument("precision", "fp32"))
         )
         raise UnsupportedModelError(
-            f"{what} holds {values.flat[sizes.argmax()]:g}, and {end}: {remedy}"
+            f"{what} holds {values.flat[sizes.argmax()]:g}, and {end}: use {remedy}"
         )
     flushed = int(((narrow == 0) & (values != 0)).sum())
     return narrow, Rounding(int(values.size), flushed, largest)

@@ -10,6 +10,7 @@ import numpy as np
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
+from simprune_deploy.common.errors import argument, spelled
 from simprune_deploy.parity.decisions import (
     broken_structure,
     float_noise,
@@ -279,7 +280,10 @@ def check_range(largest: dict[str, float], limit: float) -> Check:
     else:
         first = next(each for each, size in largest.items() if not size <= limit)
         numbers["tensor"] = first
-        text = f"{first} leaves float16, which ends at {limit:.0f}: use --precision bf16"
+        text = spelled(
+            f"{first} leaves float16, which ends at {limit:.0f}: use "
+            f"{argument('precision', 'bf16')}"
+        )
     return Check("range", passed, text, numbers)
 
 
@@ -342,8 +346,10 @@ def check_pruning(run: Run, pruning: Pruning) -> Check:
         return Check(
             "pruning",
             False,
-            "nothing was pruned on these images, which shows nothing: lower --threshold, "
-            "or give pictures of your own with --images",
+            spelled(
+                "nothing was pruned on these images, which shows nothing: lower "
+                f"{argument('threshold')}, or give pictures of your own with {argument('images')}"
+            ),
             numbers,
         )
     chain = " -> ".join(f"{row.mean() - prefix:.0f}" for row in kept)

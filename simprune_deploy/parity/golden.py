@@ -61,8 +61,16 @@ def save_golden(path: Path, golden: Golden) -> None:
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
-def load_golden(path: Path, layers: list[int]) -> Golden:
+GIVE_THE_CHECKPOINT = f"give the checkpoint with {argument('reference')}"
+
+
+def load_golden(path: Path, layers: list[int], without: str = GIVE_THE_CHECKPOINT) -> Golden:
     """Read golden cases for a model with the given prune layers.
+
+    Args:
+        path: The file.
+        layers: The prune layers, block numbers.
+        without: What to do where there is no such file, for the message.
 
     Raises:
         SimpruneError: the file is missing, damaged, or of a model with other prune layers.
@@ -86,10 +94,7 @@ def load_golden(path: Path, layers: list[int]) -> Golden:
             raise ValueError("its arrays do not fit together")
         reference = Run(str(arrays["reference"]), arrays["output"], records)
     except FileNotFoundError:
-        raise ArtifactError(
-            f"{path} does not exist: without golden cases give the checkpoint with "
-            f"{argument('reference')}"
-        ) from None
+        raise ArtifactError(f"{path} does not exist: without golden cases {without}") from None
     except (
         *(OSError, ValueError, KeyError, TypeError, MemoryError),
         *(zlib.error, zipfile.BadZipFile),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
 
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
@@ -109,7 +109,7 @@ class PruneConfig:
 def check_threshold(threshold: float) -> None:
     """Refuse a threshold that is not a number in [-1, 2]."""
     if not isinstance(threshold, numbers.Real) or math.isnan(threshold):
-        raise InvalidArgumentError(f"threshold {threshold} is not a number: use one in [-1, 2]")
+        raise InvalidArgumentError(f"threshold {threshold!r} is not a number: use one in [-1, 2]")
     if not -1 <= threshold <= 2:
         raise InvalidArgumentError(
             f"threshold {threshold} is outside [-1, 2]: it is a cosine similarity, "
@@ -131,6 +131,7 @@ def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
         )
     if isinstance(layers, str):
         raise InvalidArgumentError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
+    _check_whole("layers", layers)
     for layer in layers:
         if not 0 <= layer < depth:
             raise InvalidArgumentError(
@@ -162,6 +163,7 @@ def resolve_capacities(
         ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
         steps = [max(tokens, round(num_patches * ratio**i)) for i in range(1, num_layers)]
         return (*steps, tokens) if num_layers else ()
+    _check_whole("tokens", tokens)
     counts = tuple(int(count) for count in tokens)
     available = num_patches
     for count in counts:
@@ -172,6 +174,14 @@ def resolve_capacities(
             )
         available = count
     return counts
+
+
+def _check_whole(name: str, values: Any) -> None:
+    whole = isinstance(values, Iterable) and not isinstance(values, (str, bytes))
+    if not whole or not all(isinstance(each, numbers.Integral) for each in values):
+        raise InvalidArgumentError(
+            f"{argument(name)} {values!r}: give whole numbers, such as [3, 6, 9]", what=name
+        )
 
 
 def format_numbers(values: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from simprune_deploy.common.errors import UnsupportedModelError
+from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,10 +30,16 @@ def check_prunable(model: nn.Module) -> None:
     """Pass if `model` is a timm ``VisionTransformer`` whose forward we know.
 
     Raises:
+        InvalidArgumentError: it is no model at all.
         UnsupportedModelError: it is not; the message names the model and the reason.
     """
     from timm.models import VisionTransformer, VisionTransformerDistilled
+    from torch import nn
 
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"{model!r:.100} is no model: give a timm ViT, such as simprune_deploy.load returns"
+        )
     name = architecture_name(model)
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(f"{name} cannot be pruned: {why_not(model)}")

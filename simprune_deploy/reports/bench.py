@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from simprune_deploy.common.errors import argument, spelled
 from simprune_deploy.evaluate.timing import LEVEL
 from simprune_deploy.reports.terminal import print_facts
 
@@ -109,7 +110,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         "pruning's own work; tokens: the share that the blocks process"
     )
     if any(row["speedup"]["low"] is None for row in rows):
-        lines.append("too few blocks for an interval: raise --iterations")
+        lines.append(spelled(f"too few blocks for an interval: raise {argument('iterations')}"))
     if report["machine_was_busy"]:
         lines.append(
             "note: the machine was busy before this began, so the times are not its best; the "

@@ -15,7 +15,7 @@ from simprune_deploy.common.errors import DataError, InvalidArgumentError, argum
 from simprune_deploy.common.files import check_destination, staged_folder, stem_of, write_json
 from simprune_deploy.common.images import PictureLoader, UnusableImageError
 from simprune_deploy.common.progress import Progress, silent
-from simprune_deploy.common.requests import request_of
+from simprune_deploy.common.requests import check_whole, request_of
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.predict.source import ModelSource, open_source, source_of_model
 from simprune_deploy.pruning.config import check_threshold
@@ -166,8 +166,7 @@ def open_sources(paths: Sequence[Path], limit: int) -> list[tuple[Source, int]]:
     from simprune_deploy.evaluate.data_sources import Files
     from simprune_deploy.evaluate.datasets import open_data_source
 
-    if limit < 1:
-        raise InvalidArgumentError(f"{argument('limit')} {limit} must be 1 or more")
+    check_whole("limit", limit, 1)
     found: list[tuple[Source, int]] = []
     for path in paths:
         if not path.exists():

@@ -160,7 +160,7 @@ def connected(address: str, cpus: int | None = None) -> Iterator[RayRunner]:
         ray.shutdown()
 
 
-_START = "start one with `ray start --head`, or leave --ray out"
+_START = f"start one with `ray start --head`, or leave {argument('ray')} out"
 
 
 def _check_connects(address: str) -> None:

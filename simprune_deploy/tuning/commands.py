@@ -16,9 +16,10 @@ from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
 from simprune_deploy.common.requests import as_path, request_of
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.source import ModelSource, open_source
-from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, settings_for
+from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
 from simprune_deploy.tuning.search import (
+    EXAMPLES,
     MAX_DROP,
     MIN_SPEEDUP,
     TARGET_LATENCY,
@@ -59,15 +60,10 @@ class _Measured:
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     command: str = ""
 
-    def check(self) -> None:
-        """Refuse what cannot be used before anything is loaded.
-
-        Raises:
-            InvalidArgumentError: a value is out of its range, or there is no data.
-        """
+    def __post_init__(self) -> None:
         if not str(self.data):
             raise InvalidArgumentError(f"there is nothing to measure on: give {argument('data')}")
-        _ = self.options, self.data_options
+        _ = self.options, self.data_options  # they check their values
 
     @property
     def options(self) -> SweepOptions:
@@ -139,6 +135,15 @@ class SweepRequest(_Measured):
     compare: bool = False
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Grid(**self.asked)  # it checks its values
+        if self.compare and self.backend not in (None, "torch"):
+            raise InvalidArgumentError(
+                f"{argument('compare', True)} runs in PyTorch, not {self.backend}: leave "
+                f"{argument('backend')} out"
+            )
+
     @property
     def folder(self) -> Path:
         """Where the result goes."""
@@ -168,14 +173,7 @@ def sweep(
     """
     request = request_of(SweepRequest, model, fields, data=data)
     # every check that needs no model comes before the model is loaded
-    Grid(**request.asked)
-    request.check()
     check_store(request.folder, request.resume, request.force)
-    if request.compare and request.backend not in (None, "torch"):
-        raise InvalidArgumentError(
-            f"{argument('compare', True)} runs in PyTorch, not {request.backend}: leave "
-            f"{argument('backend')} out"
-        )
     backend = request.backend or ("torch" if request.compare else "onnxruntime")
     _check_backend(backend, request)
     with _cluster(request.ray) as runner:
@@ -225,6 +223,15 @@ class TuneRequest(_Measured):
     overflow: float | None = None
     cells: str | Path | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.objective
+        if not self.timing and not wanted.of_accuracy:
+            raise InvalidArgumentError(
+                f"{argument(wanted.kind.replace('-', '_'))} needs times, and "
+                f"{argument('timing', 0)} takes none"
+            )
+
     @property
     def file(self) -> Path:
         """Where the result goes."""
@@ -247,10 +254,8 @@ class TuneRequest(_Measured):
             if value is not None
         ]
         if len(given) != 1:
-            raise InvalidArgumentError(
-                f"give one wish: {argument('max_drop', 0.005, '0.5%')}, "
-                f"{argument('min_speedup', 1.5)} or {argument('target_latency', 8, '8ms')}"
-            )
+            first, second, third = EXAMPLES.values()
+            raise InvalidArgumentError(f"give one wish: {first}, {second} or {third}")
         kind, value = given[0]
         return Objective(kind, value, self.confidence)
 
@@ -271,12 +276,6 @@ def tune(
     """
     request = request_of(TuneRequest, model, fields, data=data)
     objective = request.objective
-    request.check()
-    if not request.timing and not objective.of_accuracy:
-        raise InvalidArgumentError(
-            f"{argument(objective.kind.replace('-', '_'))} needs times, and "
-            f"{argument('timing', 0)} takes none"
-        )
     _check_file(request.file, request.force)
     backend = request.backend or "onnxruntime"
     _check_backend(backend, request)
@@ -366,12 +365,14 @@ def _bases(source: ModelSource, request: TuneRequest) -> list[Setting]:
             )
         return [setting_of(source)]
     metadata = source.metadata
-    grid = Grid((0.9,), request.layers or ("auto",), (request.selection,), (request.reduction,))
+    grid = Grid(
+        (0.9,), layer_sets(request.layers or "auto"), (request.selection,), (request.reduction,)
+    )
     bases = grid.settings(metadata.depth, metadata.num_patches)
     own = metadata.pruning.layers
     if request.layers is None:
         return [dataclasses.replace(each, layers=own) for each in bases]
-    if tuple(request.layers) != ("auto",):
+    if layer_sets(request.layers) != ("auto",):
         return bases
     return [
         dataclasses.replace(each, layers=candidate)

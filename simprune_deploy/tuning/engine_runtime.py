@@ -72,7 +72,7 @@ def _machine() -> Builder:
         builder = for_this_gpu(None, use_plugin=False)
         cuda.check_bindings()
     except SimpruneError as error:
-        raise RequirementError(f"no engine can run here: {error.message}; {ON_THE_CPU}") from error
+        raise RequirementError(f"no engine can run here: {error.marked}; {ON_THE_CPU}") from error
     return builder
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.requests import check_listed
 from simprune_deploy.predict.source import ModelSource
 from simprune_deploy.pruning.config import (
     PruneConfig,
@@ -33,7 +35,7 @@ class Grid:
 
     Args:
         thresholds: Cosine thresholds, each in [-1, 2].
-        layers: Sets of blocks.
+        layers: Sets of blocks; [3, 6, 9] is one set.
         selections: "cover", "redundancy" or both.
         reductions: "merge", "drop" or both.
         tokens: Counts.
@@ -49,6 +51,10 @@ class Grid:
     tokens: Sequence[TokenSet] = (None,)
 
     def __post_init__(self) -> None:
+        for name in ("thresholds", "layers", "selections", "reductions", "tokens"):
+            object.__setattr__(self, name, several(getattr(self, name)))
+            check_listed(name, getattr(self, name), 1)
+        object.__setattr__(self, "layers", layer_sets(self.layers))
         for threshold in self.thresholds:
             check_threshold(threshold)
 
@@ -77,6 +83,18 @@ class Grid:
                 for threshold in self.thresholds
             ]
         return list(dict.fromkeys(found))
+
+
+def several(values: Any) -> Any:
+    """Return one value, such as "cover" or 64, as a list of one; others as they are."""
+    return (values,) if values is None or isinstance(values, (str, numbers.Real)) else values
+
+
+def layer_sets(layers: Any) -> tuple[LayerSet, ...]:
+    """Return the sets of blocks; "auto", or the numbers of one set, are the only one."""
+    layers = tuple(several(layers))
+    one = layers and all(isinstance(each, numbers.Integral) for each in layers)
+    return (layers,) if one else layers
 
 
 def settings_for(source: ModelSource, asked: Mapping[str, Any]) -> list[Setting]:

@@ -16,6 +16,7 @@ from simprune_deploy.common.errors import (
     InvalidArgumentError,
     argument,
 )
+from simprune_deploy.common.requests import check_between
 from simprune_deploy.evaluate.statistics import (
     CONFIDENCE,
     PAIRED_METHOD,
@@ -30,6 +31,14 @@ LOWEST, HIGHEST, STEPS = 30, 99, 100
 """Thresholds from 0.30 to 0.99 are searched, in steps of 0.01."""
 
 MAX_DROP, MIN_SPEEDUP, TARGET_LATENCY = "max-drop", "min-speedup", "target-latency"
+
+
+EXAMPLES = {
+    MAX_DROP: argument("max_drop", 0.005, "0.5%"),
+    MIN_SPEEDUP: argument("min_speedup", 1.5),
+    TARGET_LATENCY: argument("target_latency", 8, "8ms"),
+}
+"""What each wish looks like."""
 
 
 def _name(kind: str) -> str:
@@ -54,20 +63,15 @@ class Objective:
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise InvalidArgumentError(
-                f"{argument('confidence')} {self.confidence:g} must be a share, such as 95%"
-            )
+        check_between("confidence", self.confidence, 0, 1, argument("confidence", 0.95, "95%"))
         ranges = {
             MAX_DROP: (0.0, 1.0),
             MIN_SPEEDUP: (1.0, math.inf),
             TARGET_LATENCY: (0.0, math.inf),
         }
-        low, high = ranges[self.kind]
-        if not low < self.value < high:
-            raise InvalidArgumentError(
-                f"{_name(self.kind)} {self.value:g} must lie between {low:g} and {high:g}"
-            )
+        check_between(
+            self.kind.replace("-", "_"), self.value, *ranges[self.kind], EXAMPLES[self.kind]
+        )
 
     @property
     def of_accuracy(self) -> bool:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.errors import argument, spelled
 from simprune_deploy.common.progress import NO_BAR, ProgressBar
+from simprune_deploy.common.requests import check_whole
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.evaluate.memory import MemoryRun, probe
@@ -85,12 +86,8 @@ class SweepOptions:
     timing: int = IMAGES
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise InvalidArgumentError(f"{argument('batch')} {self.batch} must be 1 or more")
-        if self.timing < 0:
-            raise InvalidArgumentError(
-                f"{argument('timing')} {self.timing} must be 0 (no timing) or more"
-            )
+        check_whole("batch", self.batch, 1)
+        check_whole("timing", self.timing, 0)
 
 
 def batch_for(source: ModelSource, wanted: int) -> int:
@@ -277,7 +274,7 @@ class Sweep:
         cells = self.measure(settings)
         not_measured = []
         if not self.options.timing:
-            not_measured.append("latency and peak memory: --timing 0")
+            not_measured.append(spelled(f"latency and peak memory: {argument('timing', 0)}"))
         elif any(setting.method in BASELINES for setting in settings):
             not_measured.append(
                 "the baselines' latency: they are written to compare accuracy at the same token "

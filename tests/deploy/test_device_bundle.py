@@ -257,7 +257,9 @@ class TestClaims:
         manifest = read_manifest(made)
         about = manifest["bundle"]
         assert manifest["verdict"] == "not verified"
-        assert "model.onnx: it was exported with --no-verify, and never run" in about["not_checked"]
+        assert (
+            "model.onnx: it was never compared with PyTorch, and never run" in about["not_checked"]
+        )
         assert [each["what"] for each in about["checked"]] == ["model-plugin.onnx"]
         readme = (made / "README.md").read_text(encoding="utf-8")
         assert "nothing to compare with" in readme

@@ -175,6 +175,14 @@ def test_too_old(machine: MadeUp, name: str, version: str, remedy: str) -> None:
     assert not all_needed_present(list(findings.values()))
 
 
+def test_what_is_too_old_is_what_pip_would_not_install() -> None:
+    asked = [each.split(";")[0].strip() for each in metadata.requires("simprune-deploy") or ()]
+    oldest = dict(each.split(">=") for each in asked if ">=" in each and "," not in each)
+    oldest["python"] = metadata.metadata("simprune-deploy")["Requires-Python"].removeprefix(">=")
+    known = {name: oldest[name] for name in packages.MINIMUM_VERSIONS if name in oldest}
+    assert known == {n: v for n, v in packages.MINIMUM_VERSIONS.items() if n != "tensorrt"}
+
+
 def test_torchvision_of_another_torch(machine: MadeUp) -> None:
     error = RuntimeError("operator torchvision::nms does not exist")
     findings = machine(failing={"torchvision": error})

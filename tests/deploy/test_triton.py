@@ -23,9 +23,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import triton_server
-from conftest import made
 from google.protobuf import text_format
 from places import ROOT
+from plugin_build import made
 from typer.testing import CliRunner
 
 import simprune_deploy as sd

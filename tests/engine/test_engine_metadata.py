@@ -13,8 +13,9 @@ from made_up_engine import metadata_of
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.common.files import write_json
+from simprune_deploy.common.versions import same_version
 from simprune_deploy.engine import gpu
-from simprune_deploy.engine.compatibility import Here, check_fits, misfit, same_version
+from simprune_deploy.engine.compatibility import Here, check_fits, misfit
 from simprune_deploy.engine.engine_metadata import metadata_path, read_engine_metadata
 
 ORIN = Here("tensorrt", "10.3.0", (8, 7), "12.6", "b" * 64)

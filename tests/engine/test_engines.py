@@ -206,7 +206,7 @@ def test_a_workspace_that_is_too_small(limit: int | None, told: bool, monkeypatc
     request = {"flavour": "tensorrt", "model": "m.onnx", "workspace_mib": limit}
     with pytest.raises(SimpruneError, match="within workspace limit") as raised:
         process.run_worker(request, "SM 8.7", Path("m.engine"), print)
-    hint = "--workspace 64 may be too small: raise it, or leave it out"
+    hint = "workspace_mib=64 may be too small: raise it, or leave it out"
     assert str(raised.value).endswith(hint) is told
 
 

@@ -363,7 +363,7 @@ def test_what_cannot_be_checked_is_refused_in_one_line(exported: Path, tmp_path:
     assert "--max-unreadable belongs to --data" in refusal(exported, "--max-unreadable", "2%")
     assert "say what is let pass" in refusal(exported, *data)
     assert "'half' is not a share" in refusal(exported, *data, "--max-drop", "half")
-    assert "150.00%" in refusal(exported, *data, "--max-drop", "150%")
+    assert "--max-drop 150% must lie" in refusal(exported, *data, "--max-drop", "150%")
     assert "give one" in refusal(exported, *agree, "--baseline", "b", "--reference", "r")
     assert "give one" in refusal(exported, *agree, "--against", "pruned")
     assert "'all' is not one of" in cli("verify", exported, *agree, "--against", "all").line

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import made
 from made_up_engine import metadata_of
-from plugin_build import CPP_EXAMPLE, cpp_example
+from plugin_build import CPP_EXAMPLE, cpp_example, made
 from tensorrt_wheels import installed_lean
 
 from simprune_deploy.common.files import write_json

@@ -240,7 +240,7 @@ def test_a_weight_beyond_float16_is_refused_and_bfloat16_takes_it() -> None:
     assert "blocks.1.mlp.fc2" in message
     assert "70000" in message
     assert "65504" in message
-    assert "--precision bf16" in message
+    assert "use precision='bf16'" in message
     assert "\n" not in message
     export_onnx(model, ExportOptions(precision="bf16"))
 

@@ -342,7 +342,7 @@ def _about(
     gpu = environment.get("gpu", "none used")
     checked, unchecked = [], []
     if verdict == UNVERIFIED:
-        unchecked.append(f"{MODEL}: it was exported with --no-verify, and never run")
+        unchecked.append(f"{MODEL}: it was never compared with PyTorch, and never run")
     else:
         runtime = environment.get("runtime", "an unknown runtime")
         found = f"{verdict}, {runtime} against {environment.get('reference', 'PyTorch')}"

@@ -23,7 +23,7 @@ MINIMUM_VERSIONS = {
     "onnxruntime": "1.20",
     "onnxscript": "0.5",
     "polygraphy": "0.53",
-    "safetensors": "0.4",
+    "safetensors": "0.4.5",
     # IPluginV3, which the plugin implements, begins with TensorRT 10
     "tensorrt": "10.0",
     "timm": "1.0.31",

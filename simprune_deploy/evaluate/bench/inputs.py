@@ -61,11 +61,13 @@ def load_pictures(source: ModelSource, images: str | Path | None, wanted: int | 
             allowed=(low, high),
         )
     if images is None:
+        from simprune_deploy.common.images import GIVE_A_FOLDER
         from simprune_deploy.parity.golden import load_golden
 
         assert source.folder is not None
         assert source.graph is not None
-        found = load_golden(source.folder / GOLDEN, pruned_layers(source.graph)).images
+        layers = pruned_layers(source.graph)
+        found = load_golden(source.folder / GOLDEN, layers, GIVE_A_FOLDER).images
         return Pictures(_batches(found, batch), len(found), "the golden cases of the folder")
     from simprune_deploy.common.images import load_as_taken
 

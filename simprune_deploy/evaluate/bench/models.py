@@ -209,7 +209,7 @@ def _pruned_engine(
         )
     except SimpruneError as error:
         raise RequirementError(
-            f"no engine of {folder} runs here: {error.message}; "
+            f"no engine of {folder} runs here: {error.marked}; "
             f"{argument('backend', 'onnxruntime')} times the ONNX file on the CPU"
         ) from error
     return built.path, built.metadata

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.requests import check_listed, check_whole
 from simprune_deploy.evaluate.timing import Plan
 from simprune_deploy.pruning.config import check_threshold
 
@@ -60,10 +61,11 @@ class BenchRequest:
                 allowed=BACKENDS,
             )
         Plan(self.iterations, self.warm_up, 1)
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise InvalidArgumentError(
-                f"{argument('threads')} {self.threads} is not between 1 and 1024"
-            )
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1, 1024)
+        if self.batch is not None:
+            check_whole("batch", self.batch, 1)
+        check_listed("thresholds", self.thresholds)
         if len(self.thresholds) > MOST_THRESHOLDS:
             raise InvalidArgumentError(
                 f"{len(self.thresholds)} thresholds are too many: give at most {MOST_THRESHOLDS}"

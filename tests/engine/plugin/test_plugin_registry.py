@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import made
 from places import ROOT
-from plugin_build import cmake_build
+from plugin_build import cmake_build, made
 from tensorrt_wheels import installed_lean, installed_rtx
 
 PROBE = ROOT / "tests" / "helpers" / "registry_probe.py"

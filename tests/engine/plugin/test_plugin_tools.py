@@ -28,7 +28,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import conftest
 import plugin_build
 import pytest
 from made_up_library import FACTS, elf, fatbin, written
@@ -1192,10 +1191,10 @@ def test_missing_tools_skip_a_test_but_not_in_ci(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no nvcc found"):
-        conftest.made(make)
+        plugin_build.made(make)
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no nvcc found"):
-        conftest.made(make)
+        plugin_build.made(make)
 
 
 def test_versions_agree() -> None:
