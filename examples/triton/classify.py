@@ -10,6 +10,7 @@ in the parity check.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def load_pictures(folder: Path, model: dict[str, Any]) -> ImageSet:
         folder: Where they are.
         model: What the export's manifest says of the model.
     """
-    recorded = {k: v for k, v in model["preprocessing"].items() if k != "label_names"}
+    known = {field.name for field in dataclasses.fields(Preprocessing)}
+    recorded = {k: v for k, v in model["preprocessing"].items() if k in known}
     height, width = model["image_size"]
     wanted = {**recorded, "channels": model["channels"], "height": height, "width": width}
     preprocessing = Preprocessing.from_dict(wanted)

@@ -64,11 +64,16 @@ class Fit:
         model: It, on the meta device, with the sizes that the weights ask for.
         mismatches: What does not fit, in words, the most telling first; empty if it fits.
         notes: What was read off the weights' shapes.
+        assumed: What neither the file nor the user says, by timm's name of the argument, and where
+            the value is from.
+        open_question: What the file cannot say and timm's default contradicts; None: nothing.
     """
 
     model: VisionTransformer
     mismatches: list[str]
     notes: list[str] = field(default_factory=list)
+    assumed: dict[str, str] = field(default_factory=dict)
+    open_question: str | None = None
 
 
 def known_architecture(name: str) -> str | None:
@@ -93,7 +98,9 @@ def fit(state: State, arch: str, args: Mapping[str, Any], size: tuple[int, int] 
     check_family(arch)
     clean = _clean(args)
     model = _build(arch, clean)
-    changes, notes = _read_shapes(model, state, clean, size)
+    changes, notes = _read_shapes(model, state, size)
+    pooling, question = _pooling(model, state, clean)
+    changes |= pooling
     if changes:
         model = _build(arch, {**clean, **changes})
     check_prunable(model)
@@ -104,7 +111,10 @@ def fit(state: State, arch: str, args: Mapping[str, Any], size: tuple[int, int] 
             f"{mismatches[0]}, and everything else fits {arch}: the patches are no square grid, "
             f"give the height and width the model was trained at with {argument('img_size')}"
         )
-    return Fit(model, mismatches, notes)
+    assumed = {}
+    if "global_pool" not in clean and "attn_pool.latent" not in state:
+        assumed["global_pool"] = f"{model.global_pool!r}, timm's default for {arch},"
+    return Fit(model, mismatches, notes, assumed, question)
 
 
 def check_size(size: tuple[int, int], model: VisionTransformer) -> None:
@@ -114,6 +124,14 @@ def check_size(size: tuple[int, int], model: VisionTransformer) -> None:
         CheckpointError: it is out of bounds.
     """
     stride = _stride(model)
+    unseen = [side % step for side, step in zip(size, stride, strict=True)]
+    if any(unseen) and min(side // step for side, step in zip(size, stride, strict=True)) >= 1:
+        near = sorted({side // stride[0] * stride[0] for side in size})
+        raise CheckpointError(
+            f"{argument('img_size')} {size[0]}x{size[1]} is no multiple of the patches of "
+            f"{stride[0]}x{stride[1]} pixels, and the last {max(unseen)} rows or columns would not "
+            f"be seen: give {' or '.join(map(str, [*near, near[-1] + stride[0]]))}"
+        )
     patches = (size[0] // stride[0]) * (size[1] // stride[1])
     if not 1 <= patches <= MAX_PATCHES:
         raise CheckpointError(
@@ -182,7 +200,7 @@ def _build(arch: str, args: Mapping[str, Any]) -> VisionTransformer:
 
 
 def _read_shapes(
-    model: VisionTransformer, state: State, args: Mapping[str, Any], size: tuple[int, int] | None
+    model: VisionTransformer, state: State, size: tuple[int, int] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments that the weights' shapes ask for where the built model differs."""
     changes: dict[str, Any] = {}
@@ -199,25 +217,44 @@ def _read_shapes(
     if model.dynamic_img_size:
         changes["dynamic_img_size"] = False
         notes.append("built for one image size (dynamic_img_size=False)")
-    if (pool := _pooling(model, state)) and "global_pool" not in args:
-        changes["global_pool"] = pool
-        notes.append(f"pooling {pool!r}, from the names of the weights")
     if found := _image_size(model, state, size):
         changes["img_size"] = found
         notes.append(f"image size {found[0]}x{found[1]}, from pos_embed")
     return changes, notes
 
 
-def _pooling(model: VisionTransformer, state: State) -> str | None:
-    """Return the pooling whose parts the weights have and the model has not."""
+def _pooling(
+    model: VisionTransformer, state: State, args: Mapping[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arguments of the pooling that the names of the weights ask for.
+
+    They say whether the last norm comes before the pooling (norm) or after it (fc_norm), and
+    whether the pooling has weights of its own; not which of the others it is.
+
+    Returns:
+        The arguments, and the question that only the user can answer, if there is one.
+    """
+    after, before = "fc_norm.weight" in state, "norm.weight" in state
+    changes: dict[str, Any] = {}
+    if "global_pool" in args:
+        wants_after = not isinstance(model.fc_norm, nn.Identity)
+        if "fc_norm" not in args and after != before and after != wants_after:
+            changes["fc_norm"] = after
+        return changes, None
     if "attn_pool.latent" in state:
-        return None if model.attn_pool is not None else "map"
-    normed_after = isinstance(model.norm, nn.Identity)
-    if "fc_norm.weight" in state and "norm.weight" not in state and not normed_after:
-        return "avg"
-    if "norm.weight" in state and "fc_norm.weight" not in state and normed_after:
-        return "token" if "cls_token" in state else None
-    return None
+        return ({} if model.attn_pool is not None else {"global_pool": "map"}), None
+    if after == before or after == isinstance(model.norm, nn.Identity):
+        return changes, None  # as timm's default has it, which is then assumed
+    if after:
+        changes["global_pool"], others = "avg", "avg, avgmax or max"
+    else:
+        changes |= {"global_pool": "token" if model.has_class_token else "avg", "fc_norm": False}
+        others = "token, or avg, avgmax or max without a norm after it"
+    return changes, (
+        f"its weights have {'fc_norm' if after else 'norm'}, so its pooling is not timm's default "
+        f"for the architecture, {model.global_pool!r}, and the file does not say what it is "
+        f"({others}): choose with {argument('global_pool')}"
+    )
 
 
 def _image_size(
@@ -285,6 +322,30 @@ def _mismatches(model: VisionTransformer, state: State) -> list[str]:
 
 def _shape(tensor: torch.Tensor) -> str:
     return "x".join(str(side) for side in tensor.shape) or "a number"
+
+
+def kwargs_hint(state: State, arch: str) -> str:
+    """Return the arguments that the weights speak of and the architecture has otherwise, or ""."""
+    if "patch_embed.proj.weight" not in state:
+        return ""  # no weights of timm's at all
+    model = _build(arch, {})
+    found = []
+    register = state.get("reg_token")
+    if register is not None and register.ndim == 3 and register.shape[1] != model.num_reg_tokens:
+        found.append(f"reg_tokens={register.shape[1]}")
+    patch = state.get("patch_embed.proj.weight")
+    own = model.state_dict().get("patch_embed.proj.weight")
+    if patch is not None and own is not None and patch.shape[2:] != own.shape[2:]:
+        found.append(f"patch_size={patch.shape[-1]}")
+    if "cls_token" not in state and model.has_class_token:
+        found.append("class_token=False")
+    if "blocks.0.ls1.gamma" in state and "blocks.0.ls1.gamma" not in model.state_dict():
+        found.append("init_values=1e-5")
+    if "blocks.0.attn.qkv.bias" not in state and "blocks.0.attn.qkv.weight" in state:
+        found.append("qkv_bias=False")
+    if "blocks.0.attn.q_norm.weight" in state and not hasattr(model.blocks[0].attn, "q_norm"):
+        found.append("qk_norm=True")
+    return " ".join(found)
 
 
 # Which others would fit

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from simprune_deploy.checkpoints.weight_names import looks_like, timm_names
 from simprune_deploy.common.errors import CheckpointError, argument
+from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.pruning.families import check_prunable
 from simprune_deploy.pruning.model import (
     EXTRA_STATE_KEY,
@@ -29,15 +31,16 @@ from simprune_deploy.pruning.model import (
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """Weight files of a timm hub folder, best first."""
 
-_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_WEIGHT_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "module", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "vit.", "backbone.")
-_NOT_WEIGHTS = ("n_averaged",)  # the step counter of torch's AveragedModel
+_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "teacher")
+_WEIGHT_KEYS = (
+    *("state_dict", "model", "model_state", "model_state_dict", "module", "net", "network"),
+    *("weights", "params", "student"),
+)
 _WRAPPERS = (
     *("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel"),
     *("ModelEma", "ModelEmaV2", "ModelEmaV3"),
 )
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+ALL = frozenset((*PREPROCESSING, "global_pool"))
 _DEEPEST = 4  # containers within containers: a pickle may hold itself
 _FROM_ITS_SOURCE = "which cannot be pruned any more: give the checkpoint it was made from"
 
@@ -71,6 +74,7 @@ class Contents:
         preprocessing: Entries for ``pretrained_cfg``: mean, std, label_names, ...
         pruning: The saved pruning configuration; None if the weights are of a plain model.
         notes: What was decided on the way.
+        says: Of :data:`ALL`, what the file speaks of, be it to leave timm's default.
     """
 
     kind: str
@@ -80,6 +84,7 @@ class Contents:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    says: frozenset[str] = frozenset()
 
 
 def read(path: Path, trust_pickle: bool) -> Contents:
@@ -299,11 +304,13 @@ def _named_tensors(path: Path | str, loaded: Mapping[Any, Any]) -> dict[str, tor
         raise CheckpointError(
             f"{path} holds no weights (found: {found}): give a state_dict or a training checkpoint"
         )
+    names = {str(name): None for name in loaded}
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"{path} is no plain state dict: its entry {name!r} is a "
-                f"{type(value).__name__}, not a tensor; save model.state_dict()"
+                f"{type(value).__name__}, not a tensor; "
+                f"{looks_like(names) or 'save model.state_dict()'}"
             )
     return dict(loaded)
 
@@ -328,6 +335,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         "arch": facts["architecture"] or None,
         "model_args": facts["model_args"],
         "preprocessing": facts["preprocessing"],
+        # a module carries its configuration; what is not in it is timm's default for it
+        "says": ALL,
     }
 
 
@@ -358,7 +367,13 @@ def _read_header(path: Path | str, header: dict[str, Any], contents: Contents) -
     if isinstance(kwargs := args.get("model_kwargs"), Mapping):
         stated.update(kwargs)
     contents.model_args = {key: value for key, value in stated.items() if value is not None}
-    contents.preprocessing = {key: args[key] for key in _PREPROCESSING if args.get(key)}
+    contents.preprocessing = {key: args[key] for key in PREPROCESSING if args.get(key)}
+    # timm's train.py writes all of them, and None or "" where it took the architecture's
+    contents.says = frozenset(key for key in PREPROCESSING if key in args)
+    if "crop_pct" in args:
+        contents.says |= {"crop_mode"}  # younger than the others
+    if "gp" in args:
+        contents.says |= {"global_pool"}
 
 
 def plain(value: Any) -> Any:
@@ -377,16 +392,13 @@ def plain(value: Any) -> Any:
 
 def _strip(path: Path | str, contents: Contents) -> None:
     """Take off the wrappers' prefixes, and the configuration of a saved pruned model."""
-    state = {key: value for key, value in contents.state.items() if key not in _NOT_WEIGHTS}
-    while prefix := _common_prefix(state):
-        state = {key[len(prefix) :]: value for key, value in state.items()}
-        contents.notes.append(f"prefix {prefix!r} stripped")
-    contents.state = state
+    saved = [key for key in contents.state if key.endswith(EXTRA_STATE_KEY)]
+    contents.state = state = timm_names(str(path), contents.state, contents.notes)
     extra = state.pop(EXTRA_STATE_KEY, None)
     if extra is None:
-        if lost := [key for key in state if key.endswith(EXTRA_STATE_KEY)]:
+        if saved:
             raise CheckpointError(
-                f"{path} holds a pruned model ({lost[0]}) beside other weights: "
+                f"{path} holds a pruned model ({saved[0]}) beside other weights: "
                 "save the pruned model's own state_dict"
             )
         return
@@ -400,13 +412,7 @@ def _strip(path: Path | str, contents: Contents) -> None:
     contents.state = {key.removeprefix("vit."): value for key, value in state.items()}
     contents.arch, contents.model_args = str(arch) or None, args
     contents.pruning, contents.preprocessing = pruning, preprocessing
-
-
-def _common_prefix(state: Mapping[str, Any]) -> str:
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            return prefix
-    return ""
+    contents.says = ALL
 
 
 # safetensors, and folders with it
@@ -449,11 +455,15 @@ def _read_hub_folder(folder: Path, trust_pickle: bool) -> Contents:
     if not found:
         raise CheckpointError(f"{folder} has no weights beside config.json ({HUB_WEIGHTS[0]})")
     contents = read(found[0], trust_pickle)
-    wanted = (*_PREPROCESSING, "label_names", "label_descriptions")
+    wanted = (*PREPROCESSING, "label_names", "label_descriptions")
     if contents.pruning is None:
         contents.kind, contents.arch, contents.model_args = "timm hub folder", arch, args
         contents.model_args.setdefault("global_pool", config.get("global_pool"))
         contents.preprocessing = {key: cfg[key] for key in wanted if cfg.get(key) is not None}
+        # timm builds the model of these arguments, so what they leave out is its default
+        contents.says = frozenset((*contents.preprocessing, "global_pool"))
+        if "crop_pct" in contents.says:
+            contents.says |= {"crop_mode"}  # younger than the others
     contents.notes.append(f"weights from {found[0].name}")
     return contents
 

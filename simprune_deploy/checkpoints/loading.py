@@ -16,6 +16,9 @@ from torch import nn
 from simprune_deploy.checkpoints import architecture as fitting
 from simprune_deploy.checkpoints import formats
 from simprune_deploy.checkpoints.formats import Contents, one_line
+from simprune_deploy.checkpoints.options import CheckpointOptions, assumptions
+from simprune_deploy.checkpoints.preprocessing import record
+from simprune_deploy.checkpoints.weight_names import looks_like, plain_head, some
 from simprune_deploy.common.errors import (
     CheckpointError,
     DestinationError,
@@ -26,8 +29,6 @@ from simprune_deploy.common.files import staged_file
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, describe_vit
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-_CROP_MODES = ("center", "squash", "border")
 _MOST_SHOWN = 3
 
 
@@ -41,75 +42,76 @@ class Checkpoint:
         kind: What the file is: "timm training checkpoint", "state dict", "safetensors",
             "timm hub folder", "pruned model", "timm pretrained", "pickled module", ...
         notes: What was decided, in words: "EMA weights, ...", "10 classes, from head.weight", ...
+        assumed: What neither the file nor the user says, in sentences.
     """
 
     model: nn.Module
     kind: str
     notes: tuple[str, ...]
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the user asks for beside the source; None leaves it to the file."""
+    """What the user asks for beside the source."""
 
     source: str
     arch: str | None
     size: tuple[int, int] | None
     num_classes: int | None
+    options: CheckpointOptions
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The arguments of ``timm.create_model`` that were given."""
+        pool = {"global_pool": self.options.global_pool} if self.options.global_pool else {}
+        return {**self.options.model_kwargs, **pool}
 
 
 def load_checkpoint(
     source: str | Path,
+    options: CheckpointOptions | None = None,
     *,
-    arch: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
-    pretrained: bool = False,
-    trust_pickle: bool = False,
+    **fields: Any,
 ) -> Checkpoint:
-    """Load a model from a file, a timm hub folder, or (with `pretrained`) from timm.
+    """Load a model from a file, a timm hub folder, or (with ``pretrained``) from timm.
 
     Args:
-        source: A path, or with `pretrained` a timm name or "hf-hub:org/name".
-        arch: timm's name of the architecture, for a file that does not state it. Default: the
-            file's own.
-        img_size: Image size in pixels; positions are resampled. Default: the file's own.
+        source: A path, or with ``pretrained`` a timm name or "hf-hub:org/name".
+        options: How it is loaded. Default None: `fields` say it.
         num_classes: The expected number of classes; 0 drops the head. Default: the file's own.
-        pretrained: Take timm's own weights of the name `source`. Default False.
-        trust_pickle: Unpickle whatever the file holds, which can run code. Default False.
+        fields: Those of :class:`CheckpointOptions`, by name.
 
     Raises:
         CheckpointError: it is missing, damaged, untrusted or does not fit its architecture.
         UnsupportedModelError: it is a model that cannot be pruned.
+        TypeError: options are given and fields beside them, or a field is unknown.
     """
-    request = _Request(str(source), _known(arch), _checked_size(img_size), num_classes)
+    if options is None:
+        options = CheckpointOptions(**fields)
+    elif fields:
+        raise TypeError(f"options are given: say {', '.join(fields)} in them")
+    arch, size = _known(options.arch), _checked_size(options.img_size)
+    request = _Request(str(source), arch, size, num_classes, options)
     if num_classes is not None and num_classes < 0:
         raise CheckpointError(f"{argument('num_classes')} {num_classes} must be 0 or more")
-    if pretrained:
+    if options.pretrained:
         contents = _from_timm(request)
     else:
-        contents = formats.read(_existing(Path(source)), trust_pickle)
+        contents = formats.read(_existing(Path(source)), options.trust_pickle)
     return _assemble(contents, request)
 
 
 def load(
     source: str | Path,
+    options: CheckpointOptions | None = None,
     *,
-    arch: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
-    pretrained: bool = False,
-    trust_pickle: bool = False,
+    **fields: Any,
 ) -> nn.Module:
     """Return the model of :func:`load_checkpoint`, which documents the arguments."""
-    return load_checkpoint(
-        source,
-        arch=arch,
-        img_size=img_size,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        trust_pickle=trust_pickle,
-    ).model
+    return load_checkpoint(source, options, num_classes=num_classes, **fields).model
 
 
 def save(model: PrunedViT, path: str | Path, force: bool = False) -> None:
@@ -234,22 +236,27 @@ def _assemble(contents: Contents, request: _Request) -> Checkpoint:
     notes = contents.notes
     _choose_head(state, request, notes)
     arch = _choose_architecture(contents, request, state)
-    found = fitting.fit(state, arch, contents.model_args, request.size)
+    args = {**contents.model_args, **request.model_args}
+    found = fitting.fit(state, arch, args, request.size)
     if found.mismatches:
-        raise CheckpointError(_does_not_fit(source, arch, found.mismatches, state, contents))
+        raise CheckpointError(_does_not_fit(source, arch, found.mismatches, state, args))
+    if found.open_question:
+        raise CheckpointError(f"{source}: {found.open_question}")
     notes.extend(found.notes)
     vit = found.model
-    if request.size is not None:
-        fitting.check_size(request.size, vit)
+    size = _wanted_size(contents, request, vit)
+    if size is not None:
+        fitting.check_size(size, vit)
     # shapes agree, so no more memory is spent than the file's own weights take
     vit.load_state_dict(_to_float32(source, state, notes), strict=True, assign=True)
     vit.eval()
-    _resize(vit, request.size, notes)
-    _record(vit, contents.preprocessing, notes)
+    _resize(vit, size, notes)
+    record(vit, contents, request.options, found.assumed)
     model: nn.Module = vit
     if contents.pruning is not None:
         model = PrunedViT(vit, PruneConfig.from_dict(contents.pruning)).eval()
-    return Checkpoint(model, contents.kind, tuple(notes))
+    words = assumptions(describe_vit(vit)["preprocessing"])
+    return Checkpoint(model, contents.kind, tuple(notes), tuple(words))
 
 
 def _choose_architecture(
@@ -285,22 +292,36 @@ def _does_not_fit(
     arch: str,
     mismatches: list[str],
     state: dict[str, torch.Tensor],
-    contents: Contents,
+    args: dict[str, Any],
 ) -> str:
     shown = "; ".join(mismatches[:_MOST_SHOWN])
     more = len(mismatches) - _MOST_SHOWN
-    others = fitting.suggest(state, contents.model_args, but_not=arch)
+    others = fitting.suggest(state, args, but_not=arch)
+    if others:
+        way_out = f"{_suggestion(others)}: choose with {argument('arch')}"
+    elif known := looks_like(state):
+        way_out = known
+    elif hint := fitting.kwargs_hint(state, arch):
+        way_out = f"if it was built with {hint}, say so with {argument('model_kwargs')}"
+    else:
+        way_out = (
+            f"the file has {some(state)}; if it was built with arguments of its own, say them with "
+            f"{argument('model_kwargs')}"
+        )
     return (
         f"{source} does not fit {arch}: {shown}{f'; and {more} more' if more > 0 else ''}; "
-        f"{_suggestion(others)}: {'choose with' if others else 'check'} {argument('arch')}"
+        f"{way_out}"
     )
 
 
 def _choose_head(state: dict[str, torch.Tensor], request: _Request, notes: list[str]) -> None:
     """Hold the file's head against the number of classes asked for."""
-    asked, head = request.num_classes, state.get("head.weight")
+    asked = request.num_classes
+    if asked != 0:
+        plain_head(request.source, state, notes)
+    head = state.get("head.weight")
     has = 0 if head is None or head.ndim != 2 else head.shape[0]
-    if asked is None or asked == has:
+    if asked is None or asked == has > 0:
         return
     if asked:
         raise CheckpointError(
@@ -308,9 +329,11 @@ def _choose_head(state: dict[str, torch.Tensor], request: _Request, notes: list[
             f"{argument('num_classes')} out, "
             "or give 0 for features without a head"
         )
-    for key in [key for key in state if key.startswith(("head.", "head_dist."))]:
+    dropped = [key for key in state if key.startswith(("head.", "head_dist."))]
+    for key in dropped:
         del state[key]
-    notes.append(f"head of {has} classes dropped")
+    if dropped:
+        notes.append(f"head of {has} classes dropped" if has else "head dropped")
 
 
 def _check_tensors(source: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -363,6 +386,27 @@ def _to_float32(
     return result
 
 
+def _wanted_size(
+    contents: Contents, request: _Request, vit: VisionTransformer
+) -> tuple[int, int] | None:
+    """Return the image size to resample to: the user's; or the file's, where both are sure."""
+    if request.size is not None:
+        return request.size
+    stated = contents.model_args.get("img_size")
+    if stated is None:
+        return None
+    pair = (stated, stated) if isinstance(stated, int) else tuple(stated)
+    made_for = tuple(vit.patch_embed.img_size)
+    if pair == made_for or contents.kind == "pruned model":
+        return None
+    if contents.model_args.get("dynamic_img_size"):
+        return int(pair[0]), int(pair[1])  # trained so: positions resampled for every batch
+    raise CheckpointError(
+        f"{request.source} says that its images have {pair[0]}x{pair[1]} pixels, and its positions "
+        f"are for {made_for[0]}x{made_for[1]}: choose with {argument('img_size')}"
+    )
+
+
 def _resize(vit: VisionTransformer, size: tuple[int, int] | None, notes: list[str]) -> None:
     old = tuple(vit.patch_embed.img_size)
     if size is None or size == old:
@@ -370,59 +414,3 @@ def _resize(vit: VisionTransformer, size: tuple[int, int] | None, notes: list[st
     with torch.no_grad():
         vit.set_input_size(img_size=size)
     notes.append(f"resampled from {old[0]}x{old[1]} to {size[0]}x{size[1]} pixels")
-
-
-# What the model says of itself
-
-
-def _record(vit: Any, preprocessing: dict[str, Any], notes: list[str]) -> None:
-    """Make pretrained_cfg and _model_args describe this model, not timm's default of the name."""
-    size = [int(side) for side in vit.patch_embed.img_size]
-    vit._model_args = {
-        **vit._model_args,
-        "num_classes": vit.num_classes,
-        "in_chans": vit.in_chans,
-        "global_pool": vit.global_pool,
-        "img_size": size,
-    }
-    cfg = vit.pretrained_cfg
-    if cfg.get("num_classes") != vit.num_classes:
-        # timm's names are for the classes of its own weights
-        for key in ("label_names", "label_descriptions"):
-            cfg.pop(key, None)
-    cfg["num_classes"] = vit.num_classes
-    cfg["input_size"] = (vit.in_chans, *size)
-    for key in ("url", "file", "hf_hub_id", "source", "test_input_size", "min_input_size"):
-        cfg.pop(key, None)
-    cfg.update(_usable(preprocessing, vit.num_classes, notes))
-    for key in ("mean", "std"):
-        cfg[key] = _per_channel(key, cfg.get(key), vit.in_chans, notes)
-
-
-def _usable(values: dict[str, Any], num_classes: int, notes: list[str]) -> dict[str, Any]:
-    """Keep the entries that hold at inference, and fit the model."""
-    kept = {key: value for key, value in values.items() if value is not None}
-    choices = {"interpolation": _INTERPOLATIONS, "crop_mode": _CROP_MODES}
-    for key, known in choices.items():
-        if key in kept and kept[key] not in known:
-            notes.append(f"{key} {kept.pop(key)!r} left out: it is for training only")
-    names = kept.get("label_names")
-    if names is not None and (not isinstance(names, (list, tuple)) or len(names) != num_classes):
-        kept.pop("label_names")
-        kept.pop("label_descriptions", None)
-        notes.append(f"label names left out: they are not for {num_classes} classes")
-    crop = kept.get("crop_pct")
-    if crop is not None and (not isinstance(crop, (int, float)) or not 0 < crop <= 10):
-        raise CheckpointError(f"the checkpoint states crop_pct={crop!r:.60}, which is no share")
-    return kept
-
-
-def _per_channel(key: str, value: Any, channels: int, notes: list[str]) -> tuple[float, ...]:
-    numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
-        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
-    if len(numbers) == channels:
-        return tuple(float(number) for number in numbers)
-    # as timm does for models of other than three channels
-    notes.append(f"{key} averaged over {len(numbers)} channels, for {channels}")
-    return (sum(numbers) / len(numbers),) * channels

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import (
     CheckFailedError,
     InvalidArgumentError,
@@ -21,20 +20,8 @@ from simprune_deploy.common.errors import (
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else.")]
-Arch = Annotated[
-    str | None, typer.Option(help="timm architecture, for checkpoints that do not say theirs.")
-]
-Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="MODEL is a timm name or hf-hub: id to download.")
-]
 PerTarget = Annotated[
     bool, typer.Option("--per-target", help="One engine for each target, not one for all.")
-]
-TrustPickle = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle", help="Load a pickled module. This runs code from the file: trust it?"
-    ),
 ]
 
 SPELLED_OTHERWISE = {
@@ -50,13 +37,6 @@ debugging = contextvars.ContextVar("debugging", default=False)
 
 INTERNAL_ERROR = 3
 """The exit code of a bug of ours; 1 is a check that failed, 2 a mistake of the user's."""
-
-
-def checkpoint_options(
-    arch: str | None, pretrained: bool, trust_pickle: bool, img_size: int | None = None
-) -> CheckpointOptions:
-    """Return what the options say of loading a checkpoint."""
-    return CheckpointOptions(arch, img_size, pretrained, trust_pickle)
 
 
 def was_typed(context: typer.Context, name: str) -> bool:

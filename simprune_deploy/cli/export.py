@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
 from simprune_deploy.cli.common import (
-    Arch,
     Json,
     PerTarget,
-    Pretrained,
-    TrustPickle,
-    checkpoint_options,
     errors,
     parse_batch,
     parse_layers,
@@ -32,9 +30,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
 
 
+@takes_checkpoint()
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or timm name.")],
-    arch: Arch = None,
     config: Annotated[
         Path | None,
         typer.Option(help="Pruning that `tune` found; options given here override it."),
@@ -87,10 +85,6 @@ def export(
         bool, typer.Option("--runtime-threshold", help="Make the threshold a graph input.")
     ] = False,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1..8, or one fixed size.")] = "1..8",
-    img_size: Annotated[
-        int | None,
-        typer.Option(help="Image size in pixels.  [default: the model's]", show_default=False),
-    ] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Take pixels in [0, 1]; normalize in the graph.")
     ] = False,
@@ -142,8 +136,7 @@ def export(
         typer.Option("-o", "--output", help="Folder to write.  [default: NAME-pruned]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
-    pretrained: Pretrained = False,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into an ONNX model that prunes, and check it against PyTorch."""
@@ -181,7 +174,7 @@ def export(
             per_target=per_target,
             engine=engine,
             triton=triton,
-            checkpoint=checkpoint_options(arch, pretrained, trust_pickle, img_size),
+            checkpoint=checkpoint,
         )
         with progress(enabled=not as_json) as step:
             result = export_model(request, progress=step)

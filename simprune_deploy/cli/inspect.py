@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from simprune_deploy.cli.common import Arch, Json, TrustPickle, errors, print_json
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
+from simprune_deploy.cli.common import Json, errors, print_json
 
 
+@takes_checkpoint()
 def inspect(
     target: Annotated[str, typer.Argument(help="Exported folder, ONNX file, or checkpoint.")],
-    arch: Arch = None,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     as_json: Json = False,
 ) -> None:
     """Say what a file or folder is: architecture, pruning, inputs and outputs."""
@@ -23,7 +25,7 @@ def inspect(
         from simprune_deploy.deploy.inspection import inspect as describe
         from simprune_deploy.reports.terminal import print_facts
 
-        described = describe(target, arch=arch, trust_pickle=trust_pickle)
+        described = describe(target, checkpoint)
         if as_json:
             print_json(described)
         else:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
 from simprune_deploy.cli.common import (
-    Arch,
     Json,
-    Pretrained,
-    TrustPickle,
-    checkpoint_options,
     errors,
     parse_share,
     print_json,
@@ -50,6 +48,7 @@ Ray = Annotated[
 Timing = Annotated[int, typer.Option(help="Runs that each latency is of; 0: no timing.")]
 
 
+@takes_checkpoint()
 def sweep(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or exported folder.")],
     data: Data,
@@ -102,9 +101,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier sweep.")] = False,
     ray: Ray = None,
-    arch: Arch = None,
-    pretrained: Pretrained = False,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, tokens, time and memory at many settings, beside the dense model."""
@@ -134,7 +131,7 @@ def sweep(
             resume=resume,
             force=force,
             ray=ray,
-            checkpoint=checkpoint_options(arch, pretrained, trust_pickle),
+            checkpoint=checkpoint,
             command=command_line(),
         )
         with progress_bar(enabled=not as_json) as bar:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
 from simprune_deploy.cli.common import (
-    Arch,
     Json,
-    Pretrained,
-    TrustPickle,
-    checkpoint_options,
     errors,
     parse_share,
     print_json,
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from simprune_deploy.tuning.tuned import Tuned
 
 
+@takes_checkpoint()
 def tune(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or exported folder.")],
     data: Data,
@@ -86,9 +85,7 @@ def tune(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     ray: Ray = None,
-    arch: Arch = None,
-    pretrained: Pretrained = False,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     as_json: Json = False,
 ) -> None:
     """Find the threshold that meets a wish, and write it for `export --config`."""
@@ -119,7 +116,7 @@ def tune(
             output=output,
             force=force,
             ray=ray,
-            checkpoint=checkpoint_options(arch, pretrained, trust_pickle),
+            checkpoint=checkpoint,
             command=command_line(),
         )
         with progress_bar(enabled=not as_json) as bar:

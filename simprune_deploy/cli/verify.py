@@ -7,23 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.cli.accuracy import ACCURACY_ONLY, AccuracyCommand
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
 from simprune_deploy.cli.common import (
-    Arch,
     Json,
-    Pretrained,
-    TrustPickle,
-    checkpoint_options,
     errors,
     print_json,
     was_typed,
 )
-from simprune_deploy.common.errors import InvalidArgumentError
+from simprune_deploy.common.errors import InvalidArgumentError, argument
 
 Against = Literal["dense", "pruned"]
 ACCURACY = "Accuracy check, with --data"
 
 
+@takes_checkpoint("img_size")
 def verify(
     context: typer.Context,
     target: Annotated[
@@ -37,7 +36,6 @@ def verify(
         str | None,
         typer.Option(help="Checkpoint to compare with.  [default: the golden cases]"),
     ] = None,
-    arch: Arch = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Pictures, with --reference.  [default: some that come along]"),
@@ -54,8 +52,7 @@ def verify(
             help="Library of the plugin in the engine.  [default: as in build]", show_default=False
         ),
     ] = None,
-    pretrained: Pretrained = False,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -148,7 +145,6 @@ def verify(
 ) -> None:
     """Verify an exported model again, or with --data hold its accuracy against another's."""
     with errors():
-        checkpoint = checkpoint_options(arch, pretrained, trust_pickle)
         if data is not None:
             if images is not None:
                 raise InvalidArgumentError(
@@ -176,10 +172,8 @@ def verify(
         if stray:
             option = stray[0].replace("_", "-")
             raise InvalidArgumentError(f"--{option} belongs to --data: give images")
-        if reference is None and (arch or trust_pickle or pretrained):
-            raise InvalidArgumentError(
-                "--arch, --pretrained and --trust-pickle belong to --reference"
-            )
+        if reference is None and checkpoint.given:
+            raise InvalidArgumentError(f"{argument(checkpoint.given[0])} belongs to --reference")
         from rich.console import Console
 
         from simprune_deploy.deploy.verification import VerifyRequest, verify

@@ -7,18 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
 from simprune_deploy.cli.common import (
-    Arch,
     Json,
-    Pretrained,
-    TrustPickle,
-    checkpoint_options,
     errors,
     parse_layers,
     print_json,
 )
 
 
+@takes_checkpoint()
 def visualize(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or exported folder.")],
     images: Annotated[
@@ -45,9 +44,7 @@ def visualize(
         int, typer.Option(help="The most pictures of one folder or file, spread evenly.")
     ] = 24,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
-    arch: Arch = None,
-    pretrained: Pretrained = False,
-    trust_pickle: TrustPickle = False,
+    checkpoint: CheckpointOptions = FROM_THE_FILE,
     as_json: Json = False,
 ) -> None:
     """Draw which patches survive each prune layer, and which were folded into which."""
@@ -65,7 +62,7 @@ def visualize(
             layers=parse_layers(layers),
             limit=limit,
             force=force,
-            checkpoint=checkpoint_options(arch, pretrained, trust_pickle),
+            checkpoint=checkpoint,
         )
         with progress(enabled=not as_json) as step:
             result = visualize(request, progress=step)
@@ -90,6 +87,8 @@ def _print(console: Any, folder: Path, numbers: dict[str, Any]) -> None:
                 for layer in each["layers"]]  # fmt: skip
         table.add_row(escape(each["name"]), *kept, str(max(each["layers"][-1]["sizes"])))
     console.print(table)
+    for each in numbers["assumed"]:
+        console.print(each, style="yellow", highlight=False, markup=False)
     for name, reason in numbers["skipped"]:
         console.print(escape(f"skipped {name}: {reason}"), style="yellow", highlight=False)
     count = len(numbers["pictures"])

@@ -24,6 +24,7 @@ from simprune_deploy.common.errors import (
     RequirementError,
     argument,
 )
+from simprune_deploy.common.transforms import CROP_MODES, INTERPOLATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What timm takes where a model does not say."""
-
-CROP_MODES = ("center", "squash", "border")
 
 PILLOW_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """What a file may hold, whatever its name says: not PostScript, for which Pillow runs a program."""

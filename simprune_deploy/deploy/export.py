@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.checkpoints.options import CheckpointOptions, assumptions, for_checkpoints
 from simprune_deploy.common.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -173,6 +173,11 @@ class ExportResult:
     checkpoint: tuple[str, ...] = ()
 
     @property
+    def assumed(self) -> tuple[str, ...]:
+        """What neither the checkpoint nor the user says, in sentences."""
+        return tuple(assumptions(self.manifest["model"]["preprocessing"]))
+
+    @property
     def accepted(self) -> bool:
         """Whether the parity check passed, or was not asked for."""
         return self.verdict is None or self.verdict.accepted
@@ -180,13 +185,14 @@ class ExportResult:
     def __str__(self) -> str:
         made = [*(self.engines or ()), *([self.bundle] if self.bundle else ())]
         verdict = self.verdict or "verdict: not verified"
-        return "\n".join(map(str, (self.folder, verdict, *made)))
+        return "\n".join(map(str, (self.folder, *self.assumed, verdict, *made)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
         answer: dict[str, Any] = {
             "output": str(self.folder),
             "verdict": self.verdict.to_dict() if self.verdict else None,
+            "assumed": list(self.assumed),
             "manifest": self.manifest,
         }
         if self.engines is not None:
@@ -255,9 +261,11 @@ def _pruned(
     if isinstance(model, (str, Path)):
         from simprune_deploy.checkpoints.loading import load_checkpoint
 
-        checkpoint = load_checkpoint(model, **dataclasses.asdict(request.checkpoint))
+        checkpoint = load_checkpoint(model, request.checkpoint)
         model, words = checkpoint.model, (checkpoint.kind, *checkpoint.notes)
         source = source or {"kind": checkpoint.kind, "notes": list(checkpoint.notes)}
+    elif request.checkpoint.given:
+        raise for_checkpoints(request.checkpoint)
     if pruning or not isinstance(model, PrunedViT):
         model = prune(model, **pruning)
     return model, source or {}, words

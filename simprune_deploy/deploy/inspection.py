@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.onnx.exported_folder import (
@@ -19,13 +20,22 @@ from simprune_deploy.onnx.exported_folder import (
 FITS = "fits this machine"
 
 
-def inspect(target: str, arch: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
+def inspect(
+    target: str | Path, checkpoint: CheckpointOptions | None = None, **fields: Any
+) -> dict[str, Any]:
     """Describe an exported folder, an ONNX file of ours, an engine, or a checkpoint.
+
+    Args:
+        target: Its path; of a checkpoint with ``pretrained`` its name.
+        checkpoint: How a checkpoint is loaded. Default None: `fields` say it.
+        fields: Those of :class:`CheckpointOptions`, by name.
 
     Raises:
         SimpruneError: it is none of these, or damaged.
     """
-    path = Path(target)
+    path, options = Path(target), checkpoint or CheckpointOptions(**fields)
+    if options.pretrained:
+        return _describe_checkpoint(target, options)
     if not _exists(path):
         raise ArtifactError(f"{path} does not exist: give an export, an engine, or a checkpoint")
     if path.name == "sweep.json" or (path / "sweep.json").is_file():
@@ -47,7 +57,7 @@ def inspect(target: str, arch: str | None = None, trust_pickle: bool = False) ->
         return {"kind": "engine", **examine_engine(path).to_dict()}
     if path.is_file() and _looks_like_onnx(path):
         return {"kind": "ONNX model", **_describe_graph(path)}
-    return _describe_checkpoint(target, arch, trust_pickle)
+    return _describe_checkpoint(target, options)
 
 
 def _exists(path: Path) -> bool:
@@ -119,12 +129,12 @@ def _signature(value: Any) -> str:
     return f"{metadata['name']} {metadata['dtype']}[{', '.join(map(str, metadata['shape']))}]"
 
 
-def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> dict[str, Any]:
+def _describe_checkpoint(target: str | Path, options: CheckpointOptions) -> dict[str, Any]:
     from simprune_deploy.checkpoints.loading import load_checkpoint
     from simprune_deploy.pruning.families import check_prunable
     from simprune_deploy.pruning.model import PrunedViT, describe_vit, prune
 
-    checkpoint = load_checkpoint(target, arch=arch, trust_pickle=trust_pickle)
+    checkpoint = load_checkpoint(target, options)
     model = checkpoint.model
     is_pruned = isinstance(model, PrunedViT)
     try:
@@ -136,6 +146,7 @@ def _describe_checkpoint(target: str, arch: str | None, trust_pickle: bool) -> d
     return {
         "kind": checkpoint.kind,
         "notes": list(checkpoint.notes),
+        "assumed": list(checkpoint.assumed),
         **describe_vit(pruned.vit),
         "parameters": sum(p.numel() for p in pruned.parameters()),
         "num_classes": int(pruned.vit.num_classes),

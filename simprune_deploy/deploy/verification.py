@@ -12,7 +12,7 @@ from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import request_of
 from simprune_deploy.engine import ENGINE_SUFFIX
 from simprune_deploy.onnx.exported_folder import GOLDEN
-from simprune_deploy.predict.source import source_of_export
+from simprune_deploy.predict.source import as_exported, source_of_export
 
 if TYPE_CHECKING:
     from simprune_deploy.parity.verdict import Verdict
@@ -98,10 +98,7 @@ def _reference(request: VerifyRequest, source: ModelSource) -> PrunedViT | None:
     if isinstance(given, (str, Path)):
         from simprune_deploy.checkpoints.loading import load_checkpoint
 
-        height, width = source.metadata.image_size
-        size = height if height == width else (height, width)
-        options = dataclasses.replace(request.checkpoint, img_size=size)
-        model = load_checkpoint(given, **dataclasses.asdict(options)).model
+        model = load_checkpoint(given, as_exported(request.checkpoint, source.metadata)).model
         given = getattr(model, "vit", model)
     return given if isinstance(given, PrunedViT) else PrunedViT(given, source.metadata.pruning)
 
@@ -113,7 +110,8 @@ def _compare(
     predictor: Predictor | None,
     progress: Progress,
 ) -> Verdict:
-    from simprune_deploy.common.images import Preprocessing, load_as_taken
+    from simprune_deploy.common.images import load_as_taken
+    from simprune_deploy.onnx.metadata import preprocessing_of
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
     from simprune_deploy.parity.golden import load_golden
@@ -126,7 +124,7 @@ def _compare(
         return compare_with_golden(graph, golden, progress, predictor)
     pictures = load_as_taken(
         images,
-        Preprocessing.of_model(reference),
+        preprocessing_of(source.metadata),
         graph_normalizes=bool(source.metadata.export["normalize"]),
         uint8=source.metadata.takes_uint8,
     )

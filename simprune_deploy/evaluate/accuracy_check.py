@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.checkpoints.options import CheckpointOptions, for_checkpoints
 from simprune_deploy.common.errors import (
     ArtifactError,
     DestinationError,
@@ -33,6 +33,7 @@ from simprune_deploy.evaluate.predictions import (
 )
 from simprune_deploy.predict.source import (
     ModelSource,
+    as_exported,
     is_export,
     open_source,
     source_of_export,
@@ -268,14 +269,10 @@ def _models(request: AccuracyRequest, compared: bool, progress: Progress) -> lis
 
 
 def _source(request: AccuracyRequest, target: Path | None) -> ModelSource:
-    options = request.checkpoint
     if target is None or not _is_exported(target):
-        return open_source(request.model, options)
-    if request.reference is None and (options.arch or options.trust_pickle):
-        raise InvalidArgumentError(
-            f"{argument('arch')} and {argument('trust_pickle', True)} are for checkpoints,"
-            " and none is given"
-        )
+        return open_source(request.model, request.checkpoint)
+    if request.reference is None and request.checkpoint.given:
+        raise for_checkpoints(request.checkpoint, f"{target}, an export,")
     return source_of_export(target)
 
 
@@ -291,7 +288,10 @@ def _reference(request: AccuracyRequest, reference: Any, source: ModelSource) ->
                 "exported"
             )
         return open_model(source_of_export(Path(reference)))
-    other = open_source(reference, request.checkpoint)
+    options = request.checkpoint
+    if source.graph is not None and isinstance(reference, (str, Path)):
+        options = as_exported(options, source.metadata)
+    other = open_source(reference, options)
     if request.against == "pruned":
         from simprune_deploy.pruning.model import PrunedViT
 

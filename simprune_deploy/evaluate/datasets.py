@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simprune_deploy.checkpoints.options import assumptions
 from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument, spelled
 from simprune_deploy.common.images import (
     PictureLoader,
@@ -229,6 +230,7 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
         )
         labels = labels[positions]
         notes.append(how)
+    notes += assumptions(metadata.preprocessing)
     return DataSet(
         path=path,
         source=source,

@@ -7,9 +7,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from simprune_deploy.checkpoints.options import CheckpointOptions
-from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.checkpoints.options import CheckpointOptions, for_checkpoints
 from simprune_deploy.common.files import sha256
+from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.onnx.exported_folder import MANIFEST, MODEL, read_manifest
 from simprune_deploy.onnx.metadata import ModelMetadata, load_graph, read_metadata
 
@@ -143,20 +143,44 @@ def open_source(
     if isinstance(model, (str, Path)):
         name = str(model)
         if not options.pretrained and is_export(Path(model)):
-            if options.arch or options.trust_pickle:
-                raise InvalidArgumentError(
-                    f"{argument('arch')} and {argument('trust_pickle', True)} are for checkpoints, "
-                    f"and {model} is an export"
-                )
+            if options.given:
+                raise for_checkpoints(options, f"{model}, an export,")
             return source_of_export(Path(model))
         from simprune_deploy.checkpoints.loading import load_checkpoint
 
-        model = load_checkpoint(name, **dataclasses.asdict(options)).model
+        model = load_checkpoint(name, options).model
+    elif options.given:
+        raise for_checkpoints(options)
     if prune:
         from simprune_deploy.pruning.model import prune as with_prune_layers
 
         model = with_prune_layers(model)
     return source_of_model(name, model)
+
+
+def as_exported(options: CheckpointOptions, metadata: ModelMetadata) -> CheckpointOptions:
+    """Return how the checkpoint of an export is loaded, to be compared with the export.
+
+    What the user does not say is as the export says it: the architecture, its arguments, the image
+    size, the pooling, and how pictures are prepared.
+    """
+    height, width = metadata.image_size
+    pooling = metadata.model_args.get("global_pool")
+    said = {**metadata.preprocessing, "global_pool": pooling, "arch": metadata.architecture or None}
+    names = ("arch", "global_pool", *PREPROCESSING)
+    left = {name: said[name] for name in names if name not in options.given and said.get(name)}
+    return dataclasses.replace(
+        options,
+        **left,
+        img_size=height if height == width else (height, width),
+        model_kwargs={**_shape_arguments(metadata), **options.model_kwargs},
+    )
+
+
+def _shape_arguments(metadata: ModelMetadata) -> dict[str, Any]:
+    """Return the arguments that the model was built with, but for what the weights say best."""
+    own = ("img_size", "num_classes", "in_chans", "global_pool")
+    return {name: value for name, value in metadata.model_args.items() if name not in own}
 
 
 def is_export(path: Path) -> bool:

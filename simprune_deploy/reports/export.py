@@ -33,6 +33,8 @@ def print_export(result: ExportResult) -> None:
             ),
         },
     )
+    for each in result.assumed:
+        console.print(each, style="yellow", highlight=False, markup=False)
     console.print()
     if result.verdict is None:
         console.print("verdict: [yellow]not verified[/yellow] (--no-verify)", highlight=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.checkpoints.options import CheckpointOptions, assumptions
 from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument
 from simprune_deploy.common.files import check_destination, staged_folder, stem_of, write_json
 from simprune_deploy.common.images import PictureLoader, UnusableImageError
@@ -231,6 +231,7 @@ def write_pictures(
             draw_contact_sheet(drawing.thumbs, heading).save(staging / SHEET)
         numbers = {
             "model": title,
+            "assumed": assumptions(metadata.preprocessing),
             "architecture": metadata.architecture,
             "threshold": used,
             "prune_layers": list(predictor.layers),

@@ -57,6 +57,17 @@ def test_the_python_pages_examples_run_in_order(
     assert printed[2] == "vit already exists: replace it with force=True, or give output='DIR'\n"
 
 
+def test_the_exporting_pages_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_examples(ROOT / "docs" / "exporting.md")
+    exec(compile(example, "exporting.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "interpolation bicubic, crop_pct 0.95, crop_mode center assumed" in printed
+    assert "'token', timm's default for test_vit, assumed" in printed
+
+
 def test_the_python_page_has_the_whole_interface() -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     for name in sd.__all__:

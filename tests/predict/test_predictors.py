@@ -378,7 +378,9 @@ class TestSource:
         assert isinstance(by_path, ModelSource)
 
     def test_options_of_checkpoints_are_refused_for_exports(self, deciding_demo: Path) -> None:
-        with pytest.raises(InvalidArgumentError, match="arch and trust_pickle=True are for check"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"arch: for checkpoints, and .*, an export, is given"
+        ):
             open_source(deciding_demo, sd.CheckpointOptions(arch="vit_tiny_patch16_224"))
 
     def test_a_changed_file_is_refused(self, deciding_demo: Path, tmp_path: Path) -> None:

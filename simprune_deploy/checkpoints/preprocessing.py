@@ -1,0 +1,88 @@
+"""What a model says of itself: how its pictures are prepared, its classes, and what was assumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simprune_deploy.checkpoints.formats import Contents
+from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.common.errors import CheckpointError, InvalidArgumentError, argument
+from simprune_deploy.common.transforms import CROP_MODES, INTERPOLATIONS, PREPROCESSING
+
+
+def record(
+    vit: Any, contents: Contents, options: CheckpointOptions, assumed: dict[str, str]
+) -> None:
+    """Make pretrained_cfg and _model_args describe this model, not timm's default of the name."""
+    size = [int(side) for side in vit.patch_embed.img_size]
+    vit._model_args = {
+        **vit._model_args,
+        "num_classes": vit.num_classes,
+        "in_chans": vit.in_chans,
+        "global_pool": vit.global_pool,
+        "img_size": size,
+    }
+    cfg, notes = vit.pretrained_cfg, contents.notes
+    if cfg.get("num_classes") != vit.num_classes:
+        # timm's names are for the classes of its own weights
+        for key in ("label_names", "label_descriptions"):
+            cfg.pop(key, None)
+    cfg["num_classes"] = vit.num_classes
+    cfg["input_size"] = (vit.in_chans, *size)
+    for key in ("url", "file", "hf_hub_id", "source", "test_input_size", "min_input_size"):
+        cfg.pop(key, None)
+    said = {**_usable(contents.preprocessing, vit.num_classes, notes), **options.preprocessing}
+    cfg.update(said)
+    for key in ("mean", "std"):
+        if len(options.preprocessing.get(key, ())) not in (0, 1, vit.in_chans):
+            raise InvalidArgumentError(
+                f"{argument(key)} has {len(cfg[key])} numbers, and the model {vit.in_chans} "
+                "channels: give one each, or one for all"
+            )
+        cfg[key] = _per_channel(key, cfg.get(key), vit.in_chans, notes)
+    cfg["assumed"] = _assumed(vit, contents, options, assumed)
+
+
+def _assumed(
+    vit: Any, contents: Contents, options: CheckpointOptions, pooling: dict[str, str]
+) -> dict[str, str]:
+    """Return what nobody said, and where its value is from."""
+    origin = f"timm's default for {vit.pretrained_cfg.get('architecture') or 'the architecture'}"
+    before = contents.preprocessing.get("assumed")
+    if isinstance(before, dict):  # of a model that was loaded, pruned and saved
+        left = {str(key): str(value) for key, value in before.items()}
+    else:
+        left = dict.fromkeys(PREPROCESSING, origin) | pooling
+        left = {key: value for key, value in left.items() if key not in contents.says}
+    return {key: value for key, value in left.items() if key not in options.given}
+
+
+def _usable(values: dict[str, Any], num_classes: int, notes: list[str]) -> dict[str, Any]:
+    """Keep the entries that hold at inference, and fit the model."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    choices = {"interpolation": INTERPOLATIONS, "crop_mode": CROP_MODES}
+    for key, known in choices.items():
+        if key in kept and kept[key] not in known:
+            notes.append(f"{key} {kept.pop(key)!r} left out: it is for training only")
+    names = kept.get("label_names")
+    if names is not None and (not isinstance(names, (list, tuple)) or len(names) != num_classes):
+        kept.pop("label_names")
+        kept.pop("label_descriptions", None)
+        notes.append(f"label names left out: they are not for {num_classes} classes")
+    crop = kept.get("crop_pct")
+    if crop is not None and (not isinstance(crop, (int, float)) or not 0 < crop <= 10):
+        raise CheckpointError(f"the checkpoint states crop_pct={crop!r:.60}, which is no share")
+    return kept
+
+
+def _per_channel(key: str, value: Any, channels: int, notes: list[str]) -> tuple[float, ...]:
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
+        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
+    if len(numbers) == channels:
+        return tuple(float(number) for number in numbers)
+    if len(numbers) == 1:
+        return tuple(float(number) for number in numbers * channels)
+    # as timm does for models of other than three channels
+    notes.append(f"{key} averaged over {len(numbers)} channels, for {channels}")
+    return (sum(numbers) / len(numbers),) * channels
