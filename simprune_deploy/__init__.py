@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from simprune_deploy.deploy.building import BuildRequest, BuildResult, build
-    from simprune_deploy.deploy.bundle import BundleRequest, DeviceBundle, bundle
+    from simprune_deploy.deploy.bundle.packing import BundleRequest, DeviceBundle, bundle
     from simprune_deploy.deploy.doctor.diagnosis import Diagnosis, doctor
     from simprune_deploy.deploy.export import ExportRequest, ExportResult, export
     from simprune_deploy.deploy.inspection import inspect
@@ -63,7 +63,7 @@ _NAMES = {
     "common.errors": "ArtifactError CheckFailedError CheckpointError DataError DestinationError "
     "InvalidArgumentError RequirementError SimpruneError ToolFailedError UnsupportedModelError",
     "deploy.building": "BuildRequest BuildResult build",
-    "deploy.bundle": "BundleRequest DeviceBundle bundle",
+    "deploy.bundle.packing": "BundleRequest DeviceBundle bundle",
     "deploy.export": "ExportRequest ExportResult export",
     "deploy.inspection": "inspect",
     "deploy.doctor.diagnosis": "Diagnosis doctor",

@@ -28,8 +28,8 @@ def bundle(
 ) -> None:
     """Pack an exported folder for a device that builds its own engine: a folder and a .tar.gz."""
     with errors():
-        from simprune_deploy.deploy.bundle import BundleRequest
-        from simprune_deploy.deploy.bundle import bundle as make_bundle
+        from simprune_deploy.deploy.bundle.packing import BundleRequest
+        from simprune_deploy.deploy.bundle.packing import bundle as make_bundle
         from simprune_deploy.reports.bundle import print_bundle
         from simprune_deploy.reports.terminal import progress
 

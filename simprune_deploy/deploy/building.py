@@ -147,7 +147,7 @@ def targets_and_devices(names: Sequence[str]) -> tuple[list[Target], list[Target
     Raises:
         SimpruneError: a name is unknown, or there is nothing here to build its engine with.
     """
-    from simprune_deploy.deploy.bundle import check_targets as check_devices
+    from simprune_deploy.deploy.bundle.packing import check_targets as check_devices
 
     targets = find_targets(names)
     devices = [target for target in targets if not target.built_here]

@@ -26,7 +26,7 @@ from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import request_of
 from simprune_deploy.common.versions import __version__, package_version
 from simprune_deploy.deploy.building import says_how_to_build, targets_and_devices
-from simprune_deploy.deploy.bundle import (
+from simprune_deploy.deploy.bundle.packing import (
     DeviceBundle,
     check_destinations,
     default_output,

@@ -20,6 +20,7 @@ from simprune_deploy.common.errors import (
     argument,
 )
 from simprune_deploy.common.versions import __version__
+from simprune_deploy.onnx.dynamic_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.function_body import (
     ATTRIBUTES,
     DOMAIN,
@@ -38,7 +39,6 @@ from simprune_deploy.onnx.metadata import (
 from simprune_deploy.onnx.names import make_readable
 from simprune_deploy.onnx.options import ExportOptions
 from simprune_deploy.onnx.precision import with_precision
-from simprune_deploy.onnx.token_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.variants import with_log_size_in_keys
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
 
@@ -121,7 +121,7 @@ def traced_prune(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator as it is traced: the length of `slots` stands for the token count K.
 
-    :mod:`simprune_deploy.onnx.token_counts` says why, and takes `slots` out again.
+    :mod:`simprune_deploy.onnx.dynamic_counts` says why, and takes `slots` out again.
     """
     raise RuntimeError("traced_prune is for tracing only")
 

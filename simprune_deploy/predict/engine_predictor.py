@@ -10,8 +10,8 @@ import numpy as np
 
 from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.engine.engine_metadata import NAMES
+from simprune_deploy.engine.loaded_engine import Engine
 from simprune_deploy.engine.profile import batch_of
-from simprune_deploy.engine.runtime import Engine
 from simprune_deploy.predict.predictor import (
     BatchAnswer,
     Form,

@@ -10,7 +10,7 @@ from rich.console import Console
 from simprune_deploy.reports.terminal import print_facts
 
 if TYPE_CHECKING:
-    from simprune_deploy.deploy.bundle import DeviceBundle
+    from simprune_deploy.deploy.bundle.packing import DeviceBundle
 
 
 def print_bundle(bundle: DeviceBundle) -> None:

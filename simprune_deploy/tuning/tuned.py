@@ -10,10 +10,10 @@ from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.files import staged_file, write_json
 from simprune_deploy.evaluate.statistics import PAIRED_METHOD
 from simprune_deploy.pruning.tuned_file import FORMAT
-from simprune_deploy.tuning.capacity import SHARES, Capacity, capacity_for, size_hints
 from simprune_deploy.tuning.results import Measurement
 from simprune_deploy.tuning.search import Found, drop_of
 from simprune_deploy.tuning.sweep import Sweep, describe_source
+from simprune_deploy.tuning.token_counts import SHARES, Capacity, capacity_for, size_hints
 
 
 @dataclasses.dataclass(frozen=True)

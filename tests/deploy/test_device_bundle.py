@@ -34,8 +34,9 @@ from simprune_deploy.cli import app
 from simprune_deploy.common.errors import RequirementError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.versions import version_numbers
-from simprune_deploy.deploy import bundle as device_bundle
-from simprune_deploy.deploy.bundle import DeviceBundle, library, make_bundle, own_wheel
+from simprune_deploy.deploy.bundle import library, own_wheel
+from simprune_deploy.deploy.bundle import packing as device_bundle
+from simprune_deploy.deploy.bundle.packing import DeviceBundle, make_bundle
 from simprune_deploy.engine import flavours, libraries
 from simprune_deploy.engine.plugin.build import source_files
 from simprune_deploy.engine.targets import Release, find_targets, load_targets

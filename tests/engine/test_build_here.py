@@ -554,7 +554,7 @@ class TestVerify:
         wrong: dict[str, Any] = {}
 
         class Double:
-            """Plays engine.runtime.Engine."""
+            """Plays engine.loaded_engine.Engine."""
 
             def __init__(self, path: Path, plugin: Path | None, cuda_graph: bool = False) -> None:
                 self.metadata = read_engine_metadata(path)

@@ -101,7 +101,7 @@ def assert_golden(found: np.ndarray, golden: Any, rows: list[int]) -> None:
 
 
 def test_golden_cases_in_any_batch(build: Callable[..., Built]) -> None:
-    from simprune_deploy.engine.runtime import Engine
+    from simprune_deploy.engine.loaded_engine import Engine
 
     built = build(runtime_threshold=True, batch=(1, 4))
     golden = golden_of(built)
@@ -114,7 +114,7 @@ def test_golden_cases_in_any_batch(build: Callable[..., Built]) -> None:
 
 
 def test_a_graph_gives_what_a_launch_gives(build: Callable[..., Built]) -> None:
-    from simprune_deploy.engine.runtime import Engine
+    from simprune_deploy.engine.loaded_engine import Engine
 
     built = build(tokens=60, batch=(2, 2))
     golden = golden_of(built)
@@ -132,7 +132,7 @@ def test_a_graph_gives_what_a_launch_gives(build: Callable[..., Built]) -> None:
 def test_a_graph_of_sizes_that_depend_on_the_image(build: Callable[..., Built]) -> None:
     """TensorRT says no, in one line; TensorRT-RTX leaves out what it cannot record."""
     from simprune_deploy.common.errors import SimpruneError
-    from simprune_deploy.engine.runtime import Engine
+    from simprune_deploy.engine.loaded_engine import Engine
 
     built = build(runtime_threshold=True, batch=(1, 4))
     golden = golden_of(built)
@@ -151,7 +151,7 @@ def test_tensors_of_torch_on_its_stream(build: Callable[..., Built]) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU that torch can use")
-    from simprune_deploy.engine.runtime import Engine
+    from simprune_deploy.engine.loaded_engine import Engine
 
     built = build(runtime_threshold=True, batch=(1, 4))
     golden = golden_of(built)
@@ -174,7 +174,7 @@ def test_tensors_of_torch_on_its_stream(build: Callable[..., Built]) -> None:
 
 
 def test_outputs_of_unknown_size(build: Callable[..., Built]) -> None:
-    from simprune_deploy.engine.runtime import Engine
+    from simprune_deploy.engine.loaded_engine import Engine
 
     built = build(emit_assignments=True, batch=(1, 4))
     golden = golden_of(built)

@@ -25,7 +25,6 @@ from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.variants import prune_nodes
 from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.pruning.tuned_file import read_configuration
-from simprune_deploy.tuning.capacity import capacity_for, size_hints
 from simprune_deploy.tuning.results import Measurement, Setting, load_sweep
 from simprune_deploy.tuning.search import (
     Objective,
@@ -34,6 +33,7 @@ from simprune_deploy.tuning.search import (
     layer_candidates,
     search,
 )
+from simprune_deploy.tuning.token_counts import capacity_for, size_hints
 
 MODEL = ROOT / "examples" / "fashion_mnist" / "vit"
 IMAGES = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"

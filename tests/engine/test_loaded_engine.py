@@ -21,7 +21,7 @@ from simprune_deploy.common.files import write_json
 from simprune_deploy.engine import cuda, flavours, loading
 from simprune_deploy.engine.engine_metadata import metadata_path
 from simprune_deploy.engine.gpu import NoGpuError, find_gpu
-from simprune_deploy.engine.runtime import Engine
+from simprune_deploy.engine.loaded_engine import Engine
 from simprune_deploy.engine.tensors import Tensor, check_inputs
 from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.parity.golden import Golden, load_golden
