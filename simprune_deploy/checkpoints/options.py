@@ -126,11 +126,20 @@ def assumptions(preprocessing: Mapping[str, Any]) -> list[str]:
     assumed = preprocessing.get("assumed") or {}
     found = []
     if pictures := [key for key in PREPROCESSING if key in assumed]:
-        values = ", ".join(f"{key} {_shown(preprocessing.get(key))}" for key in pictures)
+        origins = dict.fromkeys(assumed[key] for key in pictures)
+        values = "; ".join(
+            ", ".join(
+                f"{key} {_shown(preprocessing.get(key))}"
+                for key in pictures
+                if assumed[key] == origin
+            )
+            + f" ({origin})"
+            for origin in origins
+        )
         options = ", ".join(argument(key) for key in pictures)
         found.append(
-            f"the checkpoint does not say how its pictures were prepared: {values} assumed "
-            f"({assumed[pictures[0]]}); if it was trained otherwise, give {options}"
+            f"the checkpoint does not say how its pictures were prepared, so this is assumed: "
+            f"{values}; if it was trained otherwise, give {options}"
         )
     if "global_pool" in assumed:
         found.append(

@@ -39,8 +39,12 @@ def record(
                 f"{argument(key)} has {len(cfg[key])} numbers, and the model {vit.in_chans} "
                 "channels: give one each, or one for all"
             )
-        cfg[key] = _per_channel(key, cfg.get(key), vit.in_chans, notes)
-    cfg["assumed"] = _assumed(vit, contents, options, assumed)
+    left = _assumed(vit, contents, options, assumed)
+    for key in ("mean", "std"):
+        cfg[key], averaged = _per_channel(key, cfg.get(key), vit.in_chans)
+        if averaged:
+            left[key] = averaged
+    cfg["assumed"] = left
 
 
 def _assumed(
@@ -75,14 +79,15 @@ def _usable(values: dict[str, Any], num_classes: int, notes: list[str]) -> dict[
     return kept
 
 
-def _per_channel(key: str, value: Any, channels: int, notes: list[str]) -> tuple[float, ...]:
+def _per_channel(key: str, value: Any, channels: int) -> tuple[tuple[float, ...], str]:
+    """Return a number a channel, and where they are from if the value has another number."""
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
         raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
     if len(numbers) == channels:
-        return tuple(float(number) for number in numbers)
+        return tuple(float(number) for number in numbers), ""
     if len(numbers) == 1:
-        return tuple(float(number) for number in numbers * channels)
-    # as timm does for models of other than three channels
-    notes.append(f"{key} averaged over {len(numbers)} channels, for {channels}")
-    return (sum(numbers) / len(numbers),) * channels
+        return tuple(float(number) for number in numbers * channels), ""
+    return (
+        sum(numbers) / len(numbers),
+    ) * channels, f"the mean of those of {len(numbers)} channels"

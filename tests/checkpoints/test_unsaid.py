@@ -166,6 +166,17 @@ class TestPreprocessing:
         with pytest.raises(InvalidArgumentError, match=words):
             load(path, arch=TEST_VIT, **fields)
 
+    def test_another_number_of_channels_is_no_knowledge_either(self, tmp_path: Path) -> None:
+        checkpoint = training_checkpoint(small_vit(in_chans=4))
+        checkpoint["args"].in_chans = 4
+        checkpoint["args"].mean = (0.1, 0.2, 0.3)
+        found = load_checkpoint(saved(tmp_path, checkpoint))
+        (said,) = found.assumed
+        assert "mean 0.2/0.2/0.2/0.2" in said
+        assert "(the mean of those of 3 channels)" in said
+        told = load_checkpoint(saved(tmp_path, checkpoint), mean=(0.1, 0.2, 0.3, 0.4), std=0.5)
+        assert told.assumed == ()
+
     def test_it_stays_assumed_through_saving_and_export(self, tmp_path: Path) -> None:
         path = saved(tmp_path, bare_tiny().state_dict())
         pruned = sd.prune(sd.load(path, arch=TEST_VIT, crop_pct=1.0), layers=[1])
@@ -416,7 +427,7 @@ class TestCommands:
                            "--layers", 1, "--mean", "0.1,0.2,0.3", "--threshold", 0.9,
                            "-o", plain.parent / "out")  # fmt: skip
         assert code == 0, output
-        assert "does not say how its pictures were prepared: std" in output
+        assert "how its pictures were prepared, so this is assumed: std" in output
         assert "--std, --interpolation, --crop-pct" in output
         return plain.parent / "out"
 

@@ -64,7 +64,7 @@ def test_the_exporting_pages_example_runs(
     (example,) = python_examples(ROOT / "docs" / "exporting.md")
     exec(compile(example, "exporting.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "interpolation bicubic, crop_pct 0.95, crop_mode center assumed" in printed
+    assert "interpolation bicubic, crop_pct 0.95, crop_mode center (timm's default" in printed
     assert "'token', timm's default for test_vit, assumed" in printed
 
 
