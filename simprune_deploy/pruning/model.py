@@ -298,7 +298,7 @@ def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
 def describe_vit(vit: nn.Module) -> dict[str, Any]:
     """Return what rebuilds `vit` with ``timm.create_model`` and feeds it: JSON types only."""
     cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-    wanted = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+    wanted = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "class_order")
     return {
         "architecture": cfg.get("architecture") or "",
         "model_args": _json_only(getattr(vit, "_model_args", {})),
