@@ -48,14 +48,15 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
         return tuple(sorted(names))
     from timm.utils.misc import natural_key
 
-    try:
-        keys = {name: natural_key(name) for name in names}
-    except ValueError:  # digits such as a raised two, on which timm stops as well
-        odd = next(name for name in names if any(c.isdigit() and not c.isdecimal() for c in name))
-        raise DataError(
-            f"timm cannot sort the class {odd!r}: say which class is which with "
-            f"{argument('classes', 'FILE')}"
-        ) from None
+    keys = {}
+    for name in names:
+        try:
+            keys[name] = natural_key(name)
+        except ValueError:  # digits such as a raised two, on which timm stops as well
+            raise DataError(
+                f"timm cannot sort the class {name!r}: say which class is which with "
+                f"{argument('classes', 'FILE')}"
+            ) from None
     found = sorted(sorted(names), key=keys.__getitem__)
     for first, second in itertools.pairwise(found):
         # timm sorts a set, and Python's sets come in another order in every process

@@ -138,7 +138,7 @@ class ModelClasses:
         names = tuple(map(str, metadata.preprocessing.get("label_names") or ()))
         order = metadata.preprocessing.get("class_order")
         fits = len(names) == metadata.num_classes
-        return cls(metadata.num_classes, names if fits else None, order)
+        return cls(metadata.num_classes, names if fits else None, str(order) if order else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,10 +124,10 @@ def test_names_that_timm_holds_equal_are_refused_in_its_order(tmp_path: Path) ->
 
 
 def test_names_on_which_timm_stops_are_told(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "val", ("m", "m²", "²"))
+    root = folder_of(tmp_path / "val", ("m", "m²", "1²"))
     with pytest.raises(ValueError, match="invalid literal"):
         find_images_and_targets(str(root))
-    with pytest.raises(DataError, match=r"timm cannot sort the class 'm²'|'²'.*classes='FILE'"):
+    with pytest.raises(DataError, match=r"timm cannot sort the class '1²': .*classes='FILE'"):
         taken(root, ModelClasses(3), "timm")
     assert by_folder(root, taken(root, ModelClasses(3))) == ImageFolder(str(root)).class_to_idx
 
