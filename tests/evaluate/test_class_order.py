@@ -345,6 +345,16 @@ def test_verify_takes_an_order(trained: Path) -> None:
     assert "--class-order belongs to --data" in stray
 
 
+def test_an_exported_model_keeps_the_order(trained: Path, tmp_path: Path) -> None:
+    said = cli("export", trained / "timm.pt", "--layers", "1", "--threshold", "0.999",
+               "--no-verify", "-o", tmp_path / "out")  # fmt: skip
+    assert said.code == 0, said
+    command = ("verify", tmp_path / "out", "--data", trained / "val", "--max-drop", "50%", "--json")
+    found = json.loads(cli(*command).out)
+    assert found["reference_accuracy"] == 1
+    assert "as the model's training checkpoint says" in str(found["notes"])
+
+
 def test_tune_takes_an_order(trained: Path, tmp_path: Path) -> None:
     said = cli(
         *("tune", trained / "bare.pt", "--data", trained / "val", "--max-drop", "50%"),
