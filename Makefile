@@ -26,7 +26,7 @@ test: setup lint cross-tools browser
 
 FAST = test_structure.py common checkpoints pruning/test_config.py pruning/test_operator.py \
 	predict parity reports onnx/test_function_body.py onnx/test_variants.py \
-	engine/test_engine_metadata.py engine/test_targets.py evaluate/test_datasets.py \
+	engine/test_engine_metadata.py engine/test_targets.py evaluate/test_datasets.py evaluate/test_class_names.py \
 	evaluate/test_statistics.py tuning/test_baselines.py docs/test_docker.py
 test-fast: setup
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST:%=tests/%)

@@ -46,6 +46,11 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"model": "m", "data": "d", "max_unreadable": "1%"},
         r"must be a share: max_unreadable=0\.01",
     ),
+    (
+        sd.AccuracyRequest,
+        {"model": "m", "data": "d", "max_drop": 0.1, "class_order": "text"},
+        "class_order 'text' is unknown: use timm or torchvision",
+    ),
     (sd.TuneRequest, {"model": "m", "data": "d"}, r"give one wish: max_drop=0\.005, min_speedup="),
     (
         sd.TuneRequest,

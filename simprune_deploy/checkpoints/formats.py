@@ -41,6 +41,13 @@ _WRAPPERS = (
     *("ModelEma", "ModelEmaV2", "ModelEmaV3"),
 )
 ALL = frozenset((*PREPROCESSING, "global_pool"))
+_TIMM_ALONE = frozenset(
+    (
+        *("gp", "class_map", "train_split", "val_split", "eval_metric", "recovery_interval"),
+        *("split_bn", "dist_bn", "no_prefetcher", "checkpoint_hist"),
+    )
+)
+"""Names of timm's train.py for its arguments, of which those of every release have some."""
 _DEEPEST = 4  # containers within containers: a pickle may hold itself
 _FROM_ITS_SOURCE = "which cannot be pruned any more: give the checkpoint it was made from"
 
@@ -374,6 +381,26 @@ def _read_header(path: Path | str, header: dict[str, Any], contents: Contents) -
         contents.says |= {"crop_mode"}  # younger than the others
     if "gp" in args:
         contents.says |= {"global_pool"}
+    if order := _class_order(header, args):
+        contents.preprocessing["class_order"] = order
+
+
+def _class_order(header: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
+    """Return what numbered the classes of a model that timm's train.py trained; None: unknown.
+
+    Many scripts write `arch` (PyTorch's ImageNet example, MoCo), or arguments named after timm's
+    (DeiT, MAE), and read their folders with torchvision. timm's alone writes an `arch` that is its
+    argument `model`, beside arguments that no other has.
+    """
+    model = args.get("model")
+    if not isinstance(model, str) or header.get("arch") != model or not _TIMM_ALONE & set(args):
+        return None
+    if args.get("class_map"):
+        return f"class map {args['class_map']}"
+    reader, _, name = str(args.get("dataset") or "").lower().partition("/")
+    if reader == "torch":
+        return "torchvision" if name in ("folder", "image_folder") else None
+    return "timm" if reader not in ("hfds", "hfids", "tfds", "wds") else None
 
 
 def plain(value: Any) -> Any:
@@ -455,7 +482,7 @@ def _read_hub_folder(folder: Path, trust_pickle: bool) -> Contents:
     if not found:
         raise CheckpointError(f"{folder} has no weights beside config.json ({HUB_WEIGHTS[0]})")
     contents = read(found[0], trust_pickle)
-    wanted = (*PREPROCESSING, "label_names", "label_descriptions")
+    wanted = (*PREPROCESSING, "label_names", "label_descriptions", "class_order")
     if contents.pruning is None:
         contents.kind, contents.arch, contents.model_args = "timm hub folder", arch, args
         contents.model_args.setdefault("global_pool", config.get("global_pool"))

@@ -18,6 +18,7 @@ from simprune_deploy.cli.common import (
     print_json,
 )
 from simprune_deploy.cli.grids import parse_layer_sets, parse_thresholds, parse_token_sets
+from simprune_deploy.evaluate import class_order
 
 if TYPE_CHECKING:
     from simprune_deploy.tuning.results import SweepResult
@@ -34,6 +35,14 @@ Limit = Annotated[
 Classes = Annotated[
     Path | None,
     typer.Option(help="File that maps the data's classes to the model's."),
+]
+ClassOrder = Annotated[
+    class_order.ClassOrder | None,
+    typer.Option(
+        help="Whose order numbers class names that the model does not know.  [default: what its "
+        "checkpoint says, or torchvision]",
+        show_default=False,
+    ),
 ]
 NoLabels = Annotated[bool, typer.Option("--no-labels", help="Leave labels aside.")]
 MaxUnreadable = Annotated[
@@ -90,6 +99,7 @@ def sweep(
     ] = False,
     limit: Limit = None,
     classes: Classes = None,
+    class_order: ClassOrder = None,
     no_labels: NoLabels = False,
     max_unreadable: MaxUnreadable = "1%",
     batch: BatchSize = 32,
@@ -123,6 +133,7 @@ def sweep(
             compare=compare,
             limit=limit,
             classes=classes,
+            class_order=class_order,
             labels=not no_labels,
             max_unreadable=parse_share(max_unreadable),
             batch=batch,

@@ -17,6 +17,7 @@ from simprune_deploy.cli.common import (
     was_typed,
 )
 from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.evaluate.class_order import ClassOrder
 
 Against = Literal["dense", "pruned"]
 ACCURACY = "Accuracy check, with --data"
@@ -132,6 +133,15 @@ def verify(
             help="File that maps the data's classes to the model's.", rich_help_panel=ACCURACY
         ),
     ] = None,
+    class_order: Annotated[
+        ClassOrder | None,
+        typer.Option(
+            help="Whose order numbers class names that the model does not know.  [default: what "
+            "its checkpoint says, or torchvision]",
+            show_default=False,
+            rich_help_panel=ACCURACY,
+        ),
+    ] = None,
     no_labels: Annotated[
         bool, typer.Option("--no-labels", help="Leave labels aside.", rich_help_panel=ACCURACY)
     ] = False,
@@ -166,6 +176,7 @@ def verify(
                 limit=limit,
                 labels=not no_labels,
                 classes=classes,
+                class_order=class_order,
             )
             return
         stray = [name for name in ACCURACY_ONLY if was_typed(context, name)]

@@ -24,6 +24,7 @@ from simprune_deploy.evaluate.accuracy import (
     load_baseline,
     save_baseline,
 )
+from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.evaluate.predictions import (
     ComparedModel,
@@ -70,6 +71,8 @@ class AccuracyRequest:
         limit: Take this many pictures, spread evenly. Default None: all.
         labels: Use labels where there are any. Default True.
         classes: File that maps the data's classes to the model's. Default None.
+        class_order: "timm" or "torchvision": whose order numbers class names that the model does
+            not know. Default None: what the model's training checkpoint says, or torchvision's.
         max_unreadable: The share of unreadable pictures beyond which it stops. Default 0.01.
 
     Raises:
@@ -94,6 +97,7 @@ class AccuracyRequest:
     limit: int | None = None
     labels: bool = True
     classes: str | Path | None = None
+    class_order: ClassOrder | None = None
     max_unreadable: float = MAX_UNREADABLE
 
     def __post_init__(self) -> None:
@@ -140,7 +144,13 @@ class AccuracyRequest:
     @property
     def data_options(self) -> DataOptions:
         """What is said of the data."""
-        return DataOptions(self.limit, self.labels, as_path(self.classes), self.max_unreadable)
+        return DataOptions(
+            self.limit,
+            self.labels,
+            as_path(self.classes),
+            self.max_unreadable,
+            self.class_order,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

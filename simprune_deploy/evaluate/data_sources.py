@@ -5,13 +5,15 @@ A source lists its pictures and reads one when it is asked for: nothing here hol
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import math
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +31,12 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "target")
 MOST_NAMES_BYTES = 1 << 24
 SKIPPED_BYTES = 1 << 20
+SEPARATORS = (",", ";", "\t")
+"""Of a CSV file's columns; spreadsheets write the second where the comma is the decimal sign."""
+
+Naming = Literal["folders", "nested folders", "column", "list"]
+"""Where the names of classes stand. A list has an order of its own; folders, and the column of a
+file, are sorted by whoever reads them. Pictures of nested folders lie deeper than a class's own."""
 
 
 class Source(Protocol):
@@ -38,16 +46,21 @@ class Source(Protocol):
         kind: What it is, in words.
         labels: int64[n], an index into `classes`; None without labels.
         classes: The names behind the labels; None if labels are the model's own class numbers.
+        naming: Where those names stand.
     """
 
     kind: str
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
+    naming: Naming
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
         """Return what a report calls the picture."""
+
+    def place(self, position: int) -> str:
+        """Return where a user finds the picture's label: a line, a row, a file."""
 
     def read(self, position: int, loader: PictureLoader) -> np.ndarray:
         """Return float32[C, H, W] in [0, 1]; :class:`UnusableImageError` if it cannot be read."""
@@ -66,15 +79,24 @@ class Files:
         paths: Sequence[Path],
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] | None = None,
+        naming: Naming = "folders",
+        lines: tuple[Path, Sequence[int]] | None = None,
     ) -> None:
         self.kind, self.root, self.paths = kind, root, paths
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.naming = labels, classes, naming
+        self.lines = lines
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, position: int) -> str:
         return printable(self.paths[position], self.root)
+
+    def place(self, position: int) -> str:
+        if self.lines is None:
+            return self.name(position)
+        file, numbers = self.lines
+        return f"line {numbers[position]} of {file}"
 
     def read(self, position: int, loader: PictureLoader) -> np.ndarray:
         return loader(self.paths[position])
@@ -131,7 +153,9 @@ def folder_source(root: Path, labelled: bool = True) -> Files:
         )
     number = {name: index for index, name in enumerate(folders)}
     labels = np.array([number[name] for name in classes], np.int64)
-    return Files("folder with a folder a class", root, paths, labels, tuple(folders))
+    deep = any(len(path.relative_to(root).parts) > 2 for path in paths)
+    naming: Naming = "nested folders" if deep else "folders"
+    return Files("folder with a folder a class", root, paths, labels, tuple(folders), naming)
 
 
 def _more(names: Sequence[str]) -> str:
@@ -142,49 +166,99 @@ def csv_source(path: Path) -> Files:
     """Open a CSV file of paths (from its folder, or absolute) and labels.
 
     The first line names the columns: one of :data:`PATH_COLUMNS`, and for labels one of
-    :data:`LABEL_COLUMNS`. Labels are class names, or if all are whole numbers the model's class
-    numbers.
+    :data:`LABEL_COLUMNS`. Columns are separated by commas, semicolons or tabs. Labels are class
+    names, or if all are whole numbers the model's class numbers.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            where = _column(columns, PATH_COLUMNS)
-            what = _column(columns, LABEL_COLUMNS)
-            if where is None:
-                raise DataError(
-                    f"{path} has no column of paths: its first line must name one "
-                    f"{' or '.join(PATH_COLUMNS[:2])}, and it reads {','.join(columns)[:80]!r}"
-                )
-            rows = [
-                ((row[where] or "").strip(), (row.get(what or "") or "").strip()) for row in reader
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
+        with path.open(encoding=encoding_of(path), newline="") as file:
+            rows, lines, labelled = _csv_rows(path, file)
+    except (UnicodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if not rows:
         raise DataError(f"{path} names no pictures: one line each, below the columns' names")
-    for number, (name, label) in enumerate(rows, start=2):
+    for number, (name, label) in zip(lines, rows, strict=True):
         if not name or "\0" in name:
             raise DataError(f"line {number} of {path} names no picture")
-        if what is not None and not label:
+        if labelled and not label:
             raise DataError(f"line {number} of {path} has no label: give all of them or none")
     root = path.absolute().parent
-    paths = [root / name for name, _ in rows]
-    if what is None:
-        return Files("CSV file without labels", root, paths)
-    return Files("CSV file", root, paths, *_labels([label for _, label in rows]))
+    paths = [_listed(root, name) for name, _ in rows]
+    if not labelled:
+        return Files("CSV file without labels", root, paths, lines=(path, lines))
+    texts = [label for _, label in rows]
+    return Files("CSV file", root, paths, *numbered(texts), "column", (path, lines))
+
+
+def _csv_rows(path: Path, file: IO[str]) -> tuple[list[tuple[str, str]], list[int], bool]:
+    """Return the paths with their labels, the lines they stand in, and whether there are labels."""
+    head = file.readline()
+    file.seek(0)
+    separator = next(
+        (
+            each
+            for each in SEPARATORS
+            if _column(next(csv.reader([head], delimiter=each), ()), PATH_COLUMNS)
+        ),
+        SEPARATORS[0],
+    )
+    reader = csv.reader(file, delimiter=separator)
+    columns = [name.strip() for name in next(reader, ())]
+    where, what = _column(columns, PATH_COLUMNS), _column(columns, LABEL_COLUMNS)
+    if where is None:
+        raise DataError(
+            f"{path} has no column of paths: its first line must name one "
+            f"{' or '.join(PATH_COLUMNS[:2])}, and it reads {','.join(columns)[:80]!r}"
+        )
+    rows, lines = [], []
+    for row in reader:
+        if not row:
+            continue
+        if len(row) > len(columns):
+            raise DataError(
+                f"line {reader.line_num} of {path} has {len(row)} columns, and the first line "
+                f"names {len(columns)}: put a text with {separator!r} in it between double quotes"
+            )
+        cells = dict(zip(columns, row, strict=False))
+        rows.append((cells.get(where, "").strip(), cells.get(what or "", "").strip()))
+        lines.append(reader.line_num)
+    return rows, lines, what is not None
 
 
 def _column(columns: Iterable[str], known: Sequence[str]) -> str | None:
-    return next((name for name in columns if name.lower() in known), None)
+    return next((name for name in columns if name.strip().lower() in known), None)
 
 
-def _labels(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
-        return np.array([int(text) for text in texts], np.int64), None
+def _listed(root: Path, name: str) -> Path:
+    """Return the file that a list names; a list from Windows has backslashes between folders."""
+    path = root / name
+    if "\\" in name and not path.exists():
+        return root / name.replace("\\", "/")
+    return path
+
+
+def encoding_of(path: Path) -> str:
+    """Return the encoding of a text file: UTF-16 where it is marked so, otherwise UTF-8.
+
+    Notepad marks UTF-8 too, and PowerShell writes UTF-16.
+    """
+    with path.open("rb") as file:
+        head = file.read(2)
+    return "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def whole_number(text: str) -> int | None:
+    """Return the whole number that a label is, also as pandas writes it ("3.0"); or None.
+
+    "1e0" is none: names such as it are made by hashing.
+    """
+    found = re.fullmatch(r"(-?[0-9]{1,9})(\.0*)?", text)
+    return None if found is None else int(found[1])
+
+
+def numbered(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return int64[n], the place of each text among the different ones as text, and those."""
     classes = tuple(sorted(set(texts)))
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[text] for text in texts], np.int64), classes
@@ -198,6 +272,7 @@ class Archive:
     """
 
     kind = "npz file"
+    naming: Naming = "list"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -251,6 +326,9 @@ class Archive:
     def name(self, position: int) -> str:
         return f"image {position}"
 
+    def place(self, position: int) -> str:
+        return f"image {position} of {self.path}"
+
     def read(self, position: int, loader: PictureLoader) -> np.ndarray:
         size = math.prod(self.shape[1:])
         if self._stream is None:
@@ -297,6 +375,7 @@ class HubDataset:
     """A Hugging Face data set that ``save_to_disk`` wrote; its pictures stay on the disk."""
 
     kind = "Hugging Face data set"
+    naming: Naming = "list"
 
     def __init__(self, root: Path) -> None:
         try:
@@ -331,21 +410,35 @@ class HubDataset:
         self.classes: tuple[str, ...] | None = None
         if column is None:
             return
-        values = table.with_format("numpy")[column]
-        values = np.asarray(values[:] if not isinstance(values, np.ndarray) else values)
+        values = list(self.table.with_format(None)[column])
+        for row, value in enumerate(values):
+            if value is None or value != value:
+                raise DataError(f"{self.place(row)} has no label: give all of them or none")
+            if not isinstance(value, (str, int)) and not (
+                isinstance(value, float) and value.is_integer()
+            ):
+                raise DataError(
+                    f"{self.place(row)} has the label {value!r:.60}, which is neither a class "
+                    f"number nor a name: leave it aside with {argument('labels', False)}"
+                )
         if named:
             self.classes = tuple(features[column].names)
-            self.labels = values.astype(np.int64)
-        elif values.dtype.kind in "iu":
-            self.labels = values.astype(np.int64)
-        else:
-            self.labels, self.classes = _labels([str(value) for value in values])
+            self.labels = np.array(values, np.int64)
+            return
+        numbers = [whole_number(str(value)) for value in values]
+        if all(number is not None for number in numbers):
+            self.labels = np.array(numbers, np.int64)
+        else:  # in the order of the library's own class_encode_column
+            self.labels, self.classes = numbered([str(value) for value in values])
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def name(self, position: int) -> str:
         return f"row {position}"
+
+    def place(self, position: int) -> str:
+        return f"row {position} of {self.root}"
 
     def read(self, position: int, loader: PictureLoader) -> np.ndarray:
         entry = self.table[int(position)][self.image]

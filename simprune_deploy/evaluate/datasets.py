@@ -17,13 +17,15 @@ import numpy as np
 from simprune_deploy.checkpoints.options import assumptions
 from simprune_deploy.common.errors import DataError, InvalidArgumentError, argument, spelled
 from simprune_deploy.common.images import (
+    PILLOW_FORMATS,
     PictureLoader,
     Preprocessing,
     UnusableImageError,
     printable,
 )
 from simprune_deploy.common.requests import check_whole
-from simprune_deploy.evaluate.classes import map_labels, read_mapping
+from simprune_deploy.evaluate.class_order import ClassOrder, check_class_order
+from simprune_deploy.evaluate.classes import ModelClasses, map_labels, read_mapping
 from simprune_deploy.evaluate.data_sources import (
     Archive,
     HubDataset,
@@ -50,12 +52,16 @@ class DataOptions:
         classes: File that maps the data's classes to the model's; see
             :func:`simprune_deploy.evaluate.classes.read_mapping`. Default None.
         max_unreadable: The share of unreadable pictures beyond which a run stops. Default 0.01.
+        class_order: Whose order the data's class names are numbered in where the model does not
+            name its classes: "timm" or "torchvision". Default None: what the model's training
+            checkpoint says, otherwise torchvision's.
     """
 
     limit: int | None = None
     labels: bool = True
     classes: Path | None = None
     max_unreadable: float = MAX_UNREADABLE
+    class_order: ClassOrder | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None:
@@ -65,11 +71,27 @@ class DataOptions:
                 f"{argument('max_unreadable')} {self.max_unreadable!r} must be a share: "
                 f"{argument('max_unreadable', 0.01, '1%')}"
             )
-        if self.classes is not None and not self.labels:
+        check_class_order(self.class_order)
+        for name, does in self.of_labels:
+            if not self.labels:
+                raise InvalidArgumentError(
+                    f"{argument(name)} {does}, and {argument('labels', False)} uses none: drop one"
+                )
+        if len(self.of_labels) > 1:
             raise InvalidArgumentError(
-                f"{argument('classes')} maps labels, and {argument('labels', False)} uses none: "
-                f"drop one"
+                f"{argument('classes')} says the number of every class, and "
+                f"{argument('class_order')} orders them: drop one"
             )
+
+    @property
+    def of_labels(self) -> tuple[tuple[str, str], ...]:
+        """What was said that is of labels: the argument, and what it does."""
+        said = []
+        if self.classes is not None:
+            said.append(("classes", "maps labels"))
+        if self.class_order is not None:
+            said.append(("class_order", "numbers labels"))
+        return tuple(said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +182,12 @@ class DataSet:
     def check_skipped(self, skipped: list[Skipped]) -> None:
         """Stop a run that could not read more of its pictures than it may."""
         count = len(skipped)
-        if count > self.max_unreadable * len(self) or count == len(self):
+        if count == len(self):
+            raise DataError(
+                f"none of the {count:,} pictures of {self.path} can be read ({skipped[0][0]}: "
+                f"{skipped[0][1]}): give pictures in one of the formats {', '.join(PILLOW_FORMATS)}"
+            )
+        if count > self.max_unreadable * len(self):
             listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:MOST_LISTED])
             raise DataError(
                 f"{count:,} of {len(self):,} pictures cannot be read ({listed}"
@@ -210,10 +237,7 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
     classes: tuple[str, ...] = ()
     if source.labels is None:
         notes.append("no labels: agreement with the dense model in place of accuracy")
-        if options.classes is not None:
-            raise InvalidArgumentError(
-                f"{argument('classes')} maps labels, and {path} has none: drop it"
-            )
+        _refuse_of_labels(options, f"{path} has none")
     elif not options.labels:
         notes.append(
             spelled(
@@ -222,14 +246,12 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
         )
     elif not metadata.num_classes:
         notes.append("the model gives features: labels are not used")
+        _refuse_of_labels(options, "the model gives features, which use none")
     else:
         mapping = read_mapping(options.classes) if options.classes else None
-        names = metadata.preprocessing.get("label_names")
-        labels, classes, how = map_labels(
-            source.labels, source.classes, metadata.num_classes, names, mapping
-        )
-        labels = labels[positions]
-        notes.append(how)
+        found = map_labels(source, ModelClasses.of(metadata), mapping, options.class_order)
+        labels, classes = found.labels[positions], found.classes
+        notes.append(found.how)
     notes += assumptions(metadata.preprocessing)
     return DataSet(
         path=path,
@@ -241,6 +263,11 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
         notes=tuple(notes),
         max_unreadable=options.max_unreadable,
     )
+
+
+def _refuse_of_labels(options: DataOptions, why: str) -> None:
+    for name, does in options.of_labels:
+        raise InvalidArgumentError(f"{argument(name)} {does}, and {why}: drop it")
 
 
 def open_data_source(path: Path, labelled: bool) -> Source:
@@ -257,7 +284,7 @@ def open_data_source(path: Path, labelled: bool) -> Source:
         raise DataError(f"{path} does not exist: give pictures with {argument('data')}")
     if path.suffix.lower() == ".npz":
         return Archive(path)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         return csv_source(path)
     raise DataError(
         f"{path} is no data set: give a folder, a .csv or an .npz file, or a Hugging Face data "

@@ -13,6 +13,7 @@ from timm.models._manipulate import checkpoint as recompute_in_backward
 from torch import nn
 
 from simprune_deploy.common.errors import CheckpointError
+from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
@@ -298,7 +299,7 @@ def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
 def describe_vit(vit: nn.Module) -> dict[str, Any]:
     """Return what rebuilds `vit` with ``timm.create_model`` and feeds it: JSON types only."""
     cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-    wanted = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "assumed")
+    wanted = (*PREPROCESSING, "label_names", "class_order", "assumed")
     return {
         "architecture": cfg.get("architecture") or "",
         "model_args": _json_only(getattr(vit, "_model_args", {})),

@@ -14,6 +14,7 @@ from simprune_deploy.common.errors import DestinationError, InvalidArgumentError
 from simprune_deploy.common.files import stem_of
 from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
 from simprune_deploy.common.requests import as_path, request_of
+from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.source import ModelSource, open_source
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
@@ -50,6 +51,7 @@ class _Measured:
     backend: Backend | None = None
     limit: int | None = None
     classes: str | Path | None = None
+    class_order: ClassOrder | None = None
     labels: bool = True
     max_unreadable: float = MAX_UNREADABLE
     batch: int = 32
@@ -73,7 +75,13 @@ class _Measured:
     @property
     def data_options(self) -> DataOptions:
         """What is said of the data."""
-        return DataOptions(self.limit, self.labels, as_path(self.classes), self.max_unreadable)
+        return DataOptions(
+            self.limit,
+            self.labels,
+            as_path(self.classes),
+            self.max_unreadable,
+            self.class_order,
+        )
 
     def started(
         self,
@@ -115,6 +123,8 @@ class SweepRequest(_Measured):
         compare: Measure other methods too, at the same token counts, in PyTorch. Default False.
         limit: Take this many pictures, spread evenly. Default None: all.
         classes: File that maps the data's classes to the model's. Default None.
+        class_order: "timm" or "torchvision": whose order numbers class names that the model does
+            not know. Default None: what the model's training checkpoint says, or torchvision's.
         labels: Use labels where there are any. Default True.
         max_unreadable: The share of unreadable pictures beyond which it stops. Default 0.01.
         batch: Pictures a run; timing is of one. Default 32.
@@ -195,8 +205,8 @@ class TuneRequest(_Measured):
     """What to find. Give one of `max_drop`, `min_speedup` and `target_latency`.
 
     Args:
-        model, data, limit, classes, labels, max_unreadable, batch, timing, ray, checkpoint,
-            command: As in :class:`SweepRequest`.
+        model, data, limit, classes, class_order, labels, max_unreadable, batch, timing, ray,
+            checkpoint, command: As in :class:`SweepRequest`.
         max_drop: Most pruning whose accuracy surely drops by no more than this share.
         min_speedup: Least pruning that is so many times as fast as the dense model.
         target_latency: Least pruning that takes no more milliseconds for one picture.

@@ -278,7 +278,7 @@ def test_a_class_that_the_list_holds_twice_is_one_class(
         ({"images": np.zeros((3, 28, 28), np.uint8), "labels": np.zeros(2, int)}, "each of the 3"),
         (
             {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.array([0, 10, 1])},
-            "label 10 is outside 0 to 9",
+            r"label 10 \(image 1 of .*\) is outside 0 to 9",
         ),
         ({"images": np.array([None])}, "images of"),
     ],
@@ -307,7 +307,7 @@ def test_damaged_archives_and_other_files_are_refused(tmp_path: Path) -> None:
         ("path,label\n", "names no pictures"),
         ("path,label\na.png,\n", "line 2 .* has no label"),
         ("path,label\n,coat\n", "line 2 .* names no picture"),
-        ("path,label\na.png,99\n", "label 99 is outside"),
+        ("path,label\na.png,99\n", r"label 99 \(line 2 of .*list.csv\) is outside"),
     ],
 )
 def test_csv_files_that_do_not_fit_are_refused(text: str, match: str, tmp_path: Path) -> None:
