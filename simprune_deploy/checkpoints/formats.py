@@ -31,10 +31,12 @@ from simprune_deploy.pruning.model import (
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """Weight files of a timm hub folder, best first."""
 
-_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "teacher")
+_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
 _WEIGHT_KEYS = (
     *("state_dict", "model", "model_state", "model_state_dict", "module", "net", "network"),
-    *("weights", "params", "student"),
+    *("weights", "params"),
+    # of self-distillation: the teacher is the average. Beside another model it is another one
+    *("teacher", "student"),
 )
 _WRAPPERS = (
     *("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel"),
@@ -277,6 +279,8 @@ def from_object(path: Path | str, loaded: Any) -> Contents:
         kind = "timm training checkpoint" if "arch" in header else "training checkpoint"
         if key in _EMA_KEYS:
             notes.append(f"EMA weights, from {key}")
+        elif key in ("teacher", "student"):
+            notes.append(f"weights of the {key}")
         loaded = loaded[key]
     if isinstance(loaded, nn.Module):
         return _from_module(path, loaded, notes)

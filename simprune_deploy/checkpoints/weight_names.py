@@ -94,7 +94,10 @@ def _better(source: str, prefixes: list[str]) -> str:
         return ""
     for name in _AVERAGED:
         of_it = [prefix for prefix in prefixes if name in prefix.split(".")]
-        if len(of_it) == 1:
+        others = [prefix for prefix in prefixes if prefix not in of_it]
+        # a teacher beside another model than its student is what that one was distilled from
+        fits = name != "teacher" or all("student" in each.split(".") for each in others)
+        if len(of_it) == 1 and fits:
             return of_it[0]
     raise CheckpointError(
         f"{source} holds several models ({', '.join(sorted(prefixes)[:_MOST_NAMED])}): save the "

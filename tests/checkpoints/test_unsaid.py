@@ -358,6 +358,18 @@ class TestNames:
             saved(tmp_path, other), arch=TEST_VIT
         )
 
+    def test_a_teacher_that_another_was_distilled_from_is_not_taken(self, tmp_path: Path) -> None:
+        model, teacher = bare_tiny(), bare_tiny()
+        with torch.no_grad():
+            teacher.cls_token.add_(1)
+        value = {"model": model.state_dict(), "teacher": teacher.state_dict()}
+        answers(load(saved(tmp_path, value), arch=TEST_VIT), model)
+        flat = {
+            **{f"net.{key}": each for key, each in model.state_dict().items()},
+            **{f"teacher.{key}": each for key, each in teacher.state_dict().items()},
+        }
+        assert "several models (net., teacher.)" in refusal(saved(tmp_path, flat), arch=TEST_VIT)
+
     @pytest.mark.parametrize("name", ["classifier", "fc"])
     @pytest.mark.parametrize("sequential", [False, True])
     def test_a_classifier_beside_a_backbone(
