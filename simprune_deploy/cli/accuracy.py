@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ACCURACY_ONLY = (
     *("max_drop", "min_agreement", "sure", "against", "baseline", "retrained", "save_baseline"),
-    *("force", "junit", "markdown", "limit", "classes", "no_labels", "max_unreadable"),
+    *("force", "junit", "markdown", "limit", "classes", "no_labels", "cut", "max_unreadable"),
 )
 """The options of ``verify`` that mean nothing without --data."""
 

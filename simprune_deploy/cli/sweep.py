@@ -41,6 +41,13 @@ NoLabels = Annotated[bool, typer.Option("--no-labels", help="Leave labels aside.
 MaxUnreadable = Annotated[
     str, typer.Option(help="Share of unreadable pictures beyond which it stops.")
 ]
+Cut = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a model with one output: above it is class 1, else class 0.  [default: 0]",
+        show_default=False,
+    ),
+]
 BackendName = Annotated[Backend, typer.Option(help="What runs the model.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures a run; timing is of one.")]
 Ray = Annotated[
@@ -92,6 +99,7 @@ def sweep(
     limit: Limit = None,
     classes: Classes = None,
     no_labels: NoLabels = False,
+    cut: Cut = None,
     max_unreadable: MaxUnreadable = "1%",
     batch: BatchSize = 32,
     timing: Timing = 200,
@@ -127,6 +135,7 @@ def sweep(
             limit=limit,
             classes=classes,
             labels=not no_labels,
+            cut=cut,
             max_unreadable=parse_share(max_unreadable),
             batch=batch,
             timing=timing,

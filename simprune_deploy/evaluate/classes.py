@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from simprune_deploy.common.errors import DataError, argument, spelled
 IMAGENET_CLASSES = 1000
 MOST_SHOWN = 3
 MOST_BYTES = 1 << 24
+SIDES = 2
+"""Of a single output: at or below the cut, class 0, and above it, class 1."""
 
 HELP = f"map them with {argument('classes', 'FILE')}, or take none with {argument('labels', False)}"
 
@@ -62,13 +65,15 @@ def map_labels(
     Args:
         labels: int64[n], indices into `classes`, or class numbers without `classes`.
         classes: The data's names. None: labels are the model's class numbers already.
-        num_classes: Of the model.
+        num_classes: Of the model. 1: it has a single output, cut into the classes 0 and 1.
         model_names: The names that the model gives its classes, if it does.
         mapping: From :func:`read_mapping`.
 
     Raises:
         SimpruneError: a label or a name fits no class of the model.
     """
+    if num_classes == 1:
+        model_names, num_classes = _side_names(labels, classes, model_names, mapping), SIDES
     names = list(model_names) if model_names and len(model_names) == num_classes else None
     shown = tuple(names) if names else tuple(str(number) for number in range(num_classes))
     if classes is None and mapping is None:
@@ -91,6 +96,53 @@ def map_labels(
         inverse = {number: name for name, number in numbers.items()}
         shown = tuple(inverse.get(number, str(number)) for number in range(num_classes))
     return table[labels], shown, how
+
+
+def _side_names(
+    labels: np.ndarray,
+    classes: Sequence[str] | None,
+    model_names: Sequence[str] | None,
+    mapping: Mapping[str, int | str] | None,
+) -> list[str] | None:
+    """Return the names of a single output's classes, if its name is one of the data's.
+
+    Raises:
+        SimpruneError: the labels are not of two classes.
+    """
+    used = np.unique(labels)
+    if mapping is not None:
+        return None
+    if len(used) > SIDES or any(map(_is_fraction, classes or ())):
+        raise DataError(
+            f"the labels have {len(used)} different values, and the model one output, cut into two "
+            "classes: they are of another model, or numbers to be met (regression), which are not "
+            f"compared: {HELP}"
+        )
+    if classes is None:
+        return None
+    if len(model_names or ()) == 1 and not all(name.isdigit() for name in classes):
+        own = str((model_names or ())[0])
+        others = [name for name in classes if _normal(name) != _normal(own)]
+        if len(others) != 1 or len(classes) != SIDES:
+            raise DataError(
+                f"the model's output is {own!r}, and the data's classes are {_some(classes)}: "
+                f"{HELP}"
+            )
+        return [others[0], own]
+    if len(classes) != SIDES and not all(name in ("0", "1") for name in classes):
+        raise DataError(
+            f"the data has {len(classes)} classes ({_some(classes)}), and the model one output, "
+            f"which is cut into two: {HELP}"
+        )
+    return None
+
+
+def _is_fraction(name: str) -> bool:
+    try:
+        number = float(name)
+    except ValueError:
+        return False
+    return math.isfinite(number) and not number.is_integer()
 
 
 def _numbers(

@@ -228,6 +228,8 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
             source.labels, source.classes, metadata.num_classes, names, mapping
         )
         labels = labels[positions]
+        if metadata.num_classes == 1:
+            how += f": {classes[0]} at or below the cut of the output, {classes[1]} above it"
         notes.append(how)
     return DataSet(
         path=path,

@@ -59,6 +59,7 @@ class _Measured:
     ray: str | None = None
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     command: str = ""
+    cut: float | None = None
 
     def __post_init__(self) -> None:
         if not str(self.data):
@@ -68,7 +69,7 @@ class _Measured:
     @property
     def options(self) -> SweepOptions:
         """How to measure."""
-        return SweepOptions(self.batch, self.timing)
+        return SweepOptions(self.batch, self.timing, self.cut)
 
     @property
     def data_options(self) -> DataOptions:
@@ -125,6 +126,8 @@ class SweepRequest(_Measured):
         ray: Run on a Ray cluster: "host:port", "auto" or "local". Default None.
         checkpoint: How a checkpoint is loaded.
         command: What makes the sweep again, for the report.
+        cut: Of a model with one output: above it is class 1, at or below it class 0. Default None:
+            0, of a logit the probability of one half.
     """
 
     thresholds: Sequence[float] | None = None
@@ -196,7 +199,7 @@ class TuneRequest(_Measured):
 
     Args:
         model, data, limit, classes, labels, max_unreadable, batch, timing, ray, checkpoint,
-            command: As in :class:`SweepRequest`.
+            command, cut: As in :class:`SweepRequest`.
         max_drop: Most pruning whose accuracy surely drops by no more than this share.
         min_speedup: Least pruning that is so many times as fast as the dense model.
         target_latency: Least pruning that takes no more milliseconds for one picture.
