@@ -182,9 +182,7 @@ def check_top1(
     count = int(agree.sum())
     numbers = {"agree": count, "images": len(agree), "ties": int((tie & ~agree).sum())}
     if one and agree.all() and len(np.unique(theirs)) == 1:
-        what = (
-            f"all outputs are on one side of {CUT:g}, which shows nothing; their values were held"
-        )
+        what = f"all outputs are on one side of {CUT:g}: only their values were compared"
         return Check("top1", None, what, numbers)
     return Check("top1", passed, f"{said} on {count} of {len(agree)} images", numbers)
 

@@ -15,6 +15,7 @@ from simprune_deploy.common.files import stem_of
 from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
 from simprune_deploy.common.requests import as_path, request_of
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
+from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
@@ -87,6 +88,7 @@ class _Measured:
         force: bool,
     ) -> Sweep:
         """Open the pictures and what runs the model."""
+        cut_of(source.metadata.num_classes, self.cut)  # before anything runs
         batch = batch_for(source, self.batch)
         pictures = open_data(Path(self.data), source.metadata, self.data_options)
         return start_sweep(
