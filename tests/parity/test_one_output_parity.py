@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from one_output import LAYERS, as_timm_takes_them, one_output_vit, pictures, plain
 from onnx import numpy_helper
 
@@ -28,16 +30,24 @@ COUNT = 16
 
 def images() -> ImageSet:
     pixels = as_timm_takes_them()[:COUNT].numpy()
-    return ImageSet(pixels, [str(i) for i in range(COUNT)], "clouds", [])
+    return ImageSet(pixels, tuple(map(str, range(COUNT))), (), "clouds")
+
+
+def shifted() -> Any:
+    """The model with a deviation added to its output: what is left is not all cancellation."""
+    vit = copy.deepcopy(one_output_vit())
+    with torch.no_grad():
+        vit.head.bias += 1
+    return vit
 
 
 def run_of(*values: float) -> Run:
     return Run("a run", np.array(values, np.float32)[:, None], {})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_export_is_accepted_and_a_wrong_head_is_not(precision: str) -> None:
-    model = sd.prune(one_output_vit(), threshold=0.8, layers=LAYERS)
+    model = sd.prune(shifted(), threshold=0.8, layers=LAYERS)
     options = sd.ExportOptions(batch=(1, 4), precision=precision)  # type: ignore[arg-type]
     graph = export_onnx(model, options)
     verdict, golden = compare_with_torch(graph, model, images())
@@ -48,10 +58,8 @@ def test_an_export_is_accepted_and_a_wrong_head_is_not(precision: str) -> None:
     )
     assert not [key for check in verdict.checks for key in check.numbers if "cosine" in key]
     assert "cosine" not in verdict.check("outputs").summary
-    # the same decisions, and the other sign: every cosine was 1 or -1, every class the first
-    (bias,) = [each for each in graph.graph.initializer if each.name == "vit.head.bias"] or [
-        each for each in graph.graph.initializer if each.name.endswith("head.bias")
-    ]
+    # the same decisions, and all outputs above zero: the largest of one output is still the first
+    (bias,) = [each for each in graph.graph.initializer if each.name.endswith("head.bias")]
     moved = numpy_helper.to_array(bias) + np.array(4, numpy_helper.to_array(bias).dtype)
     bias.CopyFrom(numpy_helper.from_array(moved, bias.name))
     for found in (
@@ -119,4 +127,4 @@ def test_a_picture_says_the_output(tmp_path: Path) -> None:
         output=tmp_path / "out",
     )
     wanted = [f"output: {value:.4g}" for value in plain(0.8)[:2]]
-    assert [each["says"] for each in shown.pictures] == wanted
+    assert [each["says"] for each in shown.numbers["pictures"]] == wanted
