@@ -176,6 +176,10 @@ std::size_t volume(nvinfer1::Dims const& shape, int from) {
 }
 
 void printBest(float const* scores, std::size_t count, std::size_t image) {
+    if (count == 1) {  // a logit or a regression: no class is larger than another
+        std::printf("image %zu: output %.4f\n", image, scores[0]);
+        return;
+    }
     std::vector<std::size_t> order(count);
     std::iota(order.begin(), order.end(), 0);
     std::size_t const shown = std::min<std::size_t>(kBest, count);

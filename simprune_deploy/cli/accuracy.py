@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ACCURACY_ONLY = (
     *("max_drop", "min_agreement", "sure", "against", "baseline", "retrained", "save_baseline"),
     *("force", "junit", "markdown", "limit", "classes", "class_order", "no_labels"),
-    "max_unreadable",
+    *("cut", "max_unreadable"),
 )
 """The options of ``verify`` that mean nothing without --data."""
 

@@ -48,6 +48,13 @@ NoLabels = Annotated[bool, typer.Option("--no-labels", help="Leave labels aside.
 MaxUnreadable = Annotated[
     str, typer.Option(help="Share of unreadable pictures beyond which it stops.")
 ]
+Cut = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a model with one output: above it is class 1, else class 0.  [default: 0]",
+        show_default=False,
+    ),
+]
 BackendName = Annotated[Backend, typer.Option(help="What runs the model.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures a run; timing is of one.")]
 Ray = Annotated[
@@ -101,6 +108,7 @@ def sweep(
     classes: Classes = None,
     class_order: ClassOrder = None,
     no_labels: NoLabels = False,
+    cut: Cut = None,
     max_unreadable: MaxUnreadable = "1%",
     batch: BatchSize = 32,
     timing: Timing = 200,
@@ -135,6 +143,7 @@ def sweep(
             classes=classes,
             class_order=class_order,
             labels=not no_labels,
+            cut=cut,
             max_unreadable=parse_share(max_unreadable),
             batch=batch,
             timing=timing,

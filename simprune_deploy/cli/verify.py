@@ -145,6 +145,14 @@ def verify(
     no_labels: Annotated[
         bool, typer.Option("--no-labels", help="Leave labels aside.", rich_help_panel=ACCURACY)
     ] = False,
+    cut: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a model with one output: above it is class 1, else class 0.  [default: 0]",
+            show_default=False,
+            rich_help_panel=ACCURACY,
+        ),
+    ] = None,
     max_unreadable: Annotated[
         str,
         typer.Option(
@@ -175,6 +183,7 @@ def verify(
                 checkpoint=checkpoint,
                 limit=limit,
                 labels=not no_labels,
+                cut=cut,
                 classes=classes,
                 class_order=class_order,
             )

@@ -38,9 +38,11 @@ def class_names(metadata: ModelMetadata, graph: onnx.ModelProto) -> list[str]:
     """Return the class names for Triton's classification; none if they are not known or not usable.
 
     Without batches of its own Triton takes the whole output for one picture's scores, which it is
-    not if the graph takes several.
+    not if the graph takes several. Of a single output it would give the one name to every picture.
     """
     names = metadata.preprocessing.get("label_names")
+    if metadata.num_classes == 1:
+        return []
     if not isinstance(names, list) or len(names) != metadata.num_classes:
         return []
     if graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 1:

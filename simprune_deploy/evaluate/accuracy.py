@@ -31,6 +31,7 @@ from simprune_deploy.evaluate.statistics import (
     paired_drop,
     share,
 )
+from simprune_deploy.predict.answers import Movement, classes_of, movement, one_sided
 
 FORMAT = 1
 KIND = "simprune-deploy accuracy baseline"
@@ -100,6 +101,8 @@ class AccuracyReport:
         data: What the pictures are; "images": how many were compared, "skipped": [file, reason].
         classes: Per class; empty without labels.
         notes: What a reader should know.
+        cut: Where one output is cut into two classes; None of models with more.
+        moved: How far it is from the other model's; None of models with more.
     """
 
     checks: tuple[AccuracyCheck, ...]
@@ -110,6 +113,8 @@ class AccuracyReport:
     data: dict[str, Any]
     classes: tuple[ClassResult, ...]
     notes: tuple[str, ...]
+    cut: float | None = None
+    moved: Movement | None = None
 
     @property
     def status(self) -> str:
@@ -146,7 +151,8 @@ def compare(
     """Ask every question that `limits` asks of two models' answers to the same pictures.
 
     Raises:
-        SimpruneError: a drop is asked for and there are no labels.
+        SimpruneError: a drop is asked for and there are no labels, or models with one output put
+            every picture on the same side of the cut, and no label says that they should.
     """
     if limits.max_drop is not None and labels is None:
         raise InvalidArgumentError(
@@ -154,6 +160,7 @@ def compare(
             f"{argument('min_agreement')}"
         )
     mine, theirs = candidate.classes, reference.classes
+    _check_sides(candidate, reference, labels)
     checks: list[AccuracyCheck] = []
     per_class: tuple[ClassResult, ...] = ()
     accuracies: tuple[float | None, float | None] = (None, None)
@@ -165,8 +172,8 @@ def compare(
             lost, won = int((was_right & ~right).sum()), int((right & ~was_right).sum())
             checks.append(_check_drop(lost, won, len(labels), limits.max_drop, limits.sure))
     if limits.min_agreement is not None:
-        same = int((mine == theirs).sum())
-        checks.append(_check_agreement(same, len(mine), limits.min_agreement, limits.sure))
+        same, wanted = int((mine == theirs).sum()), limits.min_agreement
+        checks.append(_check_agreement(same, len(mine), wanted, limits.sure, candidate.cut))
     return AccuracyReport(
         checks=tuple(checks),
         candidate=candidate.title,
@@ -176,7 +183,26 @@ def compare(
         data=data,
         classes=per_class,
         notes=notes,
+        cut=candidate.cut,
+        moved=_moved(candidate, reference),
     )
+
+
+def _check_sides(candidate: Predictions, reference: Predictions, labels: np.ndarray | None) -> None:
+    """Refuse single outputs of which no class can be told: no check of them could fail."""
+    if candidate.cut is None:
+        return
+    both = np.concatenate([candidate.classes, reference.classes])
+    rightly = labels is not None and (reference.classes == labels).all()
+    found = one_sided(int(both.sum()), len(both), candidate.cut)
+    if found is not None and not rightly:
+        raise InvalidArgumentError(f"of {candidate.title} and {reference.title} {found}")
+
+
+def _moved(candidate: Predictions, reference: Predictions) -> Movement | None:
+    if candidate.values is None or reference.values is None:
+        return None
+    return movement(candidate.values, reference.values)
 
 
 def _check_drop(lost: int, won: int, images: int, limit: float, sure: bool) -> AccuracyCheck:
@@ -191,10 +217,13 @@ def _check_drop(lost: int, won: int, images: int, limit: float, sure: bool) -> A
     return AccuracyCheck("accuracy drop", question.status, limit, drop, text + question.doubt)
 
 
-def _check_agreement(same: int, images: int, limit: float, sure: bool) -> AccuracyCheck:
+def _check_agreement(
+    same: int, images: int, limit: float, sure: bool, cut: float | None
+) -> AccuracyCheck:
     found = share(same, images)
+    what = "same class" if cut is None else f"same side of {cut:g}"
     text = (
-        f"same class on {same:,} of {images:,} images ({found.estimate:.2%}), 95% confidence "
+        f"{what} on {same:,} of {images:,} images ({found.estimate:.2%}), 95% confidence "
         f"{found.low:.2%} to {found.high:.2%}"
     )
     question = _Question(
@@ -267,6 +296,9 @@ def save_baseline(path: Path, predictions: Predictions, data: dict[str, Any]) ->
         predictions: Of the model.
         data: What the pictures are; its "sha256" tells them from others.
     """
+    # single outputs are stored as they are: any cut, and how far they moved, can be asked later
+    single = predictions.values
+    answers = predictions.classes if single is None else single
     with staged_file(path) as staging:
         write_json(
             staging,
@@ -277,7 +309,7 @@ def save_baseline(path: Path, predictions: Predictions, data: dict[str, Any]) ->
                 "model": predictions.identity,
                 "weights": predictions.weights,
                 "data": {name: data[name] for name in ("source", "sha256")},
-                "winners": predictions.classes.tolist(),
+                ("winners" if single is None else "values"): answers.tolist(),
             },
         )
 
@@ -289,14 +321,14 @@ def load_baseline(
 
     Args:
         path: What :func:`save_baseline` wrote.
-        candidate: The model's answers.
+        candidate: The model's answers; single outputs of the baseline are cut as these are.
         data: What the pictures are.
         retrained: Let pass that the weights are others, of the same architecture. Default False.
 
     Raises:
         SimpruneError: it is no baseline, or one of another model or of other pictures.
     """
-    predictions, stored = _read_baseline(path)
+    predictions, stored = _read_baseline(path, candidate.cut)
     if stored != data["sha256"]:
         raise InvalidArgumentError(
             f"the baseline {path} is of other images, labels or preprocessing than these: save a "
@@ -323,7 +355,7 @@ def load_baseline(
     return predictions
 
 
-def _read_baseline(path: Path) -> tuple[Predictions, str]:
+def _read_baseline(path: Path, cut: float | None) -> tuple[Predictions, str]:
     try:
         if path.stat().st_size > MAX_BASELINE_BYTES:
             raise ArtifactError(f"{path} is larger than {MAX_BASELINE_BYTES >> 20} MB: no baseline")
@@ -335,12 +367,9 @@ def _read_baseline(path: Path) -> tuple[Predictions, str]:
                 f"the baseline {path} has format {values['format']}, and this version reads "
                 f"{FORMAT}: update simprune-deploy"
             )
-        classes = np.array(values["winners"])
-        if classes.ndim != 1 or classes.dtype != np.int64:
-            raise ValueError("winners are no list of whole numbers")
         weights = {str(name): float(norm) for name, norm in values["weights"].items()}
-        predictions = Predictions(str(values["title"]), dict(values["model"]), weights, classes)
-        return predictions, str(values["data"]["sha256"])
+        facts = (str(values["title"]), dict(values["model"]), weights, *_stored(values, cut))
+        return Predictions(*facts), str(values["data"]["sha256"])
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} does not exist: write it with {argument('save_baseline')}"
@@ -348,6 +377,21 @@ def _read_baseline(path: Path) -> tuple[Predictions, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         text = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{path} holds no baseline of ours ({text}): save a new one") from error
+
+
+def _stored(
+    values: dict[str, Any], cut: float | None
+) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+    """Return what a baseline holds: classes int64[n], single outputs float32[n], and their cut."""
+    if "values" not in values:
+        classes = np.array(values["winners"])
+        if classes.ndim != 1 or classes.dtype != np.int64:
+            raise ValueError("winners are no list of whole numbers")
+        return classes, None, None
+    single = np.array(values["values"], np.float32)
+    if single.ndim != 1 or not np.isfinite(single).all():
+        raise ValueError("values are no list of numbers")
+    return classes_of(single[:, None], cut), single, cut
 
 
 def same_weights(left: dict[str, float], right: dict[str, float]) -> bool:

@@ -32,6 +32,7 @@ from simprune_deploy.evaluate.predictions import (
     predict_classes,
     weight_norms,
 )
+from simprune_deploy.predict.answers import check_cut, cut_of
 from simprune_deploy.predict.source import (
     ModelSource,
     as_exported,
@@ -74,6 +75,8 @@ class AccuracyRequest:
         class_order: "timm" or "torchvision": whose order numbers class names that the model does
             not know. Default None: what the model's training checkpoint says, or torchvision's.
         max_unreadable: The share of unreadable pictures beyond which it stops. Default 0.01.
+        cut: Of a model with one output: above it is class 1, at or below it class 0. Default None:
+            0, of a logit the probability of one half.
 
     Raises:
         InvalidArgumentError: the arguments contradict each other, or a limit is no share.
@@ -99,9 +102,11 @@ class AccuracyRequest:
     classes: str | Path | None = None
     class_order: ClassOrder | None = None
     max_unreadable: float = MAX_UNREADABLE
+    cut: float | None = None
 
     def __post_init__(self) -> None:
         limits = self.limits
+        check_cut(self.cut)
         if self.against not in ("dense", "pruned"):
             raise InvalidArgumentError(
                 f"{argument('against')} {self.against!r} is unknown: use dense or pruned",
@@ -223,6 +228,7 @@ def check_accuracy(
         models = _models(request, compared=limits is not None, progress=progress)
         for each in models:
             stack.enter_context(each.predictor)
+        cut_of(models[0].metadata.num_classes, request.cut)  # before anything runs
         pictures = open_data(Path(request.data), models[0].metadata, request.data_options)
         done = 0
 
@@ -231,7 +237,7 @@ def check_accuracy(
             done += count
             progress(f"{done:,} of {len(pictures):,} images")
 
-        found = predict_classes(models, pictures, advance)
+        found = predict_classes(models, pictures, advance, request.cut)
     data = pictures.to_dict()
     data["images"] = len(found.predictions[0].classes)
     data["skipped"] = [list(pair) for pair in found.skipped]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 IMAGENET_CLASSES = 1000
 MOST_SHOWN = 3
 MOST_BYTES = 1 << 24
+SIDES = 2
+"""Of a single output: at or below the cut, class 0, and above it, class 1."""
 
 HELP = f"map them with {argument('classes', 'FILE')}, or take none with {argument('labels', False)}"
 MAP = f"say which is which, by number, with {argument('classes', 'FILE')}"
@@ -179,6 +182,8 @@ def map_labels(
     """
     labels, classes = source.labels, source.classes
     assert labels is not None
+    if model.count == 1:
+        model = _two_sides(labels, classes, model, mapping)
     shown = model.names or tuple(str(number) for number in range(model.count))
     if classes is None and mapping is None:
         _refuse_order(asked, "the labels are class numbers")
@@ -213,6 +218,54 @@ def map_labels(
         inverse = {number: name for name, number in numbers.items()}
         shown = tuple(inverse.get(number, str(number)) for number in range(model.count))
     return MappedLabels(table[labels], shown, how)
+
+
+def _two_sides(
+    labels: np.ndarray,
+    classes: Sequence[str] | None,
+    model: ModelClasses,
+    mapping: Mapping[str, int | str] | None,
+) -> ModelClasses:
+    """Return the two classes of a single output; its name is the class above the cut.
+
+    Raises:
+        DataError: the labels are not of two classes.
+    """
+    two = ModelClasses(SIDES, None, model.order)
+    if mapping is not None:
+        return two
+    used = np.unique(labels)
+    if len(used) > SIDES or any(map(_is_fraction, classes or ())):
+        raise DataError(
+            f"the labels have {len(used)} different values, and the model one output, cut into two "
+            "classes: they are of another model, or numbers to be met (regression), which are not "
+            f"compared: {HELP}"
+        )
+    if classes is None:
+        return two
+    if model.names and not all(name.isdigit() for name in classes):
+        (own,) = model.names
+        others = [name for name in classes if _normal(name) != _normal(own)]
+        if len(others) != 1 or len(classes) != SIDES:
+            raise DataError(
+                f"the model's output is {own!r}, and the data's classes are {_some(classes)}: "
+                f"{HELP}"
+            )
+        return ModelClasses(SIDES, (others[0], own), model.order)
+    if len(classes) != SIDES and not all(name in ("0", "1") for name in classes):
+        raise DataError(
+            f"the data has {len(classes)} classes ({_some(classes)}), and the model one output, "
+            f"which is cut into two: {HELP}"
+        )
+    return two
+
+
+def _is_fraction(name: str) -> bool:
+    try:
+        number = float(name)
+    except ValueError:
+        return False
+    return math.isfinite(number) and not number.is_integer()
 
 
 def _refuse_order(asked: str | None, known: str) -> None:

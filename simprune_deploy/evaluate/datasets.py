@@ -251,7 +251,10 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
         mapping = read_mapping(options.classes) if options.classes else None
         found = map_labels(source, ModelClasses.of(metadata), mapping, options.class_order)
         labels, classes = found.labels[positions], found.classes
-        notes.append(found.how)
+        sides = ""
+        if metadata.num_classes == 1:
+            sides = f": {classes[0]} at or below the cut of the output, {classes[1]} above it"
+        notes.append(found.how + sides)
     notes += assumptions(metadata.preprocessing)
     return DataSet(
         path=path,

@@ -1,4 +1,4 @@
-"""What models predict for a data set: one class for every picture.
+"""What models predict for a data set: a class for every picture, and of a single output its value.
 
 Models are asked batch by batch in one pass over the pictures, so that memory does not grow with
 them.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simprune_deploy.common.errors import DataError, InvalidArgumentError, ToolFailedError
+from simprune_deploy.predict.answers import classes_of, cut_of
 from simprune_deploy.predict.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -50,13 +51,18 @@ class Predictions:
         title: Of the model.
         identity: What tells models apart; see :func:`identity_of`.
         weights: As in :class:`ComparedModel`.
-        classes: int64[n], the class with the largest output for every readable picture.
+        classes: int64[n], the class for every readable picture: that with the largest output, or
+            of a single output the side of `cut` that it is on.
+        values: float32[n], the single outputs; None of models with more.
+        cut: Where these are cut into classes; None of models with more.
     """
 
     title: str
     identity: dict[str, Any]
     weights: dict[str, float]
     classes: np.ndarray
+    values: np.ndarray | None = None
+    cut: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +113,10 @@ def open_model(source: ModelSource, dense: bool = False) -> ComparedModel:
 
 
 def predict_classes(
-    models: Sequence[ComparedModel], data: DataSet, advance: Callable[[int], None]
+    models: Sequence[ComparedModel],
+    data: DataSet,
+    advance: Callable[[int], None],
+    cut: float | None = None,
 ) -> Comparison:
     """Return every model's predictions for the pictures, which are read once.
 
@@ -115,6 +124,7 @@ def predict_classes(
         models: Their inputs must be alike.
         data: The pictures, prepared as the first model wants them.
         advance: Called with the number of pictures done.
+        cut: Of models with one output: above it is class 1. Default None: 0.
 
     Raises:
         SimpruneError: a model gives no classes or no numbers, or too many pictures are unreadable.
@@ -125,20 +135,23 @@ def predict_classes(
                 f"{each.title} gives features, not classes: compare features with `sweep`"
             )
         _check_inputs(each, data)
-    classes: list[list[np.ndarray]] = [[] for _ in models]
+        _check_outputs(each, models[0])
+    edges = [cut_of(each.metadata.num_classes, cut) for each in models]
+    kept: list[list[np.ndarray]] = [[] for _ in models]
     labels: list[np.ndarray] = []
     skipped: list[tuple[str, str]] = []
     for batch in data.batches(0, len(data), BATCH, skipped):
-        for each, found in zip(models, classes, strict=True):
-            found.append(_classes(each, batch.pixels))
+        for each, edge, found in zip(models, edges, kept, strict=True):
+            outputs = _outputs(each, batch.pixels)
+            found.append(classes_of(outputs) if edge is None else outputs)
         if batch.labels is not None:
             labels.append(batch.labels)
         advance(len(batch.pixels))
     data.check_skipped(skipped)
     return Comparison(
         predictions=tuple(
-            Predictions(each.title, identity_of(each.metadata), each.weights, np.concatenate(found))
-            for each, found in zip(models, classes, strict=True)
+            _predictions(each, edge, np.concatenate(found))
+            for each, edge, found in zip(models, edges, kept, strict=True)
         ),
         labels=np.concatenate(labels) if labels else None,
         skipped=skipped,
@@ -156,13 +169,31 @@ def _check_inputs(model: ComparedModel, data: DataSet) -> None:
         )
 
 
-def _classes(model: ComparedModel, pixels: np.ndarray) -> np.ndarray:
+def _check_outputs(model: ComparedModel, first: ComparedModel) -> None:
+    mine, other = model.metadata.num_classes, first.metadata.num_classes
+    if (mine == 1) != (other == 1):
+        raise DataError(
+            f"{model.title} has {mine} outputs and {first.title} {other}: one output is compared "
+            "by its value, and they cannot be"
+        )
+
+
+def _predictions(model: ComparedModel, cut: float | None, found: np.ndarray) -> Predictions:
+    """Make predictions of classes, int64[n], or of single outputs, float32[n, 1], and their cut."""
+    identity = identity_of(model.metadata)
+    if cut is None:
+        return Predictions(model.title, identity, model.weights, found)
+    classes, values = classes_of(found, cut), found[:, 0]
+    return Predictions(model.title, identity, model.weights, classes, values, cut)
+
+
+def _outputs(model: ComparedModel, pixels: np.ndarray) -> np.ndarray:
     outputs = model.predictor.predict(pixels).outputs
     if not np.isfinite(outputs).all():
         raise ToolFailedError(
             f"the outputs of {model.title} hold NaN or infinity: nothing can be said of it"
         )
-    return outputs.argmax(1).astype(np.int64)
+    return outputs
 
 
 def weight_norms(source: ModelSource) -> dict[str, float]:

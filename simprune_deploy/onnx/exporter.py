@@ -186,6 +186,11 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
         raise InvalidArgumentError(
             f"{argument('softmax', True)} is for classes, and the model gives features: drop it"
         )
+    if options.softmax and model.vit.num_classes == 1:
+        raise InvalidArgumentError(
+            f"{argument('softmax', True)} over one output is 1 for every image: drop it, and take "
+            "the logistic function of the logit behind the model"
+        )
     if is_dense(model, options):
         dense = dataclasses.replace(model.config, layers=(), capacities=())
         exported = PrunedViT(model.vit, dense)

@@ -20,11 +20,13 @@ from simprune_deploy.parity.decisions import (
 from simprune_deploy.parity.runs import Run
 from simprune_deploy.parity.tolerance import (
     TURNED_COSINE,
+    TURNED_DIFFERENCE,
     Tolerance,
     cosines,
     root_mean_square,
 )
 from simprune_deploy.parity.verdict import Check
+from simprune_deploy.predict.answers import CUT, classes_of
 from simprune_deploy.predict.records import Array, PruneRecord
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
@@ -67,7 +69,8 @@ def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = 
 
     An image with a decision that noise turned has another output, rightly; those are reported
     apart and held to no tolerance here, but to the margin of the decision in
-    :func:`check_decisions`. (In 16 bits, where noise turns many, to a cosine too.)
+    :func:`check_decisions`. (In 16 bits, where noise turns many, to a cosine too, or of a single
+    output to a difference.)
     """
     limit = tolerance.largest(reference.outputs)
     numbers: dict[str, Any] = {"tolerance": limit, "images": int(same.sum())}
@@ -78,16 +81,13 @@ def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = 
         numbers["turned_images"] = int((~same).sum())
         numbers["largest_difference_of_turned_images"] = float(turned.max())
         if not tolerance.is_float32:
-            cosine = float(cosines(reference.outputs[~same], run.outputs[~same]).min())
-            numbers["smallest_cosine_of_turned_images"] = cosine
-            if cosine < TURNED_COSINE:
-                off = f"an image decided otherwise has cosine {cosine:.4f}, below {TURNED_COSINE}"
+            near, text, found = _turned_outputs(reference, run, ~same)
+            numbers |= found
+            if not near:
+                off = f"an image decided otherwise has {text}"
                 return Check("outputs", False, off, numbers)
             if not same.any():
-                text = (
-                    f"every image was decided otherwise somewhere; smallest cosine {cosine:.5f} "
-                    f"(above {TURNED_COSINE})"
-                )
+                text = f"every image was decided otherwise somewhere; {text}"
                 return Check("outputs", True, text, numbers)
     if tolerance.is_float32 and same.mean() < 1 - MAX_TURNED:
         few = f"only {same.sum()} of {len(same)} images were decided alike, too few to compare"
@@ -114,6 +114,23 @@ def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = 
     )
 
 
+def _turned_outputs(reference: Run, run: Run, turned: Array) -> tuple[bool, str, dict[str, float]]:
+    """Return whether the images decided otherwise are near the reference, in words and numbers."""
+    mine, theirs = run.outputs[turned], reference.outputs[turned]
+    if reference.outputs.shape[1] == 1:
+        limit = TURNED_DIFFERENCE * root_mean_square(reference.outputs)
+        largest = float(np.abs(mine - theirs).max())
+        near = largest <= limit
+        text = (
+            f"a largest difference of {largest:.4g} ({'within' if near else 'above'} {limit:.4g})"
+        )
+        return near, text, {"tolerance_of_turned_images": limit}
+    cosine = float(cosines(theirs, mine).min())
+    near = cosine >= TURNED_COSINE
+    text = f"a smallest cosine of {cosine:.5f} ({'above' if near else 'below'} {TURNED_COSINE})"
+    return near, text, {"smallest_cosine_of_turned_images": cosine}
+
+
 def _outputs_in_16_bits(
     reference: Run,
     run: Run,
@@ -126,7 +143,9 @@ def _outputs_in_16_bits(
     rms = root_mean_square(run.outputs[same] - reference.outputs[same])
     limit = tolerance.rms(reference.outputs)
     numbers["rms_difference"], numbers["rms_tolerance"] = rms, limit
-    numbers["smallest_cosine"] = float(cosines(reference.outputs[same], run.outputs[same]).min())
+    if reference.outputs.shape[1] > 1:
+        smallest = cosines(reference.outputs[same], run.outputs[same]).min()
+        numbers["smallest_cosine"] = float(smallest)
     passed = passed and rms <= limit
     return Check(
         "outputs",
@@ -145,23 +164,27 @@ def check_top1(
     has_classes: bool,
     tolerance: Tolerance = FLOAT32,
 ) -> Check:
-    """Compare the winning class of every image."""
+    """Compare the winning class of every image; of a single output the side of zero it is on."""
     if not has_classes:
         return Check("top1", None, "the model gives features, not classes")
-    mine, theirs = run.outputs.argmax(1), reference.outputs.argmax(1)
+    mine, theirs = classes_of(run.outputs), classes_of(reference.outputs)
     agree = mine == theirs
     # where the reference itself is undecided within the output tolerance, either class is right
-    ordered = np.sort(reference.outputs, axis=1)
-    gap = ordered[:, -1] - ordered[:, -2] if ordered.shape[1] > 1 else np.full(len(agree), np.inf)
-    tie = gap <= 2 * tolerance.largest(reference.outputs)
+    one, limit = reference.outputs.shape[1] == 1, tolerance.largest(reference.outputs)
+    if one:
+        tie = np.abs(reference.outputs[:, 0] - CUT) <= limit
+        said = f"the output is on the same side of {CUT:g}"
+    else:
+        ordered = np.sort(reference.outputs, axis=1)
+        tie = ordered[:, -1] - ordered[:, -2] <= 2 * limit
+        said = "top-1 agrees"
     passed = bool((agree | tie | ~same).all())
     count = int(agree.sum())
-    return Check(
-        "top1",
-        passed,
-        f"top-1 agrees on {count} of {len(agree)} images",
-        {"agree": count, "images": len(agree), "ties": int((tie & ~agree).sum())},
-    )
+    numbers = {"agree": count, "images": len(agree), "ties": int((tie & ~agree).sum())}
+    if one and agree.all() and len(np.unique(theirs)) == 1:
+        what = f"all outputs are on one side of {CUT:g}: only their values were compared"
+        return Check("top1", None, what, numbers)
+    return Check("top1", passed, f"{said} on {count} of {len(agree)} images", numbers)
 
 
 def images_with_same_decisions(reference: Run, run: Run) -> Array:

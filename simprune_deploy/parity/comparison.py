@@ -30,6 +30,7 @@ from simprune_deploy.parity.runs import Inputs, Run, run
 from simprune_deploy.parity.runtime_checks import runtime_checks, same_outputs
 from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.parity.verdict import Check, Verdict
+from simprune_deploy.predict.answers import classes_of
 from simprune_deploy.predict.onnx_predictor import OnnxSpec
 
 if TYPE_CHECKING:
@@ -232,18 +233,19 @@ def _compare(
 
 def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:
     """Add how far the outputs are from the float32 reference with decisions of its own."""
-    cosine = float(cosines(reference.outputs, run_.outputs).min())
     apart = float(np.abs(reference.outputs - run_.outputs).max())
-    agree = int((reference.outputs.argmax(1) == run_.outputs.argmax(1)).sum())
-    numbers = {
+    agree = int((classes_of(reference.outputs) == classes_of(run_.outputs)).sum())
+    numbers: dict[str, Any] = {
         "largest_difference_with_own_decisions": apart,
-        "smallest_cosine_with_own_decisions": cosine,
         "top1_agrees_with_own_decisions": agree,
     }
-    text = (
-        f"{check.summary}, PyTorch with the same decisions; cosine {cosine:.5f} or more to PyTorch "
-        "with its own"
-    )
+    if reference.outputs.shape[1] == 1:
+        near = f"at most {apart:.2e} from PyTorch with its own"
+    else:
+        cosine = float(cosines(reference.outputs, run_.outputs).min())
+        numbers["smallest_cosine_with_own_decisions"] = cosine
+        near = f"cosine {cosine:.5f} or more to PyTorch with its own"
+    text = f"{check.summary}, PyTorch with the same decisions; {near}"
     return dataclasses.replace(check, summary=text, numbers={**check.numbers, **numbers})
 
 

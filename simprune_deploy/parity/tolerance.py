@@ -32,6 +32,10 @@ TURNED_COSINE = 0.9
 """In 16 bits an image with another decision keeps this cosine to the reference's output: a decision
 can matter (0.977 was seen), so this only tells a broken model from a working one."""
 
+TURNED_DIFFERENCE = 0.45
+"""A single output has no direction: in place of the cosine its difference is held to this share of
+the outputs' root mean square, by which two vectors of one length are apart at that cosine."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
@@ -76,7 +80,10 @@ def root_mean_square(values: Array) -> float:
 
 
 def cosines(left: Array, right: Array) -> Array:
-    """Return the cosine of every row of one array to the same row of the other."""
+    """Return the cosine of every row of one array to the same row of the other.
+
+    Of rows of one number it is 1 or -1, whatever they are: ask for their difference instead.
+    """
     a, b = (np.asarray(each, np.float64).reshape(len(each), -1) for each in (left, right))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.asarray((a * b).sum(1) / np.maximum(norms, 1e-300))

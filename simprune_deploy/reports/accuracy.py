@@ -47,6 +47,10 @@ def _lines(report: AccuracyReport) -> list[str]:
         lines.append(
             f"top-1: {percent(report.accuracy)}, compared with {percent(report.reference_accuracy)}"
         )
+    if report.cut is not None:
+        lines.append(f"classes: the output above {report.cut:g} is class 1, else class 0")
+    if report.moved is not None:
+        lines.append(f"output: {report.moved}")
     lines.append(f"images: {report.data['images']:,}, {report.data['source']}")
     skipped = len(report.data["skipped"])
     if skipped:

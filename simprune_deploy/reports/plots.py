@@ -65,6 +65,12 @@ QUALITIES = (
     Measure("accuracy", "top-1 accuracy", lambda cell: cell.top1, True),
     Measure("agreement", "same class as the dense model", lambda cell: cell.agreement, True),
     Measure("cosine", "mean cosine to the dense output", lambda cell: cell.cosine),
+    Measure(
+        "moved",
+        "mean distance to the dense output, in its standard deviations",
+        lambda cell: cell.moved,
+        more_is_better=False,
+    ),
 )
 
 
@@ -74,7 +80,7 @@ def costs_of(result: SweepResult) -> list[Measure]:
 
 
 def quality_of(result: SweepResult) -> Measure:
-    """Return the best measure of quality that the sweep has: accuracy, agreement, or cosine."""
+    """Return the best measure of quality that the sweep has: the first of :data:`QUALITIES`."""
     for quality in QUALITIES:
         if sum(quality.value(cell) is not None for cell in result.cells) > 1:
             return quality
@@ -209,6 +215,8 @@ def _draw_panel(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if not cost.more_is_better:
         axes.invert_xaxis()  # cheaper stands at the right in every panel
+    if not quality.more_is_better and not axes.yaxis_inverted():
+        axes.invert_yaxis()  # and better at the top; the panels share this axis
     axes.margins(x=0.08)
     if legend:
         axes.legend(loc="lower left", fontsize=8)

@@ -63,6 +63,8 @@ COLUMNS = (
     Column("as dense", lambda cell: cell.agreement, percent),
     Column("cosine", lambda cell: cell.cosine, "{:.4f}".format),
     Column("worst", lambda cell: cell.worst_cosine, "{:.4f}".format),
+    Column("moved", lambda cell: cell.moved, "{:.3f}".format),
+    Column("most moved", lambda cell: cell.worst_moved, "{:.3f}".format),
     Column("tokens", lambda cell: cell.tokens_processed, "{:.0%}".format),
     Column("GFLOPs", lambda cell: cell.gflops, "{:.3g}".format),
     Column("ms", lambda cell: cell.milliseconds, "{:.2f}".format),
@@ -76,6 +78,9 @@ LEGEND = {
     "as dense": "images with the dense model's class",
     "cosine": "mean cosine of the output to the dense model's",
     "worst": "the smallest such cosine",
+    "moved": "mean distance of the output from the dense model's, in standard deviations of the "
+    "dense model's over these images",
+    "most moved": "the largest such distance",
     "tokens": "mean share of the dense model's tokens over all blocks",
     "GFLOPs": "of the blocks, for one image",
     "speed-up": "against the dense model, timed in turn with it",
@@ -83,7 +88,7 @@ LEGEND = {
 """What the headings mean."""
 
 
-DISPENSABLE = ("top-5", "worst", "peak MB", "cosine", "GFLOPs", "ms", "as dense")
+DISPENSABLE = ("top-5", "worst", "most moved", "peak MB", "cosine", "GFLOPs", "ms", "as dense")
 """What a narrow terminal leaves out, in this order."""
 
 
@@ -175,12 +180,16 @@ def _fitting(cells: Sequence[Measurement], width: int) -> tuple[list[Column], li
 
 def not_measured(result: SweepResult) -> list[str]:
     """Return what the sweep has no numbers for, in words."""
-    classes = result.model.get("num_classes") != 0
-    why = "the images have no labels" if classes else "the model has no classes"
+    outputs = result.model.get("num_classes")
+    labelled = result.data.get("labels")
+    why = "the model has no classes" if outputs == 0 else "the images have no labels"
+    one = "all single outputs are on one side of the cut"
     absent = {
-        f"accuracy: {why}": lambda cell: cell.top1,
-        "agreement: the model has no classes": lambda cell: cell.agreement,
-        "cosine": lambda cell: cell.cosine,
+        f"accuracy: {one if labelled and outputs == 1 else why}": lambda cell: cell.top1,
+        f"agreement: {one if outputs == 1 else 'the model has no classes'}": lambda cell: (
+            cell.agreement
+        ),
+        f"cosine{': a single output has none' if outputs == 1 else ''}": lambda cell: cell.cosine,
         "GFLOPs": lambda cell: cell.gflops,
         "speed": lambda cell: cell.speedup,
         "peak memory": lambda cell: cell.peak_memory,

@@ -17,6 +17,7 @@ from simprune_deploy.common.images import PictureLoader, UnusableImageError
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import check_whole, request_of
 from simprune_deploy.onnx.metadata import preprocessing_of
+from simprune_deploy.predict.answers import classes_of
 from simprune_deploy.predict.source import ModelSource, open_source, source_of_model
 from simprune_deploy.pruning.config import check_threshold
 from simprune_deploy.reports.clusters import Clusters, check_sizes, compose, grid_of
@@ -304,10 +305,12 @@ def _clusters(found: Prediction, index: int, metadata: ModelMetadata) -> list[Cl
 
 
 def _says(metadata: ModelMetadata, outputs: np.ndarray) -> str:
-    """Return the class that the model gives, or nothing of a model without classes."""
+    """Return the class that the model gives, its single output, or nothing of one without any."""
     if not metadata.num_classes:
         return ""
-    winner = int(outputs.argmax())
+    if metadata.num_classes == 1:
+        return f"output: {float(outputs.item()):.4g}"
+    winner = int(classes_of(outputs[None])[0])
     names = metadata.preprocessing.get("label_names")
     if isinstance(names, (list, tuple)) and len(names) == metadata.num_classes:
         return f"class: {names[winner]}"

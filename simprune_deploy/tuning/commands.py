@@ -16,6 +16,7 @@ from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
 from simprune_deploy.common.requests import as_path, request_of
 from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
+from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
@@ -61,6 +62,7 @@ class _Measured:
     ray: str | None = None
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     command: str = ""
+    cut: float | None = None
 
     def __post_init__(self) -> None:
         if not str(self.data):
@@ -70,7 +72,7 @@ class _Measured:
     @property
     def options(self) -> SweepOptions:
         """How to measure."""
-        return SweepOptions(self.batch, self.timing)
+        return SweepOptions(self.batch, self.timing, self.cut)
 
     @property
     def data_options(self) -> DataOptions:
@@ -94,6 +96,7 @@ class _Measured:
         force: bool,
     ) -> Sweep:
         """Open the pictures and what runs the model."""
+        cut_of(source.metadata.num_classes, self.cut)  # before anything runs
         batch = batch_for(source, self.batch)
         pictures = open_data(Path(self.data), source.metadata, self.data_options)
         return start_sweep(
@@ -135,6 +138,8 @@ class SweepRequest(_Measured):
         ray: Run on a Ray cluster: "host:port", "auto" or "local". Default None.
         checkpoint: How a checkpoint is loaded.
         command: What makes the sweep again, for the report.
+        cut: Of a model with one output: above it is class 1, at or below it class 0. Default None:
+            0, of a logit the probability of one half.
     """
 
     thresholds: Sequence[float] | None = None
@@ -206,7 +211,7 @@ class TuneRequest(_Measured):
 
     Args:
         model, data, limit, classes, class_order, labels, max_unreadable, batch, timing, ray,
-            checkpoint, command: As in :class:`SweepRequest`.
+            checkpoint, command, cut: As in :class:`SweepRequest`.
         max_drop: Most pruning whose accuracy surely drops by no more than this share.
         min_speedup: Least pruning that is so many times as fast as the dense model.
         target_latency: Least pruning that takes no more milliseconds for one picture.

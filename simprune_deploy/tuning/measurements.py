@@ -19,11 +19,14 @@ def measurement_of(
     data: DataSet,
     setting: Setting,
     tally: Tally,
+    dense: Tally,
     timed: Timing | None,
 ) -> Measurement:
-    """Turn the counts of a setting into what a report shows."""
+    """Turn the counts of a setting, beside the dense model's, into what a report shows."""
     metadata, count = source.metadata, tally.images
-    labelled, classified = data.labels is not None, metadata.num_classes > 0
+    single, told = metadata.num_classes == 1, tells_classes(source, data, dense)
+    labelled, classified = data.labels is not None and told, metadata.num_classes > 0 and told
+    spread = dense.deviation if single else 0.0
     processed, flops = _cost(source, setting, tally)
     dense_flops = metadata.depth * block_flops(metadata.block, metadata.num_tokens)
     kept = [sum(patches * images for patches, images in each.items()) for each in tally.kept]
@@ -33,8 +36,10 @@ def measurement_of(
         top1=tally.right / count if labelled else None,
         top5=tally.right_in_5 / count if labelled and metadata.num_classes > 5 else None,
         agreement=tally.agree / count if classified else None,
-        cosine=tally.cosines / COSINE_STEPS / count,
-        worst_cosine=tally.worst_cosine,
+        cosine=None if single else tally.cosines / COSINE_STEPS / count,
+        worst_cosine=None if single else tally.worst_cosine,
+        moved=tally.moved / COSINE_STEPS / count / spread if spread else None,
+        worst_moved=tally.most_moved / spread if spread else None,
         tokens_processed=processed,
         kept=tuple(each / count for each in kept),
         gflops=flops / 1e9,
@@ -48,9 +53,20 @@ def measurement_of(
         right_only_dense=tally.right_only_dense if labelled else None,
         classes=tuple(
             ClassResult(data.classes[label], *counts)
-            for label, counts in sorted(tally.classes.items())
+            for label, counts in sorted(tally.classes.items() if told else ())
         ),
     )
+
+
+def tells_classes(source: ModelSource, data: DataSet, dense: Tally) -> bool:
+    """Tell whether classes of a model say anything on these images.
+
+    They do not where all single outputs of the dense model are on one side of the cut, and no
+    label says that they should: pruning would keep them there, however much it broke.
+    """
+    if source.metadata.num_classes != 1 or 0 < dense.above < dense.images:
+        return True
+    return data.labels is not None and dense.right == dense.images
 
 
 def _cost(source: ModelSource, setting: Setting, tally: Tally) -> tuple[float, float]:

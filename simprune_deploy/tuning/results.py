@@ -84,9 +84,14 @@ class Measurement:
         setting: The setting.
         images: How many.
         top1, top5: Accuracy in [0, 1]; None without labels.
-        agreement: Share of images with the dense model's class; None for feature models.
-        cosine: Mean cosine of the output (logits or features) to the dense model's.
+        agreement: Share of images with the dense model's class; None for feature models, and where
+            a single output is on one side of the cut for all images.
+        cosine: Mean cosine of the output (logits or features) to the dense model's; None of a
+            single output, which has no direction.
         worst_cosine: The smallest.
+        moved: Of a single output, the mean distance to the dense model's in standard deviations of
+            the dense model's over these images; None of models with more.
+        worst_moved: The largest.
         tokens_processed: Mean share of the dense model's tokens over all blocks, in (0, 1].
         kept: Mean patches kept after each prune layer.
         gflops: Mean GFLOPs of the blocks for one image.
@@ -120,6 +125,8 @@ class Measurement:
     classes: tuple[ClassResult, ...] = ()
     speedup_low: float | None = None
     speedup_high: float | None = None
+    moved: float | None = None
+    worst_moved: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -134,6 +141,8 @@ class Measurement:
             parts.append(f"top-1 {self.top1:.2%}")
         if self.agreement is not None:
             parts.append(f"as dense {self.agreement:.2%}")
+        if self.moved is not None:
+            parts.append(f"moved {self.moved:.3f}")
         if self.milliseconds is not None:
             parts.append(f"{self.milliseconds:.2f} ms")
         if self.speedup is not None:

@@ -139,7 +139,8 @@ def search(sweep: Sweep, wish: Objective, bases: Sequence[Setting]) -> Found:
         bases: Settings whose thresholds are searched: one for each set of blocks.
 
     Raises:
-        SimpruneError: the data cannot answer: it has no labels, or too few images.
+        SimpruneError: the data cannot answer: it has no labels, too few images, or a single output
+            on one side of the cut for all of them.
         CheckFailedError: nothing meets the wish; the message says what the best is.
     """
     if wish.of_accuracy:
@@ -151,6 +152,7 @@ def search(sweep: Sweep, wish: Objective, bases: Sequence[Setting]) -> Found:
             # only what the wish is about, until it is met
             if wish.of_accuracy:
                 cells[setting] = sweep.measure([setting], timed=False)[1]
+                _check_classes(sweep)
             else:
                 (cells[setting],) = sweep.time([setting])
         return cells[setting]
@@ -167,6 +169,11 @@ def search(sweep: Sweep, wish: Objective, bases: Sequence[Setting]) -> Found:
         chosen = max(measured, key=_quality)
     drop = None if chosen.right_only_here is None else drop_of(chosen, wish.confidence)
     return Found(wish, chosen, drop, tuple(cells.values()))
+
+
+def _check_classes(sweep: Sweep) -> None:
+    if (why := sweep.no_classes()) is not None:
+        raise InvalidArgumentError(f"{_name(MAX_DROP)} is of classes, and {why}")
 
 
 def _bisect(
@@ -203,7 +210,9 @@ def _cost(cell: Measurement) -> float:
 
 
 def _quality(cell: Measurement) -> float:
-    known = (cell.top1, cell.agreement, cell.cosine)
+    moved = None if cell.moved is None else -cell.moved
+    # a single output that is the same for all images tells nothing: the least pruning then
+    known = (cell.top1, cell.agreement, cell.cosine, moved, cell.tokens_processed)
     return next(value for value in known if value is not None)
 
 

@@ -22,12 +22,14 @@ from simprune_deploy.common.versions import __version__
 from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.evaluate.memory import MemoryRun, probe
 from simprune_deploy.evaluate.timing import RUNS_A_BLOCK
+from simprune_deploy.predict.answers import check_cut, cut_of, one_sided
 from simprune_deploy.predict.source import ModelSource
-from simprune_deploy.tuning.measurements import measurement_of
+from simprune_deploy.tuning.measurements import measurement_of, tells_classes
 from simprune_deploy.tuning.results import BASELINES, OURS, Measurement, Setting, SweepResult
 from simprune_deploy.tuning.store import Store, open_store
 from simprune_deploy.tuning.sweep_runtimes import SweepRuntime
 from simprune_deploy.tuning.tallies import (
+    COSINE_STEPS,
     DENSE_SETTING,
     Models,
     Shard,
@@ -77,6 +79,7 @@ class SweepOptions:
     Args:
         batch: Pictures a run, for everything but the timing. Default 32.
         timing: Runs that each latency is of; 0 leaves latency and memory out. Default 200.
+        cut: Of a model with one output: above it is class 1. Default None: 0.
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -84,8 +87,10 @@ class SweepOptions:
 
     batch: int = BATCH
     timing: int = IMAGES
+    cut: float | None = None
 
     def __post_init__(self) -> None:
+        check_cut(self.cut)
         check_whole("batch", self.batch, 1)
         check_whole("timing", self.timing, 0)
 
@@ -109,6 +114,9 @@ class Sweep:
         options: How to measure.
         runner: Where shards run. Default: this process.
         bar: Shows how far it is. Default: nothing is shown.
+
+    Raises:
+        SimpruneError: a cut is asked for, and the model has other than one output.
     """
 
     def __init__(
@@ -123,6 +131,7 @@ class Sweep:
     ) -> None:
         self.source, self.data, self.runtime, self.store = source, data, runtime, store
         self.options, self.runner, self.bar = options, runner or LocalRunner(), bar
+        self.cut = cut_of(source.metadata.num_classes, options.cut)
         self.shards = shards_of(len(data), shard_size(options.batch))
 
     def measure(self, settings: Sequence[Setting], timed: bool = True) -> list[Measurement]:
@@ -152,7 +161,7 @@ class Sweep:
         for number, start, stop in self.shards:
             left = tuple(each for each in settings if not self.store.has(each, number))
             if left:
-                shards.append(Shard(number, start, stop, left))
+                shards.append(Shard(number, start, stop, left, cut=self.cut))
         return shards
 
     def _run(self, group: Sequence[Setting], shards: Sequence[Shard]) -> None:
@@ -229,7 +238,17 @@ class Sweep:
 
     def _cell(self, setting: Setting) -> Measurement:
         timed = self.store.timings.get(setting)
-        return measurement_of(self.source, self.data, setting, self.tally(setting), timed)
+        found, dense = self.tally(setting), self.tally(DENSE_SETTING)
+        return measurement_of(self.source, self.data, setting, found, dense, timed)
+
+    def no_classes(self) -> str | None:
+        """Say why nothing can be told from the classes of what was measured; None if it can."""
+        dense = self.tally(DENSE_SETTING)
+        if self.cut is None or tells_classes(self.source, self.data, dense):
+            return None
+        found = one_sided(dense.above, dense.images, self.cut)
+        mean = dense.values / COSINE_STEPS / dense.images
+        return f"{found} (the dense model's: mean {mean:.4g}, deviation {dense.deviation:.4g})"
 
     def environment(self) -> dict[str, Any]:
         """Return what ran on what."""
@@ -240,6 +259,7 @@ class Sweep:
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "batch": self.options.batch,
+            **({} if self.cut is None else {"cut": self.cut}),
             "timing": self._timing_text(),
         }
 
@@ -262,7 +282,11 @@ class Sweep:
 
     def described_data(self) -> dict[str, Any]:
         """Return what the data is, and which pictures could not be read."""
-        return {**self.data.to_dict(), "skipped": [list(each) for each in self._check_skipped()]}
+        described = self.data.to_dict()
+        if self.cut is not None:
+            how = f"one output: above {self.cut:g} is one class, at or below it the other"
+            described["notes"].append(how)
+        return {**described, "skipped": [list(each) for each in self._check_skipped()]}
 
     def result(self, settings: Sequence[Setting], command: str) -> SweepResult:
         """Measure the settings and return everything, as it is stored and reported.
@@ -273,6 +297,8 @@ class Sweep:
         """
         cells = self.measure(settings)
         not_measured = []
+        if (why := self.no_classes()) is not None:
+            not_measured.append(spelled(f"classes: {why}"))
         if not self.options.timing:
             not_measured.append(spelled(f"latency and peak memory: {argument('timing', 0)}"))
         elif any(setting.method in BASELINES for setting in settings):
@@ -341,7 +367,7 @@ def shard_size(batch: int) -> int:
 
 
 def identity_of(
-    source: ModelSource, data: DataSet, runtime: SweepRuntime, batch: int
+    source: ModelSource, data: DataSet, runtime: SweepRuntime, options: SweepOptions
 ) -> dict[str, Any]:
     """Return what must be the same for cells to belong together."""
     pruning = source.metadata.pruning
@@ -350,7 +376,8 @@ def identity_of(
         "data": data.identity,
         "runtime": runtime.environment["runtime"],
         "set of engines": runtime.environment.get("set of engines"),
-        "batch size": batch,
+        "batch size": options.batch,
+        "cut": cut_of(source.metadata.num_classes, options.cut),
         "proportional attention": pruning.proportional_attention,
         "multiple of": pruning.multiple_of,
         "version": __version__,
@@ -373,8 +400,9 @@ def start_sweep(
 
     Raises:
         SimpruneError: the folder cannot be used; see
-            :func:`simprune_deploy.tuning.store.open_store`.
+            :func:`simprune_deploy.tuning.store.open_store`. Or a cut is asked for, and the model
+            has other than one output.
     """
-    identity = identity_of(source, data, runtime, options.batch)
+    identity = identity_of(source, data, runtime, options)
     store = open_store(folder, identity, resume, force)
     return Sweep(source, data, runtime, store, options, runner, bar)

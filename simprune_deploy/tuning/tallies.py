@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 
 from simprune_deploy.common.errors import ToolFailedError
 from simprune_deploy.parity.tolerance import cosines
+from simprune_deploy.predict.answers import classes_of
 from simprune_deploy.predict.predictor import Predictor, PredictorSpec
 from simprune_deploy.tuning.results import Setting
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from simprune_deploy.evaluate.datasets import DataSet, Skipped
 
 COSINE_STEPS = 1 << 40
-"""Cosines are added as whole multiples of 2^-40."""
+"""Cosines, and single outputs, are added as whole multiples of 2^-40."""
 
 DENSE_SETTING = Setting("dense")
 
@@ -77,11 +79,16 @@ class Tally:
     Attributes:
         images: How many.
         right, right_in_5: Top-1 and top-5 hits.
-        agree: Images with the dense model's class.
+        agree: Images with the dense model's class; of a single output, on its side of the cut.
         right_only_here, right_only_dense: Images that only this setting, or only the dense model,
             classifies rightly.
-        cosines: Sum of the outputs' cosines to the dense model's, in steps of 2^-40.
+        cosines: Sum of the outputs' cosines to the dense model's, in steps of 2^-40; 0 of single
+            outputs, which have none.
         worst_cosine: The smallest of them.
+        above: Single outputs above the cut.
+        values, squares: Sums of single outputs in steps of 2^-40, and of the squares of these.
+        moved: Sum of the single outputs' distances to the dense model's, in the same steps.
+        most_moved: The largest of them, in units of the output.
         kept: For each prune layer, how many images kept how many patches.
         classes: For each class with images: images, hits, the dense model's hits.
     """
@@ -94,6 +101,11 @@ class Tally:
     right_only_dense: int = 0
     cosines: int = 0
     worst_cosine: float = 1.0
+    above: int = 0
+    values: int = 0
+    squares: int = 0
+    moved: int = 0
+    most_moved: float = 0.0
     kept: tuple[Counter[int], ...] = ()
     classes: dict[int, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
 
@@ -108,7 +120,14 @@ class Tally:
             old = classes.get(label, (0, 0, 0))
             classes[label] = tuple(map(operator.add, old, counts))
         worst = min(self.worst_cosine, other.worst_cosine)
-        return Tally(**summed, worst_cosine=worst, kept=kept, classes=classes)
+        most = max(self.most_moved, other.most_moved)
+        return Tally(**summed, worst_cosine=worst, most_moved=most, kept=kept, classes=classes)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the single outputs."""
+        spread = self.images * self.squares - self.values**2  # exact: these are whole numbers
+        return math.sqrt(spread) / self.images / COSINE_STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON types."""
@@ -139,6 +158,10 @@ _ADDED = (
     "right_only_here",
     "right_only_dense",
     "cosines",
+    "above",
+    "values",
+    "squares",
+    "moved",
 )
 """The counts that are added up."""
 
@@ -157,6 +180,7 @@ class Shard:
         start, stop: Its pictures, counted among those taken.
         settings: What is asked of them; may hold the dense model.
         dense: float32[n, C], the dense model's outputs of an earlier run; None to compute them.
+        cut: Of a single output: above it is class 1. None of models with more.
     """
 
     number: int
@@ -164,6 +188,7 @@ class Shard:
     stop: int
     settings: tuple[Setting, ...]
     dense: np.ndarray | None = None
+    cut: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +236,7 @@ def evaluate_shard(models: Models, data: DataSet, batch: int, shard: Shard) -> S
             else:
                 outputs, kept = _pruned(models, setting, each.pixels)
             _finite(outputs, setting)
-            tallies[setting] += tally(outputs, dense, kept, each.labels)
+            tallies[setting] += tally(outputs, dense, kept, each.labels, shard.cut)
     joined = np.concatenate(dense_outputs) if dense_outputs else np.zeros((0, 0), np.float32)
     return ShardResult(shard.number, tallies, skipped, joined, os.getpid())
 
@@ -231,7 +256,11 @@ def _finite(outputs: np.ndarray, setting: Setting) -> np.ndarray:
 
 
 def tally(
-    outputs: np.ndarray, dense: np.ndarray, kept: np.ndarray, labels: np.ndarray | None
+    outputs: np.ndarray,
+    dense: np.ndarray,
+    kept: np.ndarray,
+    labels: np.ndarray | None,
+    cut: float | None = None,
 ) -> Tally:
     """Count what a batch of outputs says beside the dense model's.
 
@@ -239,19 +268,19 @@ def tally(
         outputs, dense: float32[b, C].
         kept: int64[b, layers].
         labels: int64[b], or None.
+        cut: Of a single output, C == 1: above it is class 1. Default None: 0.
     """
-    near = np.minimum(1.0, cosines(outputs, dense))
-    agree = outputs.argmax(1) == dense.argmax(1)
+    single = outputs.shape[1] == 1
+    agree = classes_of(outputs, cut) == classes_of(dense, cut)
     values: dict[str, Any] = {
         "images": len(outputs),
         "agree": int(agree.sum()),
-        "cosines": int(np.rint(near * COSINE_STEPS).astype(np.int64).sum()),
-        "worst_cosine": float(near.min(initial=1.0)),
         "kept": tuple(Counter(column.tolist()) for column in kept.T),
+        **(_values(outputs, dense, cut) if single else _cosines(outputs, dense)),
     }
     if labels is not None:
-        place = rank(outputs, labels)
-        right, dense_right = place == 0, rank(dense, labels) == 0
+        place, dense_place = (rank(each, labels, cut) for each in (outputs, dense))
+        right, dense_right = place == 0, dense_place == 0
         values |= {
             "right": int(right.sum()),
             "right_in_5": int((place < 5).sum()),
@@ -265,13 +294,41 @@ def tally(
     return Tally(**values)
 
 
+def _cosines(outputs: np.ndarray, dense: np.ndarray) -> dict[str, Any]:
+    near = np.minimum(1.0, cosines(outputs, dense))
+    return {
+        "cosines": int(np.rint(near * COSINE_STEPS).astype(np.int64).sum()),
+        "worst_cosine": float(near.min(initial=1.0)),
+    }
+
+
+def _values(outputs: np.ndarray, dense: np.ndarray, cut: float | None) -> dict[str, Any]:
+    """Count single outputs, float32[b, 1]; Python's whole numbers have no largest."""
+    apart = np.abs(outputs[:, 0].astype(np.float64) - dense[:, 0])
+    steps, moved = (
+        [round(x * COSINE_STEPS) for x in each.tolist()] for each in (outputs[:, 0], apart)
+    )
+    return {
+        "above": int(classes_of(outputs, cut).sum()),
+        "values": sum(steps),
+        "squares": sum(step * step for step in steps),
+        "moved": sum(moved),
+        "most_moved": float(apart.max(initial=0.0)),
+    }
+
+
 def _counts(chosen: np.ndarray, *hits: np.ndarray) -> tuple[int, int, int]:
     right, dense_right = (int((chosen & each).sum()) for each in hits)
     return int(chosen.sum()), right, dense_right
 
 
-def rank(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return int64[b]: how many classes come before the label; ties go to the lower number."""
+def rank(outputs: np.ndarray, labels: np.ndarray, cut: float | None = None) -> np.ndarray:
+    """Return int64[b]: how many classes come before the label; ties go to the lower number.
+
+    Of a single output, C == 1, there are two, and the label's is the first or the other.
+    """
+    if outputs.shape[1] == 1:
+        return (classes_of(outputs, cut) != labels).astype(np.int64)
     own = np.take_along_axis(outputs, labels[:, None], 1)
     before = np.arange(outputs.shape[1])[None] < labels[:, None]
     found: np.ndarray = ((outputs > own) | ((outputs == own) & before)).sum(1)

@@ -94,6 +94,10 @@ class Tuned:
             )
         if cell.agreement is not None:
             facts["same as dense"] = f"{cell.agreement:.2%}"
+        if cell.moved is not None:
+            facts["output moved by"] = (
+                f"{cell.moved:.3f} standard deviations on average, {cell.worst_moved:.3f} at most"
+            )
         facts["tokens processed"] = f"{cell.tokens_processed:.0%}"
         if cell.speedup is not None:
             facts["speed-up"] = (

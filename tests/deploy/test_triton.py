@@ -32,7 +32,7 @@ import simprune_deploy as sd
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.deploy.triton import check_batch, write_repository
-from simprune_deploy.deploy.triton_config import render
+from simprune_deploy.deploy.triton_config import class_names, render
 from simprune_deploy.engine.engine_metadata import EngineMetadata, FileStamp, metadata_path
 from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.parity.golden import load_golden
@@ -150,6 +150,14 @@ class TestConfiguration:
         # Triton would rank the scores of all three images as if they were one image's
         assert not parsed(served(exports["fixed"])).output[0].label_filename
         assert not (served(exports["fixed"]) / "labels.txt").exists()
+
+    def test_one_output_has_no_names_to_choose_from(self, exports: dict[str, Path]) -> None:
+        graph = load_graph(exports["half"] / "model.onnx")
+        metadata = read_metadata(graph)
+        assert class_names(metadata, graph)
+        named = {**metadata.preprocessing, "label_names": ["defect"]}
+        one = dataclasses.replace(metadata, num_classes=1, preprocessing=named)
+        assert class_names(one, graph) == []
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_warm_up_files_are_the_golden_images(self, exports: dict[str, Path], kind: str) -> None:
