@@ -23,6 +23,7 @@ from simprune_deploy.common.errors import (
     argument,
 )
 from simprune_deploy.common.files import staged_file
+from simprune_deploy.common.images import fit_to_channels
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, describe_vit
 
@@ -421,8 +422,10 @@ def _per_channel(key: str, value: Any, channels: int, notes: list[str]) -> tuple
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
         raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
-    if len(numbers) == channels:
-        return tuple(float(number) for number in numbers)
-    # as timm does for models of other than three channels
-    notes.append(f"{key} averaged over {len(numbers)} channels, for {channels}")
-    return (sum(numbers) / len(numbers),) * channels
+    try:
+        fitted = fit_to_channels(key, numbers, channels)
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}: {error}") from None
+    if len(numbers) != channels and len(set(numbers)) > 1:
+        notes.append(f"{key} averaged over {len(numbers)} channels, for {channels}")
+    return fitted
