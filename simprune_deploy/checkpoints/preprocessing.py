@@ -7,6 +7,7 @@ from typing import Any
 from simprune_deploy.checkpoints.formats import Contents
 from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import CheckpointError, InvalidArgumentError, argument
+from simprune_deploy.common.images import fit_to_channels
 from simprune_deploy.common.transforms import CROP_MODES, INTERPOLATIONS, PREPROCESSING
 
 
@@ -84,10 +85,9 @@ def _per_channel(key: str, value: Any, channels: int) -> tuple[tuple[float, ...]
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
         raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
-    if len(numbers) == channels:
-        return tuple(float(number) for number in numbers), ""
-    if len(numbers) == 1:
-        return tuple(float(number) for number in numbers * channels), ""
-    return (
-        sum(numbers) / len(numbers),
-    ) * channels, f"the mean of those of {len(numbers)} channels"
+    try:
+        fitted = fit_to_channels(key, numbers, channels)
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"the checkpoint states {key}={value!r:.60}: {error}") from None
+    averaged = len(numbers) != channels and len(set(numbers)) > 1
+    return fitted, f"the mean of those of {len(numbers)} channels" if averaged else ""

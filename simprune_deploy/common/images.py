@@ -35,10 +35,17 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What timm takes where a model does not say."""
 
-PILLOW_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-"""What a file may hold, whatever its name says: not PostScript, for which Pillow runs a program."""
+PILLOW_FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "PPM", "ICO", "QOI",
+)  # fmt: skip
+"""What a file may hold, whatever its name says: what Pillow decodes itself and knows by its first
+bytes. Not PostScript, for which Pillow runs a program."""
+
+FILE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""What a picture file is converted to for an input of so many channels: timm's `input_img_mode`."""
 
 SAMPLE_SOURCE = "photographs that come with simprune-deploy"
+CHANNELS_REPEATED = "their red, green and blue repeated: good for comparing runtimes only"
 GIVE_A_FOLDER = f"give a folder of pictures with {argument('images')}"
 
 
@@ -47,7 +54,8 @@ class Preprocessing:
     """How a picture becomes an input of the model.
 
     Args:
-        channels: Of the input. 1 takes grey pictures, 3 RGB, another count repeats R, G, B in turn.
+        channels: Of the input. 1 takes grey pictures, 3 RGB, 2 grey and 4 RGB with an alpha
+            channel, as files have them; more come from arrays only.
         height: Of the input, in pixels.
         width: Of the input, in pixels.
         mean: Subtracted from pixels in [0, 1], one per channel.
@@ -115,8 +123,8 @@ class Preprocessing:
             channels=channels,
             height=height,
             width=width,
-            mean=fit_to_channels(config["mean"], channels),
-            std=fit_to_channels(config["std"], channels),
+            mean=fit_to_channels("mean", config["mean"], channels),
+            std=fit_to_channels("std", config["std"], channels),
             # "random", which some training recipes leave behind, would make results differ
             interpolation=config["interpolation"] if known else "bicubic",
             crop_pct=float(config["crop_pct"]),
@@ -150,12 +158,27 @@ class Preprocessing:
         return (pixels.astype(np.float32, copy=False) - mean) / std
 
 
-def fit_to_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Make one value per channel: repeated in turn, or averaged for a grey input."""
-    numbers = [float(value) for value in values]
-    if channels == 1:
-        return (sum(numbers) / len(numbers),)
-    return tuple(itertools.islice(itertools.cycle(numbers), channels))
+def fit_to_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return one value per channel.
+
+    Args:
+        name: "mean" or "std", for the message.
+        values: One value per channel, as they are; one value, for all channels; or three, of RGB,
+            for an input of another count: their average, for every channel.
+        channels: Of the input.
+
+    Raises:
+        SimpruneError: there are another number of values.
+    """
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) == channels:
+        return numbers
+    if len(numbers) not in (1, 3):
+        raise InvalidArgumentError(
+            f"{name} has {len(numbers)} values, and the model takes {channels} channels: give one "
+            "value for each channel"
+        )
+    return (numbers[0] if len(set(numbers)) == 1 else sum(numbers) / len(numbers),) * channels
 
 
 def as_uint8_nhwc(pixels: np.ndarray) -> np.ndarray:
@@ -188,6 +211,9 @@ class ImageSet:
 def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool = True) -> ImageSet:
     """Load photographs that come with the package (``sample_images/LICENSES.md`` names them).
 
+    For a model of 2 channels, or of more than 3, red, green and blue are repeated in turn, and
+    `source` says so: such numbers are good for comparing runtimes, and mean nothing to the model.
+
     Args:
         preprocessing: What the model wants.
         count: How many, from 1 to 8. Default 8.
@@ -207,14 +233,25 @@ def sample_images(preprocessing: Preprocessing, count: int = 8, normalize: bool 
             f"{count} images: {len(paths)} photographs come with simprune-deploy, "
             f"take 1 to {len(paths)} of them or {GIVE_A_FOLDER}"
         )
-    to_pixels = PictureLoader(preprocessing)
+    channels = preprocessing.channels
+    repeated = channels not in (1, 3)
+    to_pixels = PictureLoader(_of_rgb(preprocessing) if repeated else preprocessing)
     pixels = np.stack([to_pixels(path) for path in paths[:count]])
+    if repeated:
+        pixels = pixels[:, np.arange(channels) % 3]
     return ImageSet(
         pixels=preprocessing.normalize(pixels) if normalize else pixels,
         names=tuple(path.name for path in paths[:count]),
         skipped=(),
-        source=f"{count} {SAMPLE_SOURCE}",
+        source=f"{count} {SAMPLE_SOURCE}{f', {CHANNELS_REPEATED}' if repeated else ''}",
     )
+
+
+def _of_rgb(preprocessing: Preprocessing) -> Preprocessing:
+    """Return the same for RGB pictures."""
+    # the mean is the color of the border in crop mode "border", and nothing else here
+    mean = tuple(itertools.islice(itertools.cycle(preprocessing.mean), 3))
+    return dataclasses.replace(preprocessing, channels=3, mean=mean, std=(1.0, 1.0, 1.0))
 
 
 def load_as_taken(
@@ -286,9 +323,10 @@ def load_folder(
         except UnusableImageError as error:
             skipped.append((printable(found[position], root), str(error)))
     if not loaded:
+        name, why = next(pair for pair in skipped if pair[0] == printable(found[0], root))
         raise DataError(
-            f"none of the {len(found)} pictures in {root} can be read "
-            f"({skipped[0][0]}: {skipped[0][1]}): {GIVE_A_FOLDER}"
+            f"none of the {len(found)} pictures in {root} can be used ({name}: {why}): "
+            f"{GIVE_A_FOLDER}"
         )
     taken = sorted(loaded)
     pixels = np.stack([loaded[position] for position in taken])
@@ -347,52 +385,84 @@ def printable(path: Path, root: Path | None = None) -> str:
 
 
 class PictureLoader:
-    """Turns a picture into float32[C, H, W] in [0, 1], through timm's evaluation transforms."""
+    """Turns a picture into float32[C, H, W] in [0, 1], through timm's evaluation transforms.
+
+    A file is converted as timm's own loading does, by Pillow: to grey for 1 channel, to RGB for 3,
+    where an alpha channel is dropped, and to grey or RGB with alpha for 2 and 4. No channel is made
+    up: a file without alpha has no 2 or 4 channels.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self.mode = FILE_MODES.get(preprocessing.channels)
+        # of a band each: in an array a channel is a channel, and none of them is alpha, by which
+        # Pillow would weigh the others when it scales
+        self._by_band = [self._transform((value,)) for value in preprocessing.mean]
+        self._of_picture = self._transform(preprocessing.mean) if self.mode else None
+
+    def _transform(self, mean: tuple[float, ...]) -> Callable[[Image.Image], Any]:
+        """Return timm's transform of pictures with so many bands as `mean` has."""
         from timm.data import create_transform
 
-        self.preprocessing = preprocessing
-        self.mode = "L" if preprocessing.channels == 1 else "RGB"
-        bands = len(self.mode)
-        # not normalized here: mean and std are per channel, and a picture has one or three
-        self.transform: Callable[[Image.Image], Any] = create_transform(
-            input_size=(bands, preprocessing.height, preprocessing.width),
+        wanted = self.preprocessing
+        transform: Callable[[Image.Image], Any] = create_transform(
+            input_size=(len(mean), wanted.height, wanted.width),
             is_training=False,
-            interpolation=preprocessing.interpolation,
-            mean=fit_to_channels(preprocessing.mean, bands),
-            std=fit_to_channels(preprocessing.std, bands),
-            crop_pct=preprocessing.crop_pct,
-            crop_mode=preprocessing.crop_mode,
+            interpolation=wanted.interpolation,
+            mean=mean,
+            crop_pct=wanted.crop_pct,
+            crop_mode=wanted.crop_mode,
             normalize=False,
         )
+        return transform
 
     def __call__(self, source: Path | bytes) -> np.ndarray:
         """Load a file, or the contents of one.
 
         Raises:
-            UnusableImageError: it cannot be read, or is too large or too thin to be scaled.
+            UnusableImageError: it cannot be read, has not the model's channels, holds more than
+                8 bits do, or is too large or too thin to be scaled.
         """
-        return self.to_pixels(self._open(source))
+        return self._to_pixels(self._open(source))
 
     def of_levels(self, levels: np.ndarray) -> np.ndarray:
-        """Take uint8[H, W] (grey) or uint8[H, W, 3] (RGB) in place of a file."""
+        """Take uint8[H, W] (grey) or uint8[H, W, C] in place of a file.
+
+        With the model's C channels they are fed as they are; grey ones become RGB and RGB ones grey
+        as files do.
+
+        Raises:
+            UnusableImageError: it has other channels, or is too thin to be scaled.
+        """
         from PIL import Image
 
-        height, width = levels.shape[:2]
+        levels = levels[..., None] if levels.ndim == 2 else levels
+        height, width, count = levels.shape
+        channels = self.preprocessing.channels
         self._check_size(width, height)
-        return self.to_pixels(Image.fromarray(levels).convert(self.mode))
+        if not fits_channels(count, channels):
+            raise UnusableImageError(f"{count} channels, and the model takes {channels}")
+        if count == channels:
+            bands = [np.ascontiguousarray(levels[..., band]) for band in range(count)]
+            pairs = zip(self._by_band, bands, strict=True)
+            found = [transform(Image.fromarray(band)).numpy() for transform, band in pairs]
+            return _unit(np.concatenate(found))
+        picture = Image.fromarray(np.ascontiguousarray(levels[..., 0] if count == 1 else levels))
+        return self._to_pixels(picture.convert(self.mode))
 
-    def to_pixels(self, picture: Image.Image) -> np.ndarray:
-        """Transform a picture of mode "L" or "RGB", whichever the channels ask for."""
-        levels: np.ndarray = self.transform(picture).numpy()
-        channels = np.arange(self.preprocessing.channels) % len(levels)
-        return levels[channels].astype(np.float32) / np.float32(255)
+    def _to_pixels(self, picture: Image.Image) -> np.ndarray:
+        assert self._of_picture is not None
+        return _unit(self._of_picture(picture).numpy())
 
     def _open(self, source: Path | bytes) -> Image.Image:
-        """Decode a picture to "L" or "RGB"; like timm, without turning it by its EXIF tag."""
+        """Decode a picture and convert it; like timm, without turning it by its EXIF tag."""
         from PIL import Image, UnidentifiedImageError
 
+        if self.mode is None:
+            raise UnusableImageError(
+                f"a picture file has no {self.preprocessing.channels} channels, which the model "
+                "takes: an .npz file can"
+            )
         try:
             if isinstance(source, Path):
                 if not source.is_file():
@@ -403,17 +473,16 @@ class PictureLoader:
             if empty:
                 raise UnusableImageError("empty file")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.simplefilter("ignore")  # of many pixels: Pillow has an error for too many
                 file = io.BytesIO(source) if isinstance(source, bytes) else source
-                with Image.open(file, formats=PILLOW_FORMATS) as picture:
+                with Image.open(file, formats=_formats()) as picture:
                     self._check_size(*picture.size)
-                    return _eight_bit(picture).convert(self.mode)
+                    return _converted(picture, self.mode)
         except UnusableImageError:
             raise
         except UnidentifiedImageError:
             raise UnusableImageError("not a picture") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        except Image.DecompressionBombError:
             raise UnusableImageError("more pixels than Pillow decodes safely") from None
         # Pillow's decoders raise whatever a damaged file makes them stumble over
         except Exception as error:
@@ -434,11 +503,39 @@ class PictureLoader:
             raise UnusableImageError(f"{width} x {height} is too thin to be scaled")
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which Pillow would clip to white."""
+def fits_channels(count: int, channels: int) -> bool:
+    """Whether pictures of `count` channels become inputs of `channels`: as they are, or grey ones
+    as RGB and RGB ones as grey."""
+    return count == channels or {count, channels} == {1, 3}
+
+
+def _unit(levels: np.ndarray) -> np.ndarray:
+    """Return uint8 levels as float32 in [0, 1]."""
+    return levels.astype(np.float32) / np.float32(255)
+
+
+def _formats() -> list[str]:
+    """Return the formats that the installed Pillow knows; it stumbles over others' names."""
     from PIL import Image
 
-    if not picture.mode.startswith("I"):
-        return picture
-    levels = np.asarray(picture).clip(0, 65535) // 257
-    return Image.fromarray(levels.astype(np.uint8))
+    Image.init()
+    return [name for name in PILLOW_FORMATS if name in Image.OPEN]
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    """Convert a picture by Pillow, and refuse it where that would make up or lose what it holds."""
+    has_alpha = {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info
+    if mode in ("LA", "RGBA") and not has_alpha:
+        raise UnusableImageError(
+            f"{picture.mode} without an alpha channel, and the model takes {len(mode)} channels "
+            f"({mode})"
+        )
+    if picture.mode.startswith(("I", "F")):
+        levels = np.asarray(picture)
+        if not np.array_equal(levels, np.asarray(picture.convert("L"))):
+            raise UnusableImageError(
+                f"grey levels from {levels.min():g} to {levels.max():g} ({picture.mode}), which 8 "
+                "bits do not hold (Pillow, and timm through it, cuts them off at 255): save it in "
+                "8 bits, scaled as in training"
+            )
+    return picture.convert(mode)

@@ -19,7 +19,12 @@ import numpy as np
 
 from simprune_deploy.common.errors import DataError, RequirementError, argument
 from simprune_deploy.common.files import sha256
-from simprune_deploy.common.images import UnusableImageError, find_pictures, printable
+from simprune_deploy.common.images import (
+    UnusableImageError,
+    find_pictures,
+    fits_channels,
+    printable,
+)
 
 if TYPE_CHECKING:
     from simprune_deploy.common.images import PictureLoader
@@ -265,8 +270,11 @@ def numbered(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 class Archive:
-    """Pictures in an ``.npz`` file: ``images`` uint8[n, H, W] or [n, H, W, 1 or 3] (or channels
-    first), and if there are any ``labels`` int[n] and ``classes`` str[...].
+    """Pictures in an ``.npz`` file: ``images`` uint8[n, H, W] or [n, H, W, C] (or channels first),
+    and if there are any ``labels`` int[n] and ``classes`` str[...].
+
+    C is the model's: those are fed as they are. Grey ones become RGB, and RGB ones grey, for a
+    model that takes the other.
 
     The images are read from the archive one after another, and never held together.
     """
@@ -342,11 +350,35 @@ class Archive:
         if len(raw) != size:
             raise UnusableImageError("the archive ends before it")
         levels: np.ndarray = np.frombuffer(raw, np.uint8).reshape(self.shape[1:])
-        if levels.ndim == 3 and self.shape[-1] not in (1, 3):
+        if self._channels(loader.preprocessing.channels)[1]:
             levels = np.moveaxis(levels, 0, 2)
-        if levels.ndim == 3 and levels.shape[-1] == 1:
-            levels = levels[..., 0]
-        return loader.of_levels(np.ascontiguousarray(levels))
+        return loader.of_levels(levels)
+
+    def _channels(self, wanted: int) -> tuple[int, bool]:
+        """Return how many channels there are for a model of `wanted`, and whether they are first.
+
+        Taken as last where both ends could be.
+        """
+        if len(self.shape) == 3:
+            return 1, False
+        for count in (wanted, 3, 1):
+            if count in (self.shape[3], self.shape[1]):
+                return count, self.shape[3] != count
+        return self.shape[3], False
+
+    def check_channels(self, wanted: int) -> None:
+        """Refuse images of which a model of `wanted` channels can be fed none.
+
+        Raises:
+            SimpruneError: they have other channels.
+        """
+        count, _ = self._channels(wanted)
+        if not fits_channels(count, wanted):
+            raise DataError(
+                f"the images of {self.path} are uint8{list(self.shape)} with {count} "
+                f"{'channel' if count == 1 else 'channels'}, and the model takes {wanted}: give "
+                f"uint8[n, height, width, {wanted}], or channels first"
+            )
 
     def digest(self, positions: Sequence[int]) -> str:
         return hashlib.sha256(f"{sha256(self.path)} {list(positions)}".encode()).hexdigest()
@@ -362,11 +394,10 @@ def _image_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
     if read is None:
         raise ValueError(f"version {version} of numpy's format")
     shape, fortran, dtype = read(stream)
-    fits = len(shape) == 3 or (len(shape) == 4 and not {1, 3}.isdisjoint((shape[1], shape[3])))
-    if dtype != np.uint8 or fortran or not fits or 0 in shape:
+    if dtype != np.uint8 or fortran or len(shape) not in (3, 4) or 0 in shape:
         raise DataError(
-            f"the images of {path} are {dtype}{list(shape)}: uint8[n, height, width], or with 1 or "
-            "3 channels last or first, can be read"
+            f"the images of {path} are {dtype}{list(shape)}: uint8[n, height, width], or with the "
+            "model's channels last or first, can be read"
         )
     return tuple(int(side) for side in shape), stream.tell()
 

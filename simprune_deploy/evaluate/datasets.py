@@ -182,13 +182,14 @@ class DataSet:
     def check_skipped(self, skipped: list[Skipped]) -> None:
         """Stop a run that could not read more of its pictures than it may."""
         count = len(skipped)
-        if count == len(self):
-            raise DataError(
-                f"none of the {count:,} pictures of {self.path} can be read ({skipped[0][0]}: "
-                f"{skipped[0][1]}): give pictures in one of the formats {', '.join(PILLOW_FORMATS)}"
-            )
-        if count > self.max_unreadable * len(self):
+        if count and (count > self.max_unreadable * len(self) or count == len(self)):
             listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:MOST_LISTED])
+            if count == len(self):
+                raise DataError(
+                    f"none of the {count:,} pictures of {self.path} can be used ({listed}"
+                    f"{'; ...' if count > MOST_LISTED else ''}): give others, in "
+                    f"{', '.join(PILLOW_FORMATS)}"
+                )
             raise DataError(
                 f"{count:,} of {len(self):,} pictures cannot be read ({listed}"
                 f"{'; ...' if count > MOST_LISTED else ''}), more than the "
@@ -225,6 +226,8 @@ def open_data(path: Path, metadata: ModelMetadata, options: DataOptions | None =
     """
     options = options or DataOptions()
     source = open_data_source(path, options.labels)
+    if isinstance(source, Archive):
+        source.check_channels(metadata.channels)
     count = len(source)
     wanted = min(options.limit or count, count)
     positions = np.arange(wanted, dtype=np.int64) * count // wanted

@@ -19,6 +19,7 @@ from simprune_deploy.common.errors import (
     UnsupportedModelError,
     argument,
 )
+from simprune_deploy.common.images import fit_to_channels
 from simprune_deploy.common.versions import __version__
 from simprune_deploy.onnx.dynamic_counts import SLOTS, separate_token_counts
 from simprune_deploy.onnx.function_body import (
@@ -78,10 +79,10 @@ class _ExportedModel(nn.Module):
             "threshold", torch.tensor([model.config.threshold], dtype=torch.float32)
         )
         if options.normalize:
-            preprocessing = describe_vit(model.vit)["preprocessing"]
+            preprocessing = _described(model)["preprocessing"]
             for name in ("mean", "std"):
-                values = _per_channel(preprocessing[name], model.channels)
-                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+                values = torch.tensor(preprocessing[name])
+                self.register_buffer(name, values.view(1, -1, 1, 1))
 
     def forward(
         self,
@@ -148,10 +149,6 @@ def _(
         tokens.new_empty((batch, count), dtype=torch.int64),
         tokens.new_empty((batch, num_tokens), dtype=torch.int64),
     )
-
-
-def _per_channel(values: list[float], channels: int) -> list[float]:
-    return [float(values[i % len(values)]) for i in range(channels)]
 
 
 def output_names(model: PrunedViT, options: ExportOptions) -> list[str]:
@@ -423,7 +420,7 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
     vit = model.vit
     embed_dim = int(vit.embed_dim)
     return ModelMetadata(
-        **describe_vit(vit),
+        **_described(model),
         pruning=model.config,
         export={
             **dataclasses.asdict(options),
@@ -441,6 +438,16 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
         mlp_dim=_mlp_dim(vit.blocks[0], embed_dim),
         parameters=sum(p.numel() for p in vit.parameters()),
     )
+
+
+def _described(model: PrunedViT) -> dict[str, Any]:
+    """Return :func:`describe_vit`'s facts, with a mean and a deviation for every channel."""
+    facts = describe_vit(model.vit)
+    preprocessing = facts["preprocessing"]
+    for name in {"mean", "std"} & set(preprocessing):
+        values = fit_to_channels(name, preprocessing[name], model.channels)
+        preprocessing[name] = list(values)
+    return facts
 
 
 def _mlp_dim(block: nn.Module, embed_dim: int) -> int:

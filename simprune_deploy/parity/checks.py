@@ -11,9 +11,11 @@ from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from simprune_deploy.common.errors import argument, spelled
+from simprune_deploy.onnx.precision import LARGEST_FLOAT16
 from simprune_deploy.parity.decisions import (
     broken_structure,
     float_noise,
+    has_finite_tokens,
     similarity_matrix,
     violation,
 )
@@ -64,6 +66,32 @@ class Pruning:
 FLOAT32 = Tolerance()
 
 
+def not_finite(run: Run) -> str:
+    """Return in words what holds NaN or infinity first in a run; empty: nothing does."""
+    for layer, records in sorted(run.records.items()):
+        bad = sum(not has_finite_tokens(record) for record in records)
+        if bad:
+            return f"the tokens before block {layer} on {bad} of {len(records)} images ({run.name})"
+    bad = len(run.outputs) - int(finite_rows(run.outputs).sum())
+    return f"the outputs of {bad} of {len(run.outputs)} images ({run.name})" if bad else ""
+
+
+def finite_rows(values: Array) -> Array:
+    """Return bool[n]: the rows without NaN or infinity."""
+    return np.asarray(np.isfinite(values).reshape(len(values), -1).all(1))
+
+
+def _way_out(reference_found: str, tolerance: Tolerance) -> str:
+    """Return what to do about NaN or infinity."""
+    if reference_found:
+        return "PyTorch's own float32 is not finite: look at the weights and the images"
+    if tolerance.precision == "fp16":
+        return spelled(
+            f"float16 ends at {LARGEST_FLOAT16:.0f}: use {argument('precision', 'bf16')}"
+        )
+    return "PyTorch's numbers are finite on the same images"
+
+
 def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = FLOAT32) -> Check:
     """Compare outputs by Polygraphy, over the images whose decisions agree.
 
@@ -74,15 +102,17 @@ def check_outputs(reference: Run, run: Run, same: Array, tolerance: Tolerance = 
     """
     limit = tolerance.largest(reference.outputs)
     numbers: dict[str, Any] = {"tolerance": limit, "images": int(same.sum())}
-    if not np.isfinite(run.outputs).all() or not np.isfinite(reference.outputs).all():
-        return Check("outputs", False, "outputs hold NaN or infinity", numbers)
+    theirs, mine = not_finite(reference), not_finite(run)
+    if theirs or mine:
+        found = f"NaN or infinity: {theirs or mine}; {_way_out(theirs, tolerance)}"
+        return Check("outputs", False, found, numbers)
     if not same.all():
         turned = np.abs(reference.outputs[~same] - run.outputs[~same])
         numbers["turned_images"] = int((~same).sum())
         numbers["largest_difference_of_turned_images"] = float(turned.max())
         if not tolerance.is_float32:
-            near, text, found = _turned_outputs(reference, run, ~same)
-            numbers |= found
+            near, text, more = _turned_outputs(reference, run, ~same)
+            numbers |= more
             if not near:
                 off = f"an image decided otherwise has {text}"
                 return Check("outputs", False, off, numbers)
@@ -168,7 +198,9 @@ def check_top1(
     if not has_classes:
         return Check("top1", None, "the model gives features, not classes")
     mine, theirs = classes_of(run.outputs), classes_of(reference.outputs)
-    agree = mine == theirs
+    # where all is NaN, both have the same first place
+    finite = finite_rows(run.outputs) & finite_rows(reference.outputs)
+    agree = (mine == theirs) & finite
     # where the reference itself is undecided within the output tolerance, either class is right
     one, limit = reference.outputs.shape[1] == 1, tolerance.largest(reference.outputs)
     if one:
@@ -178,13 +210,16 @@ def check_top1(
         ordered = np.sort(reference.outputs, axis=1)
         tie = ordered[:, -1] - ordered[:, -2] <= 2 * limit
         said = "top-1 agrees"
-    passed = bool((agree | tie | ~same).all())
+    passed = bool((agree | tie | ~same).all() and finite.all())
     count = int(agree.sum())
     numbers = {"agree": count, "images": len(agree), "ties": int((tie & ~agree).sum())}
     if one and agree.all() and len(np.unique(theirs)) == 1:
         what = f"all outputs are on one side of {CUT:g}: only their values were compared"
         return Check("top1", None, what, numbers)
-    return Check("top1", passed, f"{said} on {count} of {len(agree)} images", numbers)
+    said += f" on {count} of {len(agree)} images"
+    if bad := len(finite) - int(finite.sum()):
+        said += f"; the outputs of {bad} hold NaN or infinity"
+    return Check("top1", passed, said, numbers)
 
 
 def images_with_same_decisions(reference: Run, run: Run) -> Array:
@@ -217,6 +252,13 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
             if reason := broken_structure(record, prefix):
                 broken.append(f"image {image}, layer {layer}: {reason}")
                 continue
+            for name, each in ((run.name, record), (reference.name, other)):
+                if not has_finite_tokens(each):
+                    broken.append(
+                        f"image {image}, layer {layer}: the tokens hold NaN or infinity ({name})"
+                    )
+            if not (has_finite_tokens(record) and has_finite_tokens(other)):
+                continue
             worst = max(worst, violation(record, config, capacity, prefix))
             if not turned[image] and not record.same_decisions(other):
                 turned[image] = True
@@ -228,9 +270,9 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
         "decisions": decisions,
         "images": len(turned),
         "images_that_differ": int(turned.sum()),
-        "margins_of_differences": [_finite(margin) for margin in margins],
+        "margins_of_differences": margins,
         "unexplained_differences": int(unexplained),
-        "largest_violation": _finite(worst),
+        "largest_violation": worst,
         "float_noise": noise,
         "broken": broken[:5],
     }
@@ -239,7 +281,7 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
 
 def _decisions_summary(numbers: dict[str, Any], worst: float, margins: list[float]) -> str:
     if numbers["broken"]:
-        return f"decisions are inconsistent: {numbers['broken'][0]}"
+        return f"decisions cannot be right: {numbers['broken'][0]}"
     text = (
         f"{numbers['decisions']} decisions, wrong by at most {worst:.1e} in similarity "
         f"(float noise {numbers['float_noise']:.1e})"
@@ -286,16 +328,12 @@ def _fit(other: PruneRecord, length: int) -> Array:
     return np.concatenate([valid, np.full(max(0, length - len(valid)), -1, valid.dtype)])
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def check_range(largest: dict[str, float], limit: float) -> Check:
     """Compare the largest magnitude of every 16-bit tensor with the end of float16."""
     name = max(largest, key=lambda each: (not math.isfinite(largest[each]), largest[each]))
     value = largest[name]
     passed = math.isfinite(value) and value <= limit
-    numbers = {"largest": _finite(value), "tensor": name, "limit": limit, "tensors": len(largest)}
+    numbers = {"largest": value, "tensor": name, "limit": limit, "tensors": len(largest)}
     if passed:
         text = (
             f"the largest of {len(largest)} float16 tensors is {value:.4g} of {limit:.0f}: {name}"
@@ -318,6 +356,8 @@ def check_batch_invariance(alone: Run, mixed: Run, pruning: Pruning) -> Check:
         mixed.outputs[:count],
         {layer: records[:count] for layer, records in mixed.records.items()},
     )
+    if found := not_finite(alone) or not_finite(head):
+        return Check("batch_invariance", False, f"NaN or infinity: {found}", {"images": count})
     decided = check_decisions(head, alone, pruning)
     same = images_with_same_decisions(head, alone)
     outputs = check_outputs(head, alone, same, pruning.tolerance)

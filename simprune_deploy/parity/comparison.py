@@ -23,7 +23,9 @@ from simprune_deploy.parity.checks import (
     check_pruning,
     check_top1,
     images_with_same_decisions,
+    not_finite,
 )
+from simprune_deploy.parity.decisions import broken_structure, has_finite_tokens
 from simprune_deploy.parity.golden import Golden, golden_of
 from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.parity.runs import Inputs, Run, run
@@ -205,7 +207,9 @@ def _compare(
     if inputs.batch[1] > 1:
         progress(f"{title}, every image alone")
         alone = run(predictor, inputs, inputs.alone(ALONE_IMAGES))
-    compared = reference if with_decisions_of is None else with_decisions_of(shown)
+    compared = reference
+    if with_decisions_of is not None and _can_be_followed(shown, pruning.num_prefix_tokens):
+        compared = with_decisions_of(shown)
     tolerance = pruning.tolerance
     extra = runtime_checks(predictor, inputs, shipped, shown, tolerance, progress)
     progress("comparison")
@@ -216,8 +220,11 @@ def _compare(
         if alone is not None
         else Check("batch_invariance", None, "the model takes one image at a time")
     )
-    outputs = check_outputs(compared, shipped, same, tolerance)
-    if with_decisions_of is not None:
+    # with the tokens of the run that shows them, to name what is not finite first
+    outputs = check_outputs(
+        compared, dataclasses.replace(shipped, records=shown.records), same, tolerance
+    )
+    if with_decisions_of is not None and not (not_finite(reference) or not_finite(shipped)):
         outputs = _with_own_decisions(outputs, reference, shipped)
     checks = (
         graph_check,
@@ -229,6 +236,16 @@ def _compare(
         *extra,
     )
     return Verdict(checks, environment, described), compared
+
+
+def _can_be_followed(run_: Run, prefix: int) -> bool:
+    """Whether PyTorch can be told a run's decisions: not those taken on NaN, or that contradict
+    each other, which the check of decisions reports."""
+    return not any(
+        broken_structure(record, prefix) or not has_finite_tokens(record)
+        for records in run_.records.values()
+        for record in records
+    )
 
 
 def _with_own_decisions(check: Check, reference: Run, run_: Run) -> Check:

@@ -64,12 +64,21 @@ def broken_structure(record: PruneRecord, prefix: int) -> str | None:
     return None
 
 
+def has_finite_tokens(record: PruneRecord) -> bool:
+    """Whether no token holds NaN or infinity, beside padding; True where tokens are not known."""
+    if record.tokens is None:
+        return True
+    valid = record.log_size > PAD_LOG_SIZE / 2
+    return bool(np.isfinite(record.tokens[valid]).all())
+
+
 def violation(record: PruneRecord, config: PruneConfig, capacity: int, prefix: int) -> float:
     """Return by how much similarities must change for the decisions to be right (inf: never).
 
-    `capacity` is the layer's attribute (0: dynamic), `prefix` the number of prefix tokens.
+    Never, too, where a token holds NaN or infinity: it has no similarities. `capacity` is the
+    layer's attribute (0: dynamic), `prefix` the number of prefix tokens.
     """
-    if broken_structure(record, prefix):
+    if broken_structure(record, prefix) or not has_finite_tokens(record):
         return math.inf
     valid = record.log_size[prefix:] > PAD_LOG_SIZE / 2
     if not valid.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from simprune_deploy.onnx.exported_folder import ACCEPTED
@@ -20,13 +21,28 @@ class Check:
             for engines "same_engine".
         passed: The answer; None if the question was not asked, and `summary` says why.
         summary: One line for a person.
-        numbers: The measurements and limits behind it, JSON types.
+        numbers: The measurements and limits behind it, JSON types; NaN or infinity is None there,
+            and `summary` says what is not finite.
     """
 
     name: str
     passed: bool | None
     summary: str
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", finite_or_none(self.numbers))
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return JSON types with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(each) for each in value]
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

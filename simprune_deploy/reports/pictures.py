@@ -49,10 +49,13 @@ def color_of(head: int) -> tuple[int, int, int]:
 
 
 def to_picture(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Return float32[C, H, W] in [0, 1] as a color picture of the given height and width."""
+    """Return float32[C, H, W] in [0, 1] as a color picture of the given height and width.
+
+    Of 1 or 2 channels the first is shown in grey, of more the first three as RGB.
+    """
     from PIL import Image
 
-    channels = pixels[np.arange(3) % len(pixels)] if len(pixels) < 3 else pixels[:3]
+    channels = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
     levels = (channels.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(levels))
     return picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)

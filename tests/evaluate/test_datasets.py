@@ -159,17 +159,52 @@ def test_folders_without_classes_have_no_labels(
     assert len(data) == COUNT
 
 
-def test_channels_first_and_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 9])
+def test_channels_first_and_last(tmp_path: Path, channels: int) -> None:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8)
-    wanted = facts(channels=3, preprocessing={"mean": [0.5], "std": [0.5], "crop_pct": 1.0})
-    arrays = []
-    for name, array in {"last": images, "first": images.transpose(0, 3, 1, 2)}.items():
+    images = rng.integers(0, 256, (3, 28, 28, channels), dtype=np.uint8)
+    wanted = facts(channels=channels, preprocessing={"mean": [0.5], "std": [0.5], "crop_pct": 1.0})
+    first = images.transpose(0, 3, 1, 2)
+    for name, array in {"last": images, "first": first}.items():
         np.savez(tmp_path / f"{name}.npz", images=np.ascontiguousarray(array))
         (batch,) = open_data(tmp_path / f"{name}.npz", wanted).batches(0, 3, 3)
-        arrays.append(np.rint(batch.pixels * 255).astype(np.uint8))
-    assert (arrays[0] == images.transpose(0, 3, 1, 2)).all()
-    assert (arrays[1] == arrays[0]).all()
+        np.testing.assert_array_equal(batch.pixels, first.astype(np.float32) / 255)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((3, 28, 28), 1), ((3, 28, 28, 3), 3)])
+def test_archives_without_the_models_channels_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], count: int
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8))
+    refused(
+        tmp_path / "a.npz",
+        rf"with {count} channels?, and the model takes 4: give uint8\[n, height, width, 4\]",
+        facts(channels=4, preprocessing={"mean": [0.5], "std": [0.5]}),
+    )
+
+
+@pytest.mark.parametrize("write", [as_folder, as_csv, as_hub])
+def test_pictures_with_alpha_feed_four_channels(tmp_path: Path, write: Writer) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 28, 28, 4), dtype=np.uint8)
+    labels = np.zeros(6, np.int64)
+    values = {"mean": [0.5], "std": [0.5], "crop_pct": 1.0, "label_names": NAMES}
+    data = open_data(write(tmp_path, images, labels), facts(channels=4, preprocessing=values))
+    (batch,) = data.batches(0, 6, 6)
+    np.testing.assert_array_equal(batch.pixels, images.transpose(0, 3, 1, 2).astype("f4") / 255)
+
+
+def test_a_folder_whose_every_picture_is_unusable_says_why(
+    tmp_path: Path, pictures: tuple[np.ndarray, np.ndarray]
+) -> None:
+    values = {"mean": [0.5], "std": [0.5], "label_names": NAMES}
+    model = facts(channels=4, preprocessing=values)
+    data = open_data(as_folder(tmp_path, *pictures), model, DataOptions(max_unreadable=1.0))
+    skipped: list[tuple[str, str]] = []
+    assert list(data.batches(0, COUNT, 8, skipped)) == []
+    with pytest.raises(SimpruneError, match=r"none of the 40 .*L without an alpha.*with data") as e:
+        data.check_skipped(skipped)
+    assert "max_unreadable" not in str(e.value)
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
@@ -274,7 +309,10 @@ def test_a_class_that_the_list_holds_twice_is_one_class(
     [
         ({"pictures": np.zeros(3)}, "has no array 'images': it has pictures"),
         ({"images": np.zeros((3, 28, 28))}, r"float64\[3, 28, 28\]"),
-        ({"images": np.zeros((3, 28, 28, 2), np.uint8)}, "1 or 3 channels"),
+        (
+            {"images": np.zeros((3, 28, 28, 2), np.uint8)},
+            r"with 2 channels, and the model takes 1: give uint8\[n, height, width, 1\]",
+        ),
         ({"images": np.zeros((3, 28, 28), np.uint8), "labels": np.zeros(2, int)}, "each of the 3"),
         (
             {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.array([0, 10, 1])},
