@@ -66,7 +66,7 @@ def refusal(texts: Sequence[str], model: ModelClasses) -> str:
 LETTERS = st.text("aAbB_- /", min_size=1, max_size=4)
 
 
-@given(st.lists(LETTERS, unique=True, min_size=1, max_size=9), st.randoms(use_true_random=False))
+@given(st.lists(LETTERS, unique=True, min_size=2, max_size=9), st.randoms(use_true_random=False))
 def test_an_exact_name_wins_whatever_else_is_alike(names: list[str], random: object) -> None:
     used = [random.choice(names) for _ in range(12)]  # type: ignore[attr-defined]
     found = of_texts(used, named(*names))
@@ -75,7 +75,7 @@ def test_an_exact_name_wins_whatever_else_is_alike(names: list[str], random: obj
     assert found.how == "classes matched by name"
 
 
-@given(st.lists(LETTERS, unique=True, min_size=1, max_size=6), LETTERS)
+@given(st.lists(LETTERS, unique=True, min_size=2, max_size=6), LETTERS)
 def test_a_name_without_its_own_is_matched_if_one_is_alike(names: list[str], name: str) -> None:
     def plain(text: str) -> list[str]:
         for mark in "_-/":
@@ -371,7 +371,7 @@ def test_a_folder_of_which_nothing_can_be_read(tmp_path: Path) -> None:
     data = DataSet(tmp_path, source, wanted, np.arange(2), None, (), (), max_unreadable=1.0)
     skipped: list[tuple[str, str]] = []
     assert list(data.batches(0, 2, 2, skipped)) == []
-    words = r"none of the 2 pictures of .* can be read \(a/1.png: not a picture\): give pictures in"
+    words = r"none of the 2 pictures of .* can be used \(a/1.png: not a picture; "
     with pytest.raises(DataError, match=words):
         data.check_skipped(skipped)
 

@@ -267,7 +267,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = create_dataset("", root=str(place / "val"))
     loader = PictureLoader(Preprocessing.of_model(model))
     wanted = Preprocessing.of_model(model)
-    pixels = np.stack([loader.to_pixels(pictures[i][0]) for i in range(len(pictures))])
+    pixels = np.stack([loader.of_levels(np.asarray(pictures[i][0])) for i in range(len(pictures))])
     x = torch.from_numpy(wanted.normalize(pixels))
     y = torch.tensor([pictures[i][1] for i in range(len(pictures))])
     with torch.no_grad():
