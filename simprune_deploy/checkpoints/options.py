@@ -71,6 +71,7 @@ class CheckpointOptions:
                     value=value,
                     allowed=allowed,
                 )
+        _check_keywords(self.model_kwargs)
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _colors(name, getattr(self, name)))
@@ -92,6 +93,23 @@ class CheckpointOptions:
     def preprocessing(self) -> dict[str, Any]:
         """What was said of the pictures."""
         return {name: getattr(self, name) for name in PREPROCESSING if name in self.given}
+
+
+def _check_keywords(keywords: Any) -> None:
+    """Refuse what is no set of keywords, or says what is said otherwise."""
+    if not isinstance(keywords, Mapping) or not all(isinstance(key, str) for key in keywords):
+        raise InvalidArgumentError(
+            f"{argument('model_kwargs')} {keywords!r} must be names and values: "
+            f"{argument('model_kwargs', {'num_heads': 6}, 'num_heads=6')}"
+        )
+    otherwise = {
+        **dict.fromkeys(("num_classes", "in_chans"), "the weights say it, leave it out"),
+        **{name: f"give {argument(name)}" for name in ("img_size", "global_pool")},
+        "pretrained": f"give {argument('pretrained', True)}",
+    }
+    for name, way_out in otherwise.items():
+        if name in keywords:
+            raise InvalidArgumentError(f"{argument('model_kwargs')} {name}: {way_out}")
 
 
 def _colors(name: str, values: Any) -> tuple[float, ...]:

@@ -159,6 +159,9 @@ class TestPreprocessing:
             ({"interpolation": "random"}, "interpolation 'random' is unknown"),
             ({"crop_mode": "middle"}, "crop_mode 'middle' is unknown"),
             ({"crop_pct": 0}, r"crop_pct 0 must be a share"),
+            ({"model_kwargs": "depth=2"}, "model_kwargs 'depth=2' must be names and values"),
+            ({"model_kwargs": {"num_classes": 7}}, "num_classes: the weights say it"),
+            ({"model_kwargs": {"img_size": 64}}, "img_size: give img_size"),
         ],
     )
     def test_what_cannot_be(self, tmp_path: Path, fields: Any, words: str) -> None:
