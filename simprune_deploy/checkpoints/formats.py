@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 
-from simprune_deploy.checkpoints.weight_names import looks_like, timm_names
+from simprune_deploy.checkpoints.weight_names import (
+    CLASSIFIERS,
+    has_classifier,
+    looks_like,
+    timm_names,
+)
 from simprune_deploy.common.errors import CheckpointError, argument
 from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.pruning.families import check_prunable
@@ -84,6 +90,7 @@ class Contents:
         pruning: The saved pruning configuration; None if the weights are of a plain model.
         notes: What was decided on the way.
         says: Of :data:`ALL`, what the file speaks of, be it to leave timm's default.
+        module: A pickled one, to hold what is built again against it.
     """
 
     kind: str
@@ -94,6 +101,7 @@ class Contents:
     pruning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     says: frozenset[str] = frozenset()
+    module: nn.Module | None = None
 
 
 def read(path: Path, trust_pickle: bool) -> Contents:
@@ -276,6 +284,12 @@ def from_object(path: Path | str, loaded: Any) -> Contents:
         if key is None:
             break
         header = header or dict(loaded)
+        for name in CLASSIFIERS:
+            beside = loaded.get(name)
+            if isinstance(beside, Mapping) and any(map(torch.is_tensor, beside.values())):
+                raise CheckpointError(
+                    f"{path} holds a {name!r} beside {key!r}: save both as one state_dict"
+                )
         kind = "timm training checkpoint" if "arch" in header else "training checkpoint"
         if key in _EMA_KEYS:
             notes.append(f"EMA weights, from {key}")
@@ -302,6 +316,11 @@ def _container(loaded: Any) -> str | None:
     inside = (torch.Tensor, nn.Module, Mapping)
     for key in (*_EMA_KEYS, *_WEIGHT_KEYS):
         value = loaded.get(key)
+        if key in ("teacher", "student") and isinstance(value, Mapping) and has_classifier(value):
+            raise CheckpointError(
+                "the file holds a teacher or a student with a classifier, and does not say which "
+                "one is meant: save the state_dict of one"
+            )
         if isinstance(value, nn.Module):
             return key
         if isinstance(value, Mapping) and any(isinstance(item, inside) for item in value.values()):
@@ -337,7 +356,20 @@ def _from_module(path: Path | str, module: nn.Module, notes: list[str]) -> Conte
         return contents
     if not getattr(module, "dynamic_img_size", False):  # which is built anew without it
         check_prunable(module)
-    return Contents("pickled module", dict(module.state_dict()), notes=notes, **_describe(module))
+    contents = Contents(
+        "pickled module", dict(module.state_dict()), notes=notes, **_describe(module), module=module
+    )
+    # what is as timm has it for the name may never have been thought of
+    default = timm.get_pretrained_cfg(contents.arch or "")
+    own = contents.preprocessing
+    touched = {key for key in PREPROCESSING if key in own and own[key] != _plain(default, key)}
+    contents.says = frozenset(touched | {"global_pool"})
+    return contents
+
+
+def _plain(config: Any, key: str) -> Any:
+    value = getattr(config, key, None)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:

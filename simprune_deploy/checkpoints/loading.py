@@ -142,6 +142,7 @@ def save(model: PrunedViT, path: str | Path, force: bool = False) -> None:
             "the model has no architecture name (pretrained_cfg), so it could not be loaded "
             "again: make it with timm.create_model"
         )
+    _check_built_again(model.vit)
     # copies, since safetensors refuses weights that share memory
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     with staged_file(path) as staging:
@@ -152,6 +153,49 @@ def save(model: PrunedViT, path: str | Path, force: bool = False) -> None:
             save_file(state, str(staging), metadata={"format": "pt"})
         else:
             torch.save(state, staging)
+
+
+def _check_built_again(vit: nn.Module) -> None:
+    """Refuse a model that its architecture and arguments do not give again, changed after timm.
+
+    Raises:
+        CheckpointError: it cannot be built, or answers otherwise.
+    """
+    facts = describe_vit(vit)
+    try:
+        again = timm.create_model(facts["architecture"], **facts["model_args"])
+        again.load_state_dict({key: value.cpu() for key, value in vit.state_dict().items()})
+    except Exception as error:  # arguments reach every layer, and any of them may choke
+        raise CheckpointError(f"{_CHANGED} ({one_line(error)})") from error
+    check_same_answers(vit, again, _CHANGED)
+
+
+_CHANGED = (
+    "the model was changed after timm made it, and could not be built again: give what was changed "
+    "to timm.create_model as arguments"
+)
+
+
+def check_same_answers(given: nn.Module, built: Any, otherwise: str) -> None:
+    """Refuse a model that was built again and answers otherwise than the one that was given.
+
+    Args:
+        given: A model; it is left in the mode it is in.
+        built: On the CPU, in float32.
+        otherwise: The error's sentence.
+    """
+    training = given.training
+    weight = next(given.parameters())
+    size = built.patch_embed.img_size
+    image = torch.rand(1, built.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine = given.eval()(image.to(weight.device, weight.dtype)).float().cpu()
+        theirs = built.eval().float()(image)
+    given.train(training)
+    near = mine.shape == theirs.shape
+    limit = 1e-4 if weight.dtype == torch.float32 else 0.05
+    if not near or float((mine - theirs).abs().max()) > limit * (1 + float(mine.abs().max())):
+        raise CheckpointError(otherwise)
 
 
 # What is asked for
@@ -255,8 +299,19 @@ def _assemble(contents: Contents, request: _Request) -> Checkpoint:
     model: nn.Module = vit
     if contents.pruning is not None:
         model = PrunedViT(vit, PruneConfig.from_dict(contents.pruning)).eval()
+    if contents.module is not None and size is None and vit.num_classes == _classes_of(contents):
+        check_same_answers(
+            contents.module,
+            vit,
+            f"{source} holds a model that was changed after timm made it, and timm's "
+            f"{arch} answers otherwise: save its state_dict with the arguments that make it",
+        )
     words = assumptions(describe_vit(vit)["preprocessing"])
     return Checkpoint(model, contents.kind, tuple(notes), tuple(words))
+
+
+def _classes_of(contents: Contents) -> int:
+    return int(getattr(contents.module, "num_classes", -1))
 
 
 def _choose_architecture(
@@ -272,6 +327,8 @@ def _choose_architecture(
                 f"correct it"
             )
         contents.notes.append(f"architecture {asked} as asked for; the file says {stated}")
+    if asked and stated and "." not in asked and asked == stated.split(".")[0]:
+        return stated  # its tag tells timm's preprocessing
     if arch := asked or stated:
         return arch
     says = f" (it says {contents.arch!r}, which timm does not know)" if contents.arch else ""

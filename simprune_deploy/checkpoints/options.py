@@ -95,6 +95,12 @@ class CheckpointOptions:
         return {name: getattr(self, name) for name in PREPROCESSING if name in self.given}
 
 
+def is_color(name: str, values: Sequence[float]) -> bool:
+    """Whether numbers can be the mean or the deviation of pixels in [0, 1]."""
+    low_enough = all(math.isfinite(each) and each <= 1 for each in values)
+    return low_enough and (min(values) > 0 if name == "std" else min(values) >= 0)
+
+
 def _check_keywords(keywords: Any) -> None:
     """Refuse what is no set of keywords, or says what is said otherwise."""
     if not isinstance(keywords, Mapping) or not all(isinstance(key, str) for key in keywords):
@@ -106,6 +112,10 @@ def _check_keywords(keywords: Any) -> None:
         **dict.fromkeys(("num_classes", "in_chans"), "the weights say it, leave it out"),
         **{name: f"give {argument(name)}" for name in ("img_size", "global_pool")},
         "pretrained": f"give {argument('pretrained', True)}",
+        **dict.fromkeys(
+            ("pretrained_cfg", "pretrained_cfg_overlay"),
+            f"give {', '.join(map(argument, PREPROCESSING))}",
+        ),
     }
     for name, way_out in otherwise.items():
         if name in keywords:
@@ -115,11 +125,12 @@ def _check_keywords(keywords: Any) -> None:
 def _colors(name: str, values: Any) -> tuple[float, ...]:
     numbers_given = values if isinstance(values, (list, tuple)) else (values,)
     fits = all(isinstance(each, numbers.Real) and math.isfinite(each) for each in numbers_given)
-    if not numbers_given or not fits or (name == "std" and min(numbers_given) <= 0):
-        above = " above 0" if name == "std" else ""
+    if not numbers_given or not fits or not is_color(name, numbers_given):
+        above = "above 0, and at most 1" if name == "std" else "from 0 to 1"
+        example = (0.229, 0.224, 0.225) if name == "std" else (0.485, 0.456, 0.406)
         raise InvalidArgumentError(
-            f"{argument(name)} {values!r} must be numbers{above}, one a channel: "
-            f"{argument(name, (0.485, 0.456, 0.406), '0.485,0.456,0.406')}",
+            f"{argument(name)} {values!r} must be numbers {above}, one a channel (levels of 255 "
+            f"divided by 255): {argument(name, example, ','.join(map(str, example)))}",
             what=name,
             value=values,
         )

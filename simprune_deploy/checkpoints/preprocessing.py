@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from simprune_deploy.checkpoints.formats import Contents
-from simprune_deploy.checkpoints.options import CheckpointOptions
+from simprune_deploy.checkpoints.options import CheckpointOptions, is_color
 from simprune_deploy.common.errors import CheckpointError, InvalidArgumentError, argument
 from simprune_deploy.common.images import fit_to_channels
 from simprune_deploy.common.transforms import CROP_MODES, INTERPOLATIONS, PREPROCESSING
@@ -32,7 +32,10 @@ def record(
     cfg["input_size"] = (vit.in_chans, *size)
     for key in ("url", "file", "hf_hub_id", "source", "test_input_size", "min_input_size"):
         cfg.pop(key, None)
-    said = {**_usable(contents.preprocessing, vit.num_classes, notes), **options.preprocessing}
+    file_says = {
+        key: value for key, value in contents.preprocessing.items() if key not in options.given
+    }
+    said = {**_usable(file_says, vit.num_classes, notes), **options.preprocessing}
     cfg.update(said)
     for key in ("mean", "std"):
         if len(options.preprocessing.get(key, ())) not in (0, 1, vit.in_chans):
@@ -75,8 +78,11 @@ def _usable(values: dict[str, Any], num_classes: int, notes: list[str]) -> dict[
         kept.pop("label_descriptions", None)
         notes.append(f"label names left out: they are not for {num_classes} classes")
     crop = kept.get("crop_pct")
-    if crop is not None and (not isinstance(crop, (int, float)) or not 0 < crop <= 10):
-        raise CheckpointError(f"the checkpoint states crop_pct={crop!r:.60}, which is no share")
+    if crop is not None and (not isinstance(crop, (int, float)) or not 0.1 <= crop <= 10):
+        raise CheckpointError(
+            f"the checkpoint states crop_pct={crop!r:.60}, which is no share: give "
+            f"{argument('crop_pct')}"
+        )
     return kept
 
 
@@ -85,6 +91,11 @@ def _per_channel(key: str, value: Any, channels: int) -> tuple[tuple[float, ...]
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, (int, float)) for number in numbers) or not numbers:
         raise CheckpointError(f"the checkpoint states {key}={value!r:.60}, which is no color")
+    if not is_color(key, numbers):
+        raise CheckpointError(
+            f"the checkpoint states {key}={value!r:.60}, which is not of pixels in 0 to 1: give "
+            f"{argument(key)}"
+        )
     try:
         fitted = fit_to_channels(key, numbers, channels)
     except InvalidArgumentError as error:

@@ -24,7 +24,7 @@ _AVERAGED = ("teacher", "ema", "model_ema", "ema_model", "module_ema", "momentum
 """What the better of two models in one file is called, best first."""
 _OTHER_LAYOUTS = ("mask_token", "visual.class_embedding", "module.visual.class_embedding")
 """Names that tell DINOv2's and CLIP's own layouts, which timm knows how to read."""
-_CLASSIFIERS = ("classifier", "head", "fc", "linear", "cls_head", "last_linear", "classification")
+CLASSIFIERS = ("classifier", "head", "fc", "linear", "cls_head", "last_linear", "classification")
 _LINEAR = re.compile(r"(\d+\.|fc\.)?(weight|bias)")
 _MOST_NAMED = 3
 
@@ -59,8 +59,51 @@ def timm_names(source: str, state: Mapping[str, torch.Tensor], notes: list[str])
     if others:
         _take_classifier(source, inside, others, notes)
     if others:
+        _check_left_out(source, prefix, others, found)
         notes.append(f"left out beside {prefix!r}: {some(others)}")
     return inside
+
+
+_HARMLESS = re.compile(
+    r"(^|\.)((dino_|ibot_|projection_)?head\.(mlp|last_layer|projection)|projector|prototypes|"
+    r"predictor|text|text_model|text_encoder|transformer|token_embedding|positional_embedding|"
+    r"ln_final|text_projection|logit_scale|logit_bias|loss\w*|criterion\w*|\w*metrics?|\w*acc\w*|"
+    r"decoder\w*|mask_token|queue\w*|n_averaged)(\.|$)"
+)
+"""What stands beside a model for its training, or for another tower."""
+
+
+def _check_left_out(source: str, prefix: str, others: State, whole: State) -> None:
+    """Refuse layers beside the model that may change its answers."""
+    models = [
+        key[: -len(anchor)]
+        for anchor in _ANCHORS
+        for key in whole
+        if key.endswith(f".{anchor}") and not key.startswith(prefix)
+    ]
+    unknown = [
+        key
+        for key in others
+        if EXTRA_STATE_KEY not in key
+        and not _HARMLESS.search(key)
+        and not any(key.startswith(each) for each in models)
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{source} has layers beside {prefix!r} that may change its answers "
+            f"({some(unknown)}): save the state_dict of the model in {prefix!r} alone, or with one "
+            "Linear layer for its head"
+        )
+
+
+def has_classifier(state: Mapping[str, Any]) -> bool:
+    """Tell weights with a Linear classifier from those for features, such as DINO's."""
+    names = tuple(f"{name}.weight" for name in CLASSIFIERS)
+    return any(
+        key.split(".")[-2:] == name.split(".") and getattr(value, "ndim", 0) == 2
+        for key, value in state.items()
+        for name in names
+    )
 
 
 def _prefix(source: str, state: State) -> str:
@@ -74,7 +117,7 @@ def _prefix(source: str, state: State) -> str:
             key[: -len(anchor)] for key in state if key == anchor or key.endswith(f".{anchor}")
         ]
         if len(found) > 1:
-            return _better(source, found)
+            return _better(source, found, state)
         if found:
             return found[0]
     return ""
@@ -89,14 +132,16 @@ def _common_prefix(state: State, name: str) -> str:
     return ""
 
 
-def _better(source: str, prefixes: list[str]) -> str:
+def _better(source: str, prefixes: list[str], state: State) -> str:
     if "" in prefixes:
         return ""
     for name in _AVERAGED:
         of_it = [prefix for prefix in prefixes if name in prefix.split(".")]
         others = [prefix for prefix in prefixes if prefix not in of_it]
         # a teacher beside another model than its student is what that one was distilled from
-        fits = name != "teacher" or all("student" in each.split(".") for each in others)
+        fits = name != "teacher" or (
+            all("student" in each.split(".") for each in others) and not has_classifier(state)
+        )
         if len(of_it) == 1 and fits:
             return of_it[0]
     raise CheckpointError(
@@ -134,7 +179,7 @@ def _take_classifier(source: str, inside: State, others: State, notes: list[str]
     """Move one Linear classifier that stands beside a model without a head into its place."""
     if any(key.startswith("head.") for key in inside):
         return
-    for name in _CLASSIFIERS:
+    for name in CLASSIFIERS:
         layer = {key: others[key] for key in others if key.startswith(f"{name}.")}
         if not layer:
             continue
@@ -156,6 +201,9 @@ def plain_head(source: str, state: State, notes: list[str]) -> None:
         CheckpointError: the head has more than that.
     """
     inner = {key.removeprefix("head."): each for key, each in state.items() if key[:5] == "head."}
+    if "weight" in inner and "bias" not in inner:
+        state["head.bias"] = torch.zeros(len(inner["weight"]), dtype=inner["weight"].dtype)
+        notes.append("a head without bias: zeros")
     if not inner or "weight" in inner:
         return
     linear = _one_linear(source, "head", inner)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simprune_deploy.checkpoints.options import CheckpointOptions, for_checkpoints
+from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.onnx.exported_folder import MANIFEST, MODEL, read_manifest
@@ -164,6 +165,11 @@ def as_exported(options: CheckpointOptions, metadata: ModelMetadata) -> Checkpoi
     What the user does not say is as the export says it: the architecture, its arguments, the image
     size, the pooling, and how pictures are prepared.
     """
+    if said_of_pictures := [argument(name) for name in options.preprocessing]:
+        raise InvalidArgumentError(
+            f"{', '.join(said_of_pictures)}: the export says how its pictures are prepared, and "
+            "its checkpoint is fed the same: leave out, or export again"
+        )
     height, width = metadata.image_size
     pooling = metadata.model_args.get("global_pool")
     said = {**metadata.preprocessing, "global_pool": pooling, "arch": metadata.architecture or None}

@@ -44,7 +44,7 @@ def check_prunable(model: nn.Module) -> None:
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(f"{name} cannot be pruned: {why_not(model)}")
     known = (VisionTransformer, VisionTransformerDistilled)
-    for method in ("forward_features", "forward_head", "pool"):
+    for method in ("forward", "forward_features", "forward_head", "pool"):
         if getattr(type(model), method) not in [getattr(base, method) for base in known]:
             raise UnsupportedModelError(
                 f"{name} cannot be pruned: its class {type(model).__name__} has a "

@@ -302,11 +302,27 @@ def describe_vit(vit: nn.Module) -> dict[str, Any]:
     wanted = (*PREPROCESSING, "label_names", "class_order", "assumed")
     return {
         "architecture": cfg.get("architecture") or "",
-        "model_args": _json_only(getattr(vit, "_model_args", {})),
+        "model_args": _json_only({**getattr(vit, "_model_args", {}), **_reset_since(vit)}),
         "preprocessing": _json_only(
             {key: cfg[key] for key in wanted if cfg.get(key) not in (None, {})}
         ),
     }
+
+
+def _reset_since(vit: nn.Module) -> dict[str, Any]:
+    """Return the classes and the pooling as they are: timm's reset_classifier changes them."""
+    found: dict[str, Any] = {}
+    if isinstance(classes := getattr(vit, "num_classes", None), int):
+        found["num_classes"] = classes
+    pool = getattr(vit, "global_pool", None)
+    if pool is None or ("global_pool" not in getattr(vit, "_model_args", {}) and pool == "token"):
+        return found
+    found["global_pool"] = pool
+    after = not isinstance(getattr(vit, "fc_norm", None), (nn.Identity, type(None)))
+    before = not isinstance(getattr(vit, "norm", None), (nn.Identity, type(None)))
+    if after != before and after != (pool in ("avg", "avgmax", "max")):
+        found["fc_norm"] = after
+    return found
 
 
 def _json_only(values: dict[str, Any]) -> dict[str, Any]:

@@ -157,6 +157,8 @@ class TestPreprocessing:
             ({"std": "0.5"}, "std '0.5' must be numbers above 0"),
             ({"mean": (0.5, float("nan"), 0.5)}, "must be numbers"),
             ({"interpolation": "random"}, "interpolation 'random' is unknown"),
+            ({"mean": (123.675, 116.28, 103.53)}, "from 0 to 1.*divided by 255"),
+            ({"std": 58.4}, "above 0, and at most 1"),
             ({"crop_mode": "middle"}, "crop_mode 'middle' is unknown"),
             ({"crop_pct": 0}, r"crop_pct 0 must be a share"),
             ({"model_kwargs": "depth=2"}, "model_kwargs 'depth=2' must be names and values"),
@@ -179,6 +181,30 @@ class TestPreprocessing:
         assert "(the mean of those of 3 channels)" in said
         told = load_checkpoint(saved(tmp_path, checkpoint), mean=(0.1, 0.2, 0.3, 0.4), std=0.5)
         assert told.assumed == ()
+
+    @pytest.mark.parametrize(
+        "values", [{"mean": (float("nan"),) * 3}, {"std": (0.0,) * 3}, {"crop_pct": "0.9"}], ids=str
+    )
+    def test_what_a_file_says_wrongly_gives_way_to_the_user(
+        self, tmp_path: Path, values: dict[str, Any]
+    ) -> None:
+        checkpoint = training_checkpoint(small_vit())
+        vars(checkpoint["args"]).update(values)
+        path = saved(tmp_path, checkpoint)
+        (name,) = values
+        assert f"give {name}" in refusal(path)
+        told = load(path, **{name: 0.9})
+        assert np.allclose(told.pretrained_cfg[name], 0.9)  # type: ignore[index]
+
+    def test_the_tag_of_the_file_is_kept(self, tmp_path: Path) -> None:
+        """vit_small_patch16_224.dino has another mean than vit_small_patch16_224."""
+        arch = "vit_small_patch16_224.dino"
+        checkpoint = training_checkpoint(small_vit("vit_small_patch16_224"), arch=arch)
+        checkpoint["args"].model = arch
+        path = saved(tmp_path, checkpoint)
+        cfg: Any = load(path, arch="vit_small_patch16_224").pretrained_cfg
+        stated: Any = load(path).pretrained_cfg
+        assert cfg["mean"] == stated["mean"] == (0.485, 0.456, 0.406)
 
     def test_it_stays_assumed_through_saving_and_export(self, tmp_path: Path) -> None:
         path = saved(tmp_path, bare_tiny().state_dict())
@@ -348,7 +374,7 @@ class TestNames:
             torch.testing.assert_close(found(images), model(images))
 
     def test_the_teacher_of_two_in_one_dictionary(self, tmp_path: Path) -> None:
-        student, teacher = bare_tiny(), bare_tiny()
+        student, teacher = bare_tiny(num_classes=0), bare_tiny(num_classes=0)
         with torch.no_grad():
             teacher.cls_token.add_(1)
         state = {
@@ -372,6 +398,39 @@ class TestNames:
             **{f"teacher.{key}": each for key, each in teacher.state_dict().items()},
         }
         assert "several models (net., teacher.)" in refusal(saved(tmp_path, flat), arch=TEST_VIT)
+
+    def test_teachers_with_classifiers_are_asked_about(self, tmp_path: Path) -> None:
+        """Of a distillation the student is meant, of a mean teacher the teacher."""
+        state = bare_tiny().state_dict()
+        value = {"student": state, "teacher": state}
+        assert "does not say which" in refusal(saved(tmp_path, value), arch=TEST_VIT)
+
+    @pytest.mark.parametrize(
+        ("name", "layer"),
+        [("bn", nn.BatchNorm1d(64)), ("fc1", nn.Linear(64, 64)), ("neck", nn.Linear(64, 64))],
+    )
+    def test_layers_that_would_change_its_answers_are_not_left_out(
+        self, tmp_path: Path, name: str, layer: nn.Module
+    ) -> None:
+        others = {name: layer, "head": nn.Linear(64, 5)}
+        wrapped = _Net("backbone", bare_tiny(num_classes=0), **others)
+        message = refusal(saved(tmp_path, wrapped.state_dict()), arch=TEST_VIT)
+        assert f"may change its answers ({name}." in message
+        outer = _Net("backbone", bare_tiny(), classifier=nn.Linear(5, 3))
+        message = refusal(saved(tmp_path, outer.state_dict()), arch=TEST_VIT)
+        assert "may change its answers (classifier.weight" in message
+
+    def test_a_head_in_a_dictionary_of_its_own(self, tmp_path: Path) -> None:
+        value = {
+            "model": bare_tiny(num_classes=0).state_dict(),
+            "head": nn.Linear(64, 5).state_dict(),
+        }
+        assert "a 'head' beside 'model'" in refusal(saved(tmp_path, value), arch=TEST_VIT)
+
+    def test_a_head_without_bias(self, tmp_path: Path) -> None:
+        model = bare_tiny()
+        model.head = nn.Linear(64, 5, bias=False)
+        answers(load(saved(tmp_path, model.state_dict()), arch=TEST_VIT), model)
 
     @pytest.mark.parametrize("name", ["classifier", "fc"])
     @pytest.mark.parametrize("sequential", [False, True])
@@ -426,6 +485,65 @@ class TestNames:
     def test_a_quantized_model(self, tmp_path: Path) -> None:
         state = {**bare_tiny().state_dict(), "blocks.0.attn.qkv._packed_params.dtype": torch.qint8}
         assert "a quantized model" in refusal(saved(tmp_path, state), arch=TEST_VIT)
+
+
+class TestChanged:
+    """Models that were changed after timm made them are built again the same, or refused."""
+
+    def changed(self) -> dict[str, nn.Module]:
+        models = {name: bare_tiny() for name in ("pool", "norm", "activation", "head", "eps")}
+        models["pool"].global_pool = "avg"
+        models["norm"].norm = nn.Identity()
+        for block in models["activation"].blocks:
+            block.mlp.act = nn.ReLU()
+        models["head"].head = nn.Sequential(nn.Linear(64, 5), nn.Sigmoid())
+        for block in models["eps"].blocks:
+            block.norm1.eps = 0.5
+        return models
+
+    def test_saved_and_loaded_they_are_the_same_or_refused(self, tmp_path: Path) -> None:
+        for name, model in self.changed().items():
+            pruned = sd.prune(model, layers=[1])
+            path = tmp_path / f"{name}.pt"
+            if name == "pool":  # timm has an argument for it
+                sd.save(pruned, path)
+                answers(sd.load(path).vit, model)
+                continue
+            with pytest.raises(sd.CheckpointError, match="changed after timm made it"):
+                sd.save(pruned, path)
+            assert not path.exists()
+
+    def test_a_classifier_that_timm_reset(self, tmp_path: Path) -> None:
+        model = bare_tiny()
+        model.reset_classifier(7, "avg")
+        model.eval()
+        sd.save(sd.prune(model, layers=[1]), tmp_path / "reset.pt")
+        answers(sd.load(tmp_path / "reset.pt").vit, model)
+
+    def test_pickled_they_are_the_same_or_refused(self, tmp_path: Path) -> None:
+        for name, model in self.changed().items():
+            path = saved(tmp_path, model, f"{name}.pt")
+            if name == "pool":
+                answers(load(path, trust_pickle=True), model)
+            else:
+                refusal(path, trust_pickle=True)
+
+    def test_a_pickled_modules_untouched_preprocessing_is_assumed(self, tmp_path: Path) -> None:
+        model: Any = bare_tiny()
+        found = load_checkpoint(saved(tmp_path, model), trust_pickle=True)
+        assert any("mean 0.5" in each for each in found.assumed)
+        model.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)
+        found = load_checkpoint(saved(tmp_path, model), trust_pickle=True)
+        assert not any("mean" in each for each in found.assumed)
+
+    def test_a_forward_of_its_own_is_not_bypassed(self) -> None:
+        class Sigmoid(timm.models.VisionTransformer):
+            def forward(self, x: Any, attn_mask: Any = None) -> Any:
+                return super().forward(x).sigmoid()
+
+        model = Sigmoid(img_size=32, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+        with pytest.raises(sd.UnsupportedModelError, match="has a forward of its own"):
+            sd.prune(model)
 
 
 class TestCommands:
