@@ -362,14 +362,13 @@ def _from_module(path: Path | str, module: nn.Module, notes: list[str]) -> Conte
     # what is as timm has it for the name may never have been thought of
     default = timm.get_pretrained_cfg(contents.arch or "")
     own = contents.preprocessing
-    touched = {key for key in PREPROCESSING if key in own and own[key] != _plain(default, key)}
+    touched = {
+        key
+        for key in PREPROCESSING
+        if key in own and own[key] != plain(getattr(default, key, None))
+    }
     contents.says = frozenset(touched | {"global_pool"})
     return contents
-
-
-def _plain(config: Any, key: str) -> Any:
-    value = getattr(config, key, None)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def timm_names(source: str, state: Mapping[str, torch.Tensor], notes: list[str])
     if others:
         _take_classifier(source, inside, others, notes)
     if others:
-        _check_left_out(source, prefix, others, found)
+        _check_left_out(source, prefix, others)
         notes.append(f"left out beside {prefix!r}: {some(others)}")
     return inside
 
@@ -73,13 +73,10 @@ _HARMLESS = re.compile(
 """What stands beside a model for its training, or for another tower."""
 
 
-def _check_left_out(source: str, prefix: str, others: State, whole: State) -> None:
+def _check_left_out(source: str, prefix: str, others: State) -> None:
     """Refuse layers beside the model that may change its answers."""
     models = [
-        key[: -len(anchor)]
-        for anchor in _ANCHORS
-        for key in whole
-        if key.endswith(f".{anchor}") and not key.startswith(prefix)
+        key[: -len(anchor)] for anchor in _ANCHORS for key in others if key.endswith(f".{anchor}")
     ]
     unknown = [
         key
