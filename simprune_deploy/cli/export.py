@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simprune_deploy.deploy.export import ExportResult
 
 # the library's own, in modules that --help does not wait for; a test holds them to those
-Selection = Literal["cover", "redundancy"]
+Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Precision = Literal["fp32", "fp16", "bf16"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
