@@ -53,7 +53,7 @@ def export(
     ] = None,
     selection: Annotated[
         Selection | None,
-        typer.Option(help="How patches are chosen.  [default: cover]", show_default=False),
+        typer.Option(help="How patches are chosen.  [default: pairs]", show_default=False),
     ] = None,
     reduction: Annotated[
         Reduction | None,
