@@ -13,10 +13,10 @@ from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, a
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
 
-SELECTIONS = ("cover", "redundancy")
+SELECTIONS = ("pairs", "redundancy")
 REDUCTIONS = ("merge", "drop")
 
-Selection = Literal["cover", "redundancy"]
+Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 
 
@@ -28,7 +28,8 @@ class PruneConfig:
         threshold: Cosine similarity from which a patch counts as the same as another, in [-1, 2].
             Above 1 nothing is pruned. Default 0.85.
         layers: Block indices, ascending; tokens are pruned before each of them.
-        selection: "cover" (greedy cover, the default) or "redundancy" (mean similarity).
+        selection: "pairs" (even patches into odd ones, the default) or "redundancy" (mean
+            similarity).
         reduction: "merge" (pruned patches are averaged into their kept patch, the default) or
             "drop" (only their count is kept).
         proportional_attention: Attend with ``softmax(qk + log_size)``. Default True. Without it the
@@ -43,7 +44,7 @@ class PruneConfig:
 
     threshold: float = 0.85
     layers: tuple[int, ...] = ()
-    selection: Selection = "cover"
+    selection: Selection = "pairs"
     reduction: Reduction = "merge"
     proportional_attention: bool = True
     capacities: tuple[int, ...] = ()
