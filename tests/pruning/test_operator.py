@@ -541,9 +541,7 @@ def test_indices_stay_in_range_on_what_is_outside_the_definition(
 
 @settings(REPRODUCIBLE, max_examples=250)
 @given(RANDOM_CASES, st.sampled_from(FLOAT_TYPES))
-def test_every_pruned_patch_goes_to_the_one_most_like_it(
-    case: Case, dtype: torch.dtype
-) -> None:
+def test_every_pruned_patch_goes_to_the_one_most_like_it(case: Case, dtype: torch.dtype) -> None:
     case = rounded(case, dtype)
     result, noise = run(case, dtype), float_noise(case)
     for image in range(len(case.tokens)):
