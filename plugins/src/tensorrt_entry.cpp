@@ -5,8 +5,9 @@
 
 extern "C" SIMPRUNE_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static simprune::tensorrt::PruneCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    count = 1;
+    static simprune::tensorrt::FormerCreator former;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator, &former};
+    count = 2;
     return creators;
 }
 

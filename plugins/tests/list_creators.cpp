@@ -2,9 +2,10 @@
 //
 //   list_creators LIBRARY
 //
-// Exits with 1 if the library cannot be loaded, if a plugin is not created from good fields, or if
-// one is from bad fields. Needs the TensorRT headers and -ldl alone. As a shared library it offers
-// describe_plugin() for a plugin that somebody else has created.
+// Exits with 1 if the library cannot be loaded, if its first creator makes no plugin from good fields,
+// if another one, which is there for files of earlier versions, does, or if one makes any from bad fields. Needs the
+// TensorRT headers and -ldl alone. As a shared library it offers describe_plugin() for a plugin that somebody else has
+// created.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -24,7 +25,7 @@ using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 using nvinfer1::TensorFormat;
 
-constexpr int32_t kInputs = 3;
+constexpr int32_t kInputs = 4;
 
 std::string quoted(const std::string& text) {
     std::string result = "\"";
@@ -83,7 +84,7 @@ std::string value_of(const PluginField& field) {
 std::string output_types(const nvinfer1::IPluginV3OneBuild& build) {
     std::vector<std::string> all;
     for (const DataType tokens : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8}) {
-        const DataType in[kInputs] = {tokens, DataType::kFLOAT, DataType::kFLOAT};
+        const DataType in[kInputs] = {tokens, tokens, DataType::kFLOAT, DataType::kFLOAT};
         std::vector<DataType> out(build.getNbOutputs());
         std::vector<std::string> names;
         std::string answer = "null";
@@ -194,7 +195,7 @@ int main(int argc, char** argv) {
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* creators = get_creators(count);
     std::vector<std::string> described;
-    bool as_expected = count > 0;
+    bool as_expected = false;
     for (int32_t i = 0; i < count; ++i) {
         if (std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return 1;
         auto& creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*creators[i]);
@@ -206,7 +207,8 @@ int main(int argc, char** argv) {
         const int32_t prefix = 1, negative = -1;
         nvinfer1::IPluginV3* good = create(creator, {{"num_prefix_tokens", &prefix, PluginFieldType::kINT32, 1}});
         nvinfer1::IPluginV3* bad = create(creator, {{"num_prefix_tokens", &negative, PluginFieldType::kINT32, 1}});
-        as_expected = as_expected && good != nullptr && bad == nullptr;
+        // The first creator is the one that makes plugins
+        as_expected = (i == 0 ? good != nullptr : as_expected && good == nullptr) && bad == nullptr;
         described.push_back(
             "{\"name\": " + quoted(creator.getPluginName()) + ", \"version\": " + quoted(creator.getPluginVersion()) +
             ", \"namespace\": " + quoted(creator.getPluginNamespace()) + ", \"fields\": " + joined(fields, "{", "}") +
