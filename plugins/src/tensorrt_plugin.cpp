@@ -493,16 +493,7 @@ const IDimensionExpr* PrunePlugin::declare_slots(
     }
     const bool bounded = max > 0 && !num_tokens.isConstant();
     const IDimensionExpr* upper = bounded ? builder.constant(max) : &num_tokens;
-    const IDimensionExpr* usual = nullptr;
-    if (upper == nullptr) {
-        // Said below
-    } else if (opt == 0) {
-        usual = usual_slots(num_tokens, builder);
-    } else if (upper->isConstant()) {
-        usual = builder.constant(std::min(opt, upper->getConstantValue()));
-    } else if ((usual = builder.constant(opt)) != nullptr) {
-        usual = builder.operation(DimensionOperation::kMIN, *usual, *upper);
-    }
+    const IDimensionExpr* usual = upper == nullptr ? nullptr : usual_slots(num_tokens, *upper, builder);
     if (upper == nullptr || usual == nullptr) {
         log_error("TensorRT made no expression for opt_tokens %lld and max_tokens %lld", number(opt), number(max));
         return nullptr;
@@ -516,8 +507,14 @@ const IDimensionExpr* PrunePlugin::declare_slots(
 // which is three quarters of the patches with pairs, which keeps one of two, and half of them with
 // redundancy, which may keep a single one.
 const IDimensionExpr* PrunePlugin::usual_slots(
-    const IDimensionExpr& num_tokens, nvinfer1::IExprBuilder& builder) const {
-    const int64_t prefix = attributes_.num_prefix_tokens, share = attributes_.selection == SIMPRUNE_PAIRS ? 4 : 2;
+    const IDimensionExpr& num_tokens, const IDimensionExpr& upper, nvinfer1::IExprBuilder& builder) const {
+    const int64_t opt = attributes_.opt_tokens, prefix = attributes_.num_prefix_tokens;
+    if (opt > 0 && upper.isConstant()) return builder.constant(std::min(opt, upper.getConstantValue()));
+    if (opt > 0) {
+        const IDimensionExpr* given = builder.constant(opt);
+        return given == nullptr ? nullptr : builder.operation(DimensionOperation::kMIN, *given, upper);
+    }
+    const int64_t share = attributes_.selection == SIMPRUNE_PAIRS ? 4 : 2;
     if (num_tokens.isConstant()) {
         const int64_t all = num_tokens.getConstantValue();
         return builder.constant(all - (all - prefix) / share);

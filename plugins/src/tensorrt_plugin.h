@@ -99,7 +99,8 @@ private:
     bool takes_whole_shapes(const Shapes& shapes) const noexcept;
     simprune_problem problem(const Shapes& shapes, nvinfer1::DataType type) const noexcept;
     const nvinfer1::IDimensionExpr* usual_slots(
-        const nvinfer1::IDimensionExpr& num_tokens, nvinfer1::IExprBuilder& builder) const;
+        const nvinfer1::IDimensionExpr& num_tokens, const nvinfer1::IDimensionExpr& upper,
+        nvinfer1::IExprBuilder& builder) const;
     const nvinfer1::IDimensionExpr* declare_slots(
         const nvinfer1::IDimensionExpr& num_tokens, nvinfer1::IExprBuilder& builder) const;
 

@@ -33,7 +33,9 @@ public:
         std::memcpy(&value, start_ + index * sizeof(T), sizeof value);
         return value;
     }
-    void put(const void* data, size_t bytes) { std::memcpy(start_, data, bytes); }
+    void put(const void* data, size_t bytes) {
+        if (bytes > 0) std::memcpy(start_, data, bytes);
+    }
     bool wall_stands() const {
         for (size_t i = 0; i < kWall; ++i) {
             if (start_[bytes_ + i] != kFill) return false;
