@@ -70,9 +70,7 @@ def _cuda_include() -> Path:
 
 def shape_of(tokens: torch.Tensor, features: torch.Tensor, threshold: torch.Tensor) -> _Shape:
     batch, num_tokens, dim = tokens.shape
-    return _Shape(
-        batch, num_tokens, dim, features.shape[2], len(threshold), DTYPES[tokens.dtype]
-    )
+    return _Shape(batch, num_tokens, dim, features.shape[2], len(threshold), DTYPES[tokens.dtype])
 
 
 class Plugin:
