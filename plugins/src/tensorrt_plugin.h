@@ -127,7 +127,8 @@ private:
     nvinfer1::PluginFieldCollection field_collection_;
 };
 
-// What files and engines from before version 2 ask for. It makes no plugin and says what to do.
+// What files and engines from before version 2 ask for. It makes no plugin and says what to do. For
+// processes that it stays in: those that link the library, or that it registers itself in.
 class FormerCreator final : public PruneCreator {
 public:
     nvinfer1::IPluginV3* createPlugin(

@@ -68,19 +68,19 @@ std::string register_creators() {
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* creators = getCreators(count);
     for (int32_t i = 0; i < count; ++i) {
-        const auto& creator = static_cast<const nvinfer1::IPluginCreatorV3One&>(*creators[i]);
+        const auto& creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*creators[i]);
         const char *name = creator.getPluginName(), *plugin_version = creator.getPluginVersion();
         const auto* there = registry->getCreator(name, plugin_version, creator.getPluginNamespace());
-        if (i > 0) {
-            // For files of the former version, which is no reason to go without this one
-            if (there == nullptr) registry->registerCreator(*creators[i], "");
-            continue;
-        }
         if (there != nullptr) {
             return std::string("TensorRT has ") + name + " " + plugin_version + " of " + library_of(there) +
                    " already, which it goes on with: load one library alone";
         }
         if (!registry->registerCreator(*creators[i], "")) return "TensorRT did not take it";
+    }
+    // Unless there is a library of that version
+    static FormerCreator former;
+    if (registry->getCreator(former.getPluginName(), former.getPluginVersion(), "") == nullptr) {
+        registry->registerCreator(former, "");
     }
     // The registry points into this library from now on: it must outlive a dlclose
     Dl_info self;

@@ -35,46 +35,23 @@ std::string serialized(nvinfer1::IPluginV3& plugin) {
 void creator_describes_itself() {
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* creators = getCreators(count);
-    CHECK_EQUAL(count, 2);
-    for (const int32_t version : {2, 1}) {
-        nvinfer1::IPluginCreatorInterface* one = creators[version == 2 ? 0 : 1];
-        if (!CHECK(one != nullptr)) continue;
-        CHECK_EQUAL(std::string(one->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
-        auto& creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*one);
-        CHECK_EQUAL(std::string(creator.getPluginName()), "SimilarityPrune");
-        CHECK_EQUAL(std::string(creator.getPluginVersion()), std::to_string(version));
-        CHECK_EQUAL(std::string(creator.getPluginNamespace()), "");
-        const nvinfer1::PluginFieldCollection* fields = creator.getFieldNames();
-        std::string names;
-        for (int32_t i = 0; i < fields->nbFields; ++i) {
-            const bool text = fields->fields[i].type == PluginFieldType::kCHAR;
-            CHECK(text || fields->fields[i].type == PluginFieldType::kINT32);
-            names += std::string(fields->fields[i].name) + (text ? ":string " : ":int32 ");
-        }
-        CHECK_EQUAL(
-            names,
-            "num_prefix_tokens:int32 selection:string reduction:string capacity:int32 multiple_of:int32 "
-            "opt_tokens:int32 max_tokens:int32 ");
+    CHECK_EQUAL(count, 1);
+    CHECK(creators[0] != nullptr);
+    CHECK_EQUAL(std::string(creators[0]->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
+    CHECK_EQUAL(std::string(creator().getPluginName()), "SimilarityPrune");
+    CHECK_EQUAL(std::string(creator().getPluginVersion()), "2");
+    CHECK_EQUAL(std::string(creator().getPluginNamespace()), "");
+    const nvinfer1::PluginFieldCollection* fields = creator().getFieldNames();
+    std::string names;
+    for (int32_t i = 0; i < fields->nbFields; ++i) {
+        const bool text = fields->fields[i].type == PluginFieldType::kCHAR;
+        CHECK(text || fields->fields[i].type == PluginFieldType::kINT32);
+        names += std::string(fields->fields[i].name) + (text ? ":string " : ":int32 ");
     }
-}
-
-// What a file or an engine from before version 2 asks for is refused, whatever its fields say.
-void the_former_version() {
-    int32_t count = 0;
-    auto& former = static_cast<nvinfer1::IPluginCreatorV3One&>(*getCreators(count)[1]);
-    const Fields fields = Fields().add("num_prefix_tokens", 1).add("selection", "cover");
-    const nvinfer1::PluginFieldCollection collection = fields.collection();
-    for (const TensorRTPhase phase : {TensorRTPhase::kBUILD, TensorRTPhase::kRUNTIME}) {
-        for (const nvinfer1::PluginFieldCollection* given :
-             {static_cast<const nvinfer1::PluginFieldCollection*>(nullptr), &collection}) {
-            logged();
-            CHECK(former.createPlugin("layer", given, phase) == nullptr);
-            CHECK_EQUAL(
-                logged(),
-                "SimilarityPrune: plugin_version is \"1\": the file is from before version 2 of this operator: export "
-                "the model and build its engine again\n");
-        }
-    }
+    CHECK_EQUAL(
+        names,
+        "num_prefix_tokens:int32 selection:string reduction:string capacity:int32 multiple_of:int32 opt_tokens:int32 "
+        "max_tokens:int32 ");
 }
 
 void good_fields() {
@@ -407,7 +384,6 @@ void loggers_of_both_majors() {
 int main() {
     setLoggerFinder(loggers::tensorrt11_finder());
     creator_describes_itself();
-    the_former_version();
     good_fields();
     copies_outlive_their_source();
     bad_fields();

@@ -106,8 +106,18 @@ int main() {
     CHECK(creator.createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kBUILD) == nullptr);
     CHECK_EQUAL(loggers::messages.size(), 1u);
     CHECK_CONTAINS(plugin_library::logged(), "num_prefix_tokens -3 is outside");
-    fields = good.collection();
-    CHECK(creators[1]->createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kBUILD) == nullptr);
-    CHECK_CONTAINS(plugin_library::logged(), "the file is from before version 2");
+
+    // What files and engines from before version 2 ask for is refused, whatever its fields say
+    for (const nvinfer1::TensorRTPhase phase : {nvinfer1::TensorRTPhase::kBUILD, nvinfer1::TensorRTPhase::kRUNTIME}) {
+        fields = good.collection();
+        for (const nvinfer1::PluginFieldCollection* given :
+             {&fields, static_cast<nvinfer1::PluginFieldCollection*>(nullptr)}) {
+            CHECK(creators[1]->createPlugin("layer", given, phase) == nullptr);
+            CHECK_EQUAL(
+                plugin_library::logged(),
+                "SimilarityPrune: plugin_version is \"1\": the file is from before version 2 of this operator: export "
+                "the model and build its engine again\n");
+        }
+    }
     return check::result();
 }

@@ -9,7 +9,6 @@ A program of its own, because a registry lives as long as its process. The reque
     library      the plugin library
     description  libplugin_description.so of plugins/tests/list_creators.cpp
     cases        name -> fields, each [name, type of PluginFieldType, value]
-    former_cases the same, for the creator of version 1
 
 NVIDIA's Python classes say no more of a plugin in C++ than its name, version, namespace, number of
 outputs, timing cache id and metadata: their other methods are there for plugins written in Python
@@ -57,22 +56,16 @@ def main() -> None:
         "new": sorted(names(registry) - before),
         "creator": None,
         "cases": {},
-        "former_cases": {},
     }
     if handle is not None:
         creator = registry.get_creator("SimilarityPrune", "2", "")
-        former = registry.get_creator("SimilarityPrune", "1", "")
         result["creator"] = describe_creator(creator)
-        result["former"] = describe_creator(former)
         describe = description_of(request["description"])
         for phase in ("BUILD", "RUNTIME"):
             for name, fields in request["cases"].items():
                 answer = create(trt, creator, fields, phase, describe, logged)
                 result["cases"].setdefault(name, {})[phase] = answer
-            for name, fields in request["former_cases"].items():
-                answer = create(trt, former, fields, phase, describe, logged)
-                result["former_cases"].setdefault(name, {})[phase] = answer
-        del creator, former
+        del creator
         gc.collect()
         registry.deregister_library(handle)
         result["left"] = sorted(names(registry) - before)
