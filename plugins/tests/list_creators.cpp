@@ -3,9 +3,8 @@
 //   list_creators LIBRARY
 //
 // Exits with 1 if the library cannot be loaded, if a plugin is not created from good fields, or if
-// one is from bad fields. Needs the
-// TensorRT headers and -ldl alone. As a shared library it offers describe_plugin() for a plugin that somebody else has
-// created.
+// one is from bad fields. Needs the TensorRT headers and -ldl alone. As a shared library it offers
+// describe_plugin() for a plugin that somebody else has created.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
