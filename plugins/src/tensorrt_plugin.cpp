@@ -509,15 +509,19 @@ const IDimensionExpr* PrunePlugin::declare_slots(
 const IDimensionExpr* PrunePlugin::usual_slots(
     const IDimensionExpr& num_tokens, const IDimensionExpr& upper, nvinfer1::IExprBuilder& builder) const {
     const int64_t opt = attributes_.opt_tokens, prefix = attributes_.num_prefix_tokens;
-    if (opt > 0 && upper.isConstant()) return builder.constant(std::min(opt, upper.getConstantValue()));
+    // TensorRT should tune for a number that can come out
+    const auto rounded = [step = int64_t{attributes_.multiple_of}](int64_t slots) {
+        return (slots + step - 1) / step * step;
+    };
+    if (opt > 0 && upper.isConstant()) return builder.constant(std::min(rounded(opt), upper.getConstantValue()));
     if (opt > 0) {
-        const IDimensionExpr* given = builder.constant(opt);
+        const IDimensionExpr* given = builder.constant(rounded(opt));
         return given == nullptr ? nullptr : builder.operation(DimensionOperation::kMIN, *given, upper);
     }
     const int64_t share = attributes_.selection == SIMPRUNE_PAIRS ? 4 : 2;
     if (num_tokens.isConstant()) {
         const int64_t all = num_tokens.getConstantValue();
-        return builder.constant(all - (all - prefix) / share);
+        return builder.constant(std::min(rounded(all - (all - prefix) / share), all));
     }
     const IDimensionExpr *prefixes = builder.constant(prefix), *shares = builder.constant(share);
     if (prefixes == nullptr || shares == nullptr) return nullptr;

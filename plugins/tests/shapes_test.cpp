@@ -162,6 +162,7 @@ void hints() {
         const char *tokens, *selection;
         int32_t opt, max;
         const char *usual, *upper;
+        int32_t multiple_of = 1;
     } cases[] = {
         // Without a hint midway between what a selection keeps at least and everything
         {"197", "pairs", 0, 0, "148", "197"},
@@ -177,6 +178,13 @@ void hints() {
         {"N", "pairs", 120, 0, "min(120, N)", "N"},
         {"N", "pairs", 0, 577, "sub(N, div(sub(N, 1), 4))", "577"},
         {"N", "pairs", 120, 577, "120", "577"},
+        // Rounded as K is
+        {"197", "pairs", 0, 0, "152", "197", 8},
+        {"197", "pairs", 121, 0, "128", "197", 8},
+        {"197", "pairs", 193, 0, "197", "197", 8},
+        {"197", "pairs", 0, 0, "197", "197", 2147483647},
+        {"N", "pairs", 121, 0, "min(128, N)", "N", 8},
+        {"N", "pairs", 577, 577, "577", "577", 8},
     };
     for (const auto& one : cases) {
         Builder builder;
@@ -184,7 +192,7 @@ void hints() {
         const auto* tokens = name == "N" ? builder.named(name) : builder.number(std::stoll(name));
         const auto inputs = inputs_of(builder.named("B"), tokens, builder.number(384), builder.named("T"));
         Fields given = fields(0, one.opt, one.max);
-        given.add("selection", one.selection);
+        given.add("selection", one.selection).add("multiple_of", one.multiple_of);
         const Shapes shapes = output_shapes(given, inputs, builder);
         if (!CHECK(shapes.taken) || !CHECK_EQUAL(builder.declared.size(), 1u)) continue;
         CHECK_EQUAL(builder.declared[0].opt, one.usual);
