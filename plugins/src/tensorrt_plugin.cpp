@@ -487,7 +487,8 @@ const IDimensionExpr* PrunePlugin::declare_slots(
     if (num_tokens.isSizeTensor() && (opt == 0 || max == 0)) {
         log_error(
             "opt_tokens %lld and max_tokens %lld of a layer whose token count is the result of another prune layer: "
-            "give both, the token count before the first prune layer will do",
+            "give both, the usual number of tokens and the largest, for which that before the first prune layer will "
+            "do",
             number(opt), number(max));
         return nullptr;
     }
