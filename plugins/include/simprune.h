@@ -1,4 +1,4 @@
-/* simprune::SimilarityPrune, operator version 1, as a C library.
+/* simprune::SimilarityPrune, operator version 2, as a C library.
  *
  * The operator is defined in docs/operator.md. The same interface is offered by three libraries:
  *   libsimprune_plugin.so   CUDA kernels and the TensorRT plugin
@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SIMPRUNE_ABI_VERSION 1
+#define SIMPRUNE_ABI_VERSION 2
 #define SIMPRUNE_MAX_PATCHES 4096 /* largest N - P */
 #define SIMPRUNE_PAD_LOG_SIZE (-1e4f)
 
@@ -37,7 +37,7 @@ enum simprune_status {
 };
 
 enum simprune_dtype { SIMPRUNE_FLOAT32 = 0, SIMPRUNE_FLOAT16 = 1, SIMPRUNE_BFLOAT16 = 2 };
-enum simprune_selection { SIMPRUNE_COVER = 0, SIMPRUNE_REDUNDANCY = 1 };
+enum simprune_selection { SIMPRUNE_PAIRS = 0, SIMPRUNE_REDUNDANCY = 1 };
 enum simprune_reduction { SIMPRUNE_MERGE = 0, SIMPRUNE_DROP = 1 };
 
 /* One call of the operator: its shapes and attributes. */
@@ -45,11 +45,13 @@ typedef struct simprune_problem {
     int64_t batch;             /* B, 1 or more */
     int64_t num_tokens;        /* N; N - P is at most SIMPRUNE_MAX_PATCHES */
     int64_t dim;               /* D, 1 or more */
+    int64_t feature_dim;       /* F, 1 or more */
     int64_t num_thresholds;    /* 1 or B */
-    int64_t capacity;          /* patches that every image keeps; 0: as many as the data needs */
+    int64_t capacity;          /* patches that every image keeps, with pairs at least (N - P) / 2; 0: as many as the
+                                  data needs */
     int64_t multiple_of;       /* K is rounded up to a multiple of this, 1 or more */
     int32_t num_prefix_tokens; /* P, 0 or more, fewer than N */
-    int32_t dtype;             /* simprune_dtype of tokens and kept_tokens */
+    int32_t dtype;             /* simprune_dtype of tokens, features and kept_tokens */
     int32_t selection;         /* simprune_selection */
     int32_t reduction;         /* simprune_reduction */
 } simprune_problem;
@@ -58,13 +60,14 @@ typedef struct simprune_problem {
  * device; the outputs are then packed with that K in the front of buffers made for K = N. */
 typedef struct simprune_buffers {
     const void* tokens;     /* T[B, N, D] */
+    const void* features;   /* T[B, N, F], what is compared; may be tokens */
     const float* log_size;  /* float32[B, N] */
     const float* threshold; /* float32[1] or [B] */
     void* kept_tokens;      /* T[B, K, D] */
     float* kept_log_size;   /* float32[B, K] */
     int64_t* kept_index;    /* int64[B, K] */
     int64_t* assignment;    /* int64[B, N] */
-    int32_t* num_slots;     /* int32, receives K; may be NULL */
+    int32_t* num_kept;      /* int32, receives K; may be NULL */
 } simprune_buffers;
 
 /* SIMPRUNE_OK if the operator covers the problem. */

@@ -35,7 +35,7 @@ RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 _LOADED: set[tuple[str, str]] = set()
 """Module and library: a registry refuses a library that it has, and keeps it with the process."""
 
-CREATOR = ("SimilarityPrune", "1", "")  # name, version, namespace
+CREATOR = ("SimilarityPrune", "2", "")  # name, version, namespace
 
 
 def install_command(flavour: str) -> str:
@@ -170,7 +170,8 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     """Register the plugin of a library with TensorRT, for building and for running.
 
     Raises:
-        SimpruneError: TensorRT does not take it, or it is TensorRT-RTX.
+        SimpruneError: TensorRT does not take it, has the plugin of another library, or it is
+            TensorRT-RTX.
     """
     if flavour == TENSORRT_RTX:
         raise ArtifactError(
@@ -180,11 +181,19 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     if key in _LOADED:
         return
     registry = trt.get_plugin_registry()
+    name, version, _ = CREATOR
+    earlier = registry.get_creator(*CREATOR)
     handle = registry.load_library(str(library.absolute()))
-    if handle is None or registry.get_creator(*CREATOR) is None:
+    if registry.get_creator(*CREATOR) is None:
         raise ArtifactError(
-            f"TensorRT {trt.__version__} does not take the plugin of {library}: build it here with "
-            "`simprune-deploy plugin build`"
+            f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
+            f"{name}, version {version}: build it here with `simprune-deploy plugin build`"
+        )
+    # without an earlier one the library has registered itself: SIMPRUNE_REGISTER is set
+    if handle is None and earlier is not None:
+        raise ArtifactError(
+            f"TensorRT {trt.__version__} has {name}, version {version}, of another library in this "
+            f"process, and does not take that of {library}: load one of them alone"
         )
     _LOADED.add(key)
 
