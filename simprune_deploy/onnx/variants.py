@@ -112,10 +112,11 @@ def pruned_layers(graph: onnx.ModelProto) -> list[int]:
 def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy without the operator's function, for a runtime that has a plugin for it.
 
-    TensorRT 10.0 to 10.6 looks at a file's functions before its plugins, 10.7 to 10.14 the other
-    way round, and later ones at the functions first again. Other runtimes cannot run the copy. Its
-    metadata says that it has no function; :func:`with_function` undoes this, byte for byte. A
-    graph that prunes nowhere has no function and stays as it is.
+    TensorRT's parsers up to 10.6 prefer a function, those up to 10.14 a plugin, and later ones a
+    function again, unless the node has an attribute ``plugin_namespace``: of the copy every one
+    of them takes the plugin or nothing. Other runtimes cannot run it. Its metadata says that it
+    has no function; :func:`with_function` undoes this, byte for byte. A graph that prunes nowhere
+    has no function and stays as it is.
 
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.

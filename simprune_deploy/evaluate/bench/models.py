@@ -183,6 +183,7 @@ def _in_engines(
         "run_by": f"{built.title}, through its Python runtime",
         "engines": [path.name, dense.path.name],
         "plugin": f"{built.plugin.file} {built.plugin.sha256[:12]}" if built.plugin else "none",
+        "plugin_layers": built.counted,
         "tuned_for": f"batch {built.profile['images']['opt'][0]}",
         "cuda_graphs": [name for name, used in graphs.items() if used] or "none",
     }
