@@ -89,6 +89,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
 ANSWER = """
 open(request["output"], "wb").write(os.urandom(64))
 answer = {"status": "built by a script", "checked": "nothing", "polygraphy": "0"}
+answer["plugin_layers"] = request["plugin_layers"]
 print("simprune:answer", json.dumps(answer))
 """
 
