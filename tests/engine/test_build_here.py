@@ -300,7 +300,6 @@ class TestTrtexec:
         assert "--stronglyTyped" not in line
         assert not any("memPoolSize" in each for each in line)
 
-
     def test_a_batch_of_one_size_where_the_graph_takes_several(
         self, machine: Machine, folder: Path, plugin_library: Path
     ) -> None:

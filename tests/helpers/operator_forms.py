@@ -21,7 +21,8 @@ def as_exported(graph: onnx.ModelProto) -> onnx.ModelProto:
         there = {attribute.name for attribute in node.attribute}
         wanted = {name: value for name, value in NAMING.items() if name not in there}
         node.attribute.extend(helper.make_attribute(*each) for each in wanted.items())
-        if is_dynamic(node) and len(node.output) == 4:
+        if is_dynamic(node) and not any(node.output[4:]):
+            del node.output[4:]
             node.output.append(f"{node.output[3].rpartition('/')[0]}/{NUM_KEPT}")
             value = helper.make_tensor_value_info(node.output[4], TensorProto.INT64, [])
             copy.graph.value_info.append(value)

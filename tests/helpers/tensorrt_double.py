@@ -141,13 +141,15 @@ def double(version: str) -> types.ModuleType:
                     found = parser_rules.taken(node, functions, numbers, creators, override)
                 except parser_rules.ParseError as error:
                     where = f"node {number} with name: {node.name} and operator: {OP_TYPE}"
-                    self.refused.append(f"In {where} (parseNode): INVALID_NODE: {error}")
+                    self.refused.append(f"In {where} {error}")
                     return False
                 self.network.operator = found
                 if found == parser_rules.PLUGIN:
                     self.network.plugins.append(node.name)
-            if self.network.plugins and not graph.functions:
-                data = as_exported(with_function(graph)).SerializeToString()
+            if self.network.operator != "none":
+                # the real parser has the newest rules, and no plugin layers
+                whole = graph if graph.functions else with_function(graph)
+                data = as_exported(whole).SerializeToString()
             return bool(super().parse(data))
 
         @property
