@@ -80,9 +80,9 @@ def _misread(request: dict[str, Any], counted: int) -> str:
     parser = f"the ONNX parser of {NAMES[request['flavour']]} {request['version']}"
     if request["plugin_layers"] == 0:
         return (
-            f"{parser} made plugin layers ({counted}) of {name}, whose function was to be compiled, "
-            "so no engine was built: unset SIMPRUNE_REGISTER, with which a library registers its "
-            "plugin by itself"
+            f"{parser} made plugin layers ({counted}) of {name}, whose function was to be "
+            "compiled, so no engine was built: unset SIMPRUNE_REGISTER, with which a library "
+            "registers its plugin by itself"
         )
     return (
         f"{parser} made {counted} plugin layers of the {request['plugin_layers']} prune layers in "
