@@ -5,7 +5,7 @@
 | strongly typed networks | by a flag | always; the flag changes nothing | always |
 | what an engine is built for | the GPU here | the GPU here | the compute capabilities named |
 | our plugin | yes | yes | never: parsing its node aborts |
-| our function, plugin registered | first to 10.6 and from 10.15 on | first | compiled |
+| file that its parser gets | without our function | without our function | with it |
 | timing cache | yes | yes | nothing is timed |
 
 Nothing of TensorRT is imported until a function is called.
@@ -27,15 +27,16 @@ from simprune_deploy.engine.plugin.toolchain import on_jetson
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}
-PLUGIN_BEFORE_FUNCTION = (10, 7)
-"""Before this TensorRT a function in the file is preferred to a registered plugin, so it is left
-out. From 10.15 on it is preferred again, and what `build` hands over has it: docs/engines.md."""
-
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 _LOADED: set[tuple[str, str]] = set()
 """Module and library: a registry refuses a library that it has, and keeps it with the process."""
 
 CREATOR = ("SimilarityPrune", "2", "")  # name, version, namespace
+<<<<<<< HEAD
+=======
+PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+"""LayerType's names for layers that run a plugin."""
+>>>>>>> parser
 
 
 def install_command(flavour: str) -> str:
@@ -60,13 +61,20 @@ def load_module(flavour: str) -> Any:
     install = install_command(flavour)
     try:
         trt = importlib.import_module(name)
+        numbers = version_numbers(str(trt.__version__))
     except ModuleNotFoundError:
         raise RequirementError(
             f"{name}, which builds and runs the engines, is not installed: {install}"
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise RequirementError(f"{name} does not load ({error}): {install}") from error
-    if version_numbers(trt.__version__) < OLDEST[flavour]:
+    except (AttributeError, ValueError):
+        version = getattr(trt, "__version__", None)
+        raise RequirementError(
+            f"{name} has no version that is known ({str(version)[:40]!r} at {trt.__name__}."
+            f"__version__), and engines are of one version: {install}"
+        ) from None
+    if numbers < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         raise RequirementError(
             f"{NAMES[flavour]} {trt.__version__} is too old: engines of this project begin with "
@@ -97,9 +105,15 @@ def needs_strong_typing_flag(flavour: str, version: str) -> bool:
     return flavour == TENSORRT and version_numbers(version)[0] < 11
 
 
-def reads_function_first(flavour: str, version: str) -> bool:
-    """Whether the function has to leave the file for the plugin to be used."""
-    return flavour == TENSORRT and version_numbers(version) < PLUGIN_BEFORE_FUNCTION
+def count_plugin_layers(trt: Any, network: Any) -> int:
+    """Return how many layers of a parsed network run a plugin.
+
+    A parser looks a plugin up by the node's own operator type, version and namespace, so in a
+    graph of ours no plugin but ours can be behind such a layer.
+    """
+    kinds = [getattr(trt.LayerType, name, None) for name in PLUGIN_LAYERS]
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return sum(layer.type in kinds for layer in layers)
 
 
 def network_loader(trt: Any, flavour: str, model: str) -> Any:
@@ -184,6 +198,7 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     name, version, _ = CREATOR
     earlier = registry.get_creator(*CREATOR)
     handle = registry.load_library(str(library.absolute()))
+<<<<<<< HEAD
     if registry.get_creator(*CREATOR) is None:
         raise ArtifactError(
             f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
@@ -194,6 +209,13 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
         raise ArtifactError(
             f"TensorRT {trt.__version__} has {name}, version {version}, of another library in this "
             f"process, and does not take that of {library}: load one of them alone"
+=======
+    if handle is None or registry.get_creator(*CREATOR) is None:
+        name, version, _ = CREATOR
+        raise ArtifactError(
+            f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
+            f"{name}, version {version}: build it here with `simprune-deploy plugin build`"
+>>>>>>> parser
         )
     _LOADED.add(key)
 

@@ -129,9 +129,10 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy for a runtime that has a plugin for the operator: TensorRT.
 
     The function is left out, each node names all the outputs that the plugin has (TensorRT 10.6 to
-    10.14 refuse fewer) and says which plugin it wants. Other runtimes cannot run the copy. Its
-    metadata says that it has no function; :func:`with_function` undoes this. A graph that prunes
-    nowhere has no function and stays as it is.
+    10.14 refuse fewer) and says which plugin it wants (up to 10.6 and from 10.15 on a function of
+    the name would win): every TensorRT takes the plugin, or nothing. Other runtimes cannot run the
+    copy. Its metadata says that it has no function; :func:`with_function` undoes this. A graph that
+    prunes nowhere has no function and stays as it is.
 
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.

@@ -454,6 +454,7 @@ def test_engines_are_timed_beside_a_dense_one_like_them(
         assert row["memory_bytes"]["scratch"] == 4096
         assert row["memory_bytes"]["engine file"] > 1_000_000
     assert report["environment"]["tuned_for"] == "batch 2"
+    assert report["environment"]["plugin_layers"] == "3 of 3 prune layers"
     assert report["environment"]["cuda_graphs"] == "none"
     first, second = report["trtexec"]
     engine = folder / "engines" / "model-trt-sm87.engine"
