@@ -31,7 +31,7 @@ from simprune_deploy.parity.verdict import Check
 from simprune_deploy.predict.answers import CUT, classes_of
 from simprune_deploy.predict.records import Array, PruneRecord
 from simprune_deploy.pruning.config import PruneConfig
-from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
+from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks, tokens_share
 
 MAX_TURNED = 0.5
 """If float noise turned a decision in more than this share of the images, what is left is too
@@ -393,10 +393,12 @@ def check_pruning(run: Run, pruning: Pruning) -> Check:
     )
     pruned = int((read - kept).sum())
     by_image = [
-        spread_over_blocks(pruning.num_tokens, config.layers, row.tolist(), pruning.depth)
+        spread_over_blocks(
+            pruning.num_tokens, config.layers, row.tolist(), pruning.depth, config.place
+        )
         for row in kept.T
     ]
-    processed = float(np.mean(by_image) / pruning.num_tokens)
+    processed = float(np.mean([tokens_share(pruning.num_tokens, row) for row in by_image]))
     flops = float(
         np.mean([flops_share(pruning.block, pruning.num_tokens, row) for row in by_image])
     )
