@@ -58,18 +58,19 @@ def load_module(flavour: str) -> Any:
     install = install_command(flavour)
     try:
         trt = importlib.import_module(name)
-        numbers = version_numbers(str(trt.__version__))
     except ModuleNotFoundError:
         raise RequirementError(
             f"{name}, which builds and runs the engines, is not installed: {install}"
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise RequirementError(f"{name} does not load ({error}): {install}") from error
-    except (AttributeError, ValueError):
-        version = getattr(trt, "__version__", None)
+    version = str(getattr(trt, "__version__", None))
+    try:
+        numbers = version_numbers(version)
+    except ValueError:
         raise RequirementError(
-            f"{name} has no version that is known ({str(version)[:40]!r} at {trt.__name__}."
-            f"__version__), and engines are of one version: {install}"
+            f"{name} has no version that is known (it says {version[:40]!r}), and an engine is of "
+            f"one version: {install}"
         ) from None
     if numbers < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
@@ -181,7 +182,8 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     """Register the plugin of a library with TensorRT, for building and for running.
 
     Raises:
-        SimpruneError: TensorRT does not take it, or it is TensorRT-RTX.
+        SimpruneError: TensorRT does not take it, has the plugin of another library, or it is
+            TensorRT-RTX.
     """
     if flavour == TENSORRT_RTX:
         raise ArtifactError(
@@ -191,12 +193,19 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     if key in _LOADED:
         return
     registry = trt.get_plugin_registry()
+    name, version, _ = CREATOR
+    earlier = registry.get_creator(*CREATOR)
     handle = registry.load_library(str(library.absolute()))
-    if handle is None or registry.get_creator(*CREATOR) is None:
-        name, version, _ = CREATOR
+    if registry.get_creator(*CREATOR) is None:
         raise ArtifactError(
             f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
             f"{name}, version {version}: build it here with `simprune-deploy plugin build`"
+        )
+    # without an earlier one the library has registered itself: SIMPRUNE_REGISTER is set
+    if handle is None and earlier is not None:
+        raise ArtifactError(
+            f"TensorRT {trt.__version__} has {name}, version {version}, of another library in this "
+            f"process, and does not take that of {library}: load one of them alone"
         )
     _LOADED.add(key)
 
