@@ -32,8 +32,6 @@ _LOADED: set[tuple[str, str]] = set()
 """Module and library: a registry refuses a library that it has, and keeps it with the process."""
 
 CREATOR = ("SimilarityPrune", "2", "")  # name, version, namespace
-PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
-"""LayerType's names for layers that run a plugin."""
 
 
 def install_command(flavour: str) -> str:
@@ -109,7 +107,8 @@ def count_plugin_layers(trt: Any, network: Any) -> int:
     A parser looks a plugin up by the node's own operator type, version and namespace, so in a
     graph of ours no plugin but ours can be behind such a layer.
     """
-    kinds = [getattr(trt.LayerType, name, None) for name in PLUGIN_LAYERS]
+    names = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+    kinds = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return sum(layer.type in kinds for layer in layers)
 
