@@ -32,11 +32,6 @@ _LOADED: set[tuple[str, str]] = set()
 """Module and library: a registry refuses a library that it has, and keeps it with the process."""
 
 CREATOR = ("SimilarityPrune", "2", "")  # name, version, namespace
-<<<<<<< HEAD
-=======
-PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
-"""LayerType's names for layers that run a plugin."""
->>>>>>> parser
 
 
 def install_command(flavour: str) -> str:
@@ -61,18 +56,19 @@ def load_module(flavour: str) -> Any:
     install = install_command(flavour)
     try:
         trt = importlib.import_module(name)
-        numbers = version_numbers(str(trt.__version__))
     except ModuleNotFoundError:
         raise RequirementError(
             f"{name}, which builds and runs the engines, is not installed: {install}"
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise RequirementError(f"{name} does not load ({error}): {install}") from error
-    except (AttributeError, ValueError):
-        version = getattr(trt, "__version__", None)
+    version = str(getattr(trt, "__version__", None))
+    try:
+        numbers = version_numbers(version)
+    except ValueError:
         raise RequirementError(
-            f"{name} has no version that is known ({str(version)[:40]!r} at {trt.__name__}."
-            f"__version__), and engines are of one version: {install}"
+            f"{name} has no version that is known (it says {version[:40]!r}), and an engine is of "
+            f"one version: {install}"
         ) from None
     if numbers < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
@@ -111,7 +107,8 @@ def count_plugin_layers(trt: Any, network: Any) -> int:
     A parser looks a plugin up by the node's own operator type, version and namespace, so in a
     graph of ours no plugin but ours can be behind such a layer.
     """
-    kinds = [getattr(trt.LayerType, name, None) for name in PLUGIN_LAYERS]
+    names = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+    kinds = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return sum(layer.type in kinds for layer in layers)
 
@@ -198,7 +195,6 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     name, version, _ = CREATOR
     earlier = registry.get_creator(*CREATOR)
     handle = registry.load_library(str(library.absolute()))
-<<<<<<< HEAD
     if registry.get_creator(*CREATOR) is None:
         raise ArtifactError(
             f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
@@ -209,13 +205,6 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
         raise ArtifactError(
             f"TensorRT {trt.__version__} has {name}, version {version}, of another library in this "
             f"process, and does not take that of {library}: load one of them alone"
-=======
-    if handle is None or registry.get_creator(*CREATOR) is None:
-        name, version, _ = CREATOR
-        raise ArtifactError(
-            f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
-            f"{name}, version {version}: build it here with `simprune-deploy plugin build`"
->>>>>>> parser
         )
     _LOADED.add(key)
 

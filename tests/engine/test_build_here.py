@@ -379,7 +379,7 @@ class TestMisread:
         self.given(folder, operator_forms.unversioned)
         self.refused(
             folder,
-            "Plugin not found, are the plugin name, version, and namespace correct?; no library "
+            'Plugin not found, are the plugin name, version, and namespace correct?"; no library '
             "with SimilarityPrune, version 2, is loaded: make one with `simprune-deploy plugin "
             "build` and name it (--plugin)",
             *("--plugin", plugin_library),
@@ -441,7 +441,9 @@ class TestRefused:
         import tensorrt  # type: ignore[import-not-found,unused-ignore]
 
         monkeypatch.setattr(tensorrt, "__version__", version)
-        refused(f"tensorrt has no version that is known ({str(version)!r}", "build", folder)
+        refused(
+            f"tensorrt has no version that is known (it says {str(version)!r})", "build", folder
+        )
 
     def test_no_tensorrt(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
