@@ -329,9 +329,12 @@ def test_of_equally_similar_candidates_the_first_go() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, 1])
+@pytest.mark.parametrize("threshold", [-1.0, -np.inf])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_one_valid_patch_among_padding_stays(selection: str, capacity: int) -> None:
-    case = one_image(np.ones((3, 2)), -1.0, capacity=capacity, selection=selection)
+def test_one_valid_patch_among_padding_stays(
+    selection: str, threshold: float, capacity: int
+) -> None:
+    case = one_image(np.ones((3, 2)), threshold, capacity=capacity, selection=selection)
     case.log_size[0, 1:] = PAD
     assert run(case).assignment.tolist() == [[0, -1, -1]]
     assert_same(run(case), case.expected())
@@ -378,6 +381,15 @@ def test_half_of_pad_is_padding_and_just_above_is_not() -> None:
     just_above = np.nextafter(np.float32(PAD / 2), np.float32(0))
     case.log_size[0] = [0, 0, just_above, PAD / 2]
     assert run(case).assignment.tolist() == [[0, 0, 0, -1]]
+
+
+def test_more_that_must_stay_than_there_are_slots_stay_in_range() -> None:
+    """With padding in all odd places, which is outside the definition, nothing can go."""
+    case = one_image(np.ones((9, 2)), 0.5, capacity=4)
+    case.log_size[0, 1::2] = PAD
+    actual = run(case)
+    assert actual.kept_index.tolist() == [[0, 2, 4, 6]]
+    assert actual.assignment.max() == 3
 
 
 # --- what follows from it -------------------------------------------------------------------------
