@@ -57,8 +57,12 @@ std::string register_creators() {
     // The registry's C++ interface is that of the headers only within a major version
     const int32_t major = version() / 10000;
     if (major != NV_TENSORRT_MAJOR) {
-        return "it was compiled with the headers of TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + ", and this is " +
-               std::to_string(major) + ": build it with this version's";
+        char text[160];
+        std::snprintf(
+            text, sizeof text,
+            "it was compiled with the headers of TensorRT %d, and this is %d: build it with this version's",
+            NV_TENSORRT_MAJOR, major);
+        return text;
     }
     auto* registry = get_registry();
     if (registry == nullptr) return "TensorRT has no registry";
