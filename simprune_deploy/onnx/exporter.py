@@ -27,6 +27,7 @@ from simprune_deploy.onnx.function_body import (
     DOMAIN,
     DOMAIN_VERSION,
     INPUTS,
+    NAMING_ATTRIBUTES,
     NUM_READ,
     NUM_SHOWN,
     OP_TYPE,
@@ -427,6 +428,8 @@ def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptio
     for node in graph.graph.node:
         if node.op_type == OP_TYPE:
             del node.output[outputs:]
+            for name, value in NAMING_ATTRIBUTES.items():
+                node.attribute.append(onnx.helper.make_attribute(name, value))
     variant = BodyVariant.of(
         model.config, model.num_prefix_tokens, model.vit.embed_dim, options.precision, outputs
     )

@@ -48,7 +48,7 @@ ATTRIBUTES = (
 )
 """In the order of the node's schema, which ONNX sorts by name."""
 NAMING_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "2"}
-"""By these TensorRT finds the plugin, and takes it before a function of the same name."""
+"""By these TensorRT finds the plugin, and from 10.15 on takes it before a function of its name."""
 
 MIN_OPSET, MAX_OPSET = 18, 23
 

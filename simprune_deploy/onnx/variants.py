@@ -10,7 +10,6 @@ from onnx import TensorProto, helper
 from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.onnx.dense import dense
 from simprune_deploy.onnx.function_body import (
-    NAMING_ATTRIBUTES,
     NUM_READ,
     NUM_SHOWN,
     OP_TYPE,
@@ -128,11 +127,11 @@ def pruned_layers(graph: onnx.ModelProto) -> list[int]:
 def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy for a runtime that has a plugin for the operator: TensorRT.
 
-    The function is left out, each node names all the outputs that the plugin has (TensorRT 10.6 to
-    10.14 refuse fewer) and says which plugin it wants (up to 10.6 and from 10.15 on a function of
-    the name would win): every TensorRT takes the plugin, or nothing. Other runtimes cannot run the
-    copy. Its metadata says that it has no function; :func:`with_function` undoes this. A graph that
-    prunes nowhere has no function and stays as it is.
+    The function is left out, since up to 10.6 it would win, and each node names all the outputs
+    that the plugin has, since from 10.6 on fewer are refused: every TensorRT takes the plugin, or
+    nothing. Other runtimes cannot run the copy. Its metadata says that it has no function;
+    :func:`with_function` undoes this. A graph that prunes nowhere has no function and stays as it
+    is.
 
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.
@@ -142,9 +141,6 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     if metadata.pruning.layers and metadata.has_function:
         del copy.functions[:]
         _name_outputs(copy, count_outputs(bool(metadata.pruning.capacities)))
-        for node in prune_nodes(copy):
-            for name, value in NAMING_ATTRIBUTES.items():
-                node.attribute.append(helper.make_attribute(name, value))
         write_metadata(
             copy, dataclasses.replace(metadata, export={**metadata.export, HAS_FUNCTION: False})
         )
@@ -164,9 +160,6 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
         metadata = dataclasses.replace(metadata, export=export)
         for node in prune_nodes(copy):
             del node.output[num_outputs(metadata) :]
-            left = [each for each in node.attribute if each.name not in NAMING_ATTRIBUTES]
-            del node.attribute[:]
-            node.attribute.extend(left)
         copy.functions.append(function_of(metadata))
         write_metadata(copy, metadata)
     return copy

@@ -50,7 +50,6 @@ pytest.importorskip("tensorrt_rtx")
 def export(folder: Path, **options: Any) -> Path:
     pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3, 4])
     sd.export(pruned, folder, sd.ExportOptions(**options))
-    write_model(folder, operator_forms.as_exported(load_graph(folder / "model.onnx")))
     return folder
 
 

@@ -35,7 +35,7 @@ COUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FUNCTION, PLUGIN, REFUSED = "function", "plugin", "refused"
 Form = Callable[[onnx.ModelProto], onnx.ModelProto]
 FORMS: dict[str, Form] = {
-    "marked": operator_forms.as_exported,
+    "marked": lambda graph: graph,
     "unmarked": operator_forms.unmarked,
     "unversioned": operator_forms.unversioned,
     "uncounted": operator_forms.uncounted,
@@ -50,7 +50,7 @@ def graphs() -> dict[str, onnx.ModelProto]:
     made = {}
     for name, (pruning, options) in COUNTS.items():
         pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3], **pruning)
-        made[name] = operator_forms.as_exported(export_onnx(pruned, ExportOptions(**options)))
+        made[name] = export_onnx(pruned, ExportOptions(**options))
     return made
 
 
@@ -95,16 +95,27 @@ class TestByVersion:
         form: str,
         expected: tuple[str, ...],
     ) -> None:
-        graph = FORMS[form](graphs[counts])
+        graph = FORMS[form](operator_forms.counted(graphs[counts]))
         assert tuple(parsed(each, graph, library) for each in VERSIONS) == expected
         assert {parsed(each, graph, None) for each in VERSIONS} == {FUNCTION}
+
+    @every_count
+    def test_as_exported_it_is_the_function_or_refused(
+        self, graphs: dict[str, onnx.ModelProto], library: Path, counts: str
+    ) -> None:
+        """The file names the outputs that the model reads: fewer than the plugin has."""
+        graph = graphs[counts]
+        assert {parsed(each, graph, None) for each in VERSIONS} == {FUNCTION}
+        first, *later = (parsed(each, graph, library) for each in VERSIONS)
+        assert first == FUNCTION
+        assert all(each.endswith("actual output size is 2.") for each in later)
 
     @every_count
     @pytest.mark.parametrize("form", ["marked", "unmarked"])
     def test_without_it_nothing_but_the_plugin_can_happen(
         self, graphs: dict[str, onnx.ModelProto], library: Path, counts: str, form: str
     ) -> None:
-        graph = without_function(FORMS[form](graphs[counts]))
+        graph = FORMS[form](without_function(graphs[counts]))
         assert [parsed(each, graph, library) for each in VERSIONS] == [PLUGIN] * 5
         for version in VERSIONS:
             assert "Plugin not found" in parsed(version, graph, None)
@@ -116,12 +127,12 @@ class TestByVersion:
     def test_a_node_names_every_output_of_its_layer(
         self, graphs: dict[str, onnx.ModelProto], library: Path, form: str
     ) -> None:
-        graph = without_function(FORMS[form](graphs["dynamic"]))
+        graph = FORMS[form](without_function(graphs["dynamic"]))
         first, *later = (parsed(each, graph, library) for each in VERSIONS)
         assert first == PLUGIN
         for answer in later:
             assert answer.endswith("expected output size is 5, actual output size is 4.")
-        fixed = without_function(FORMS[form](graphs["fixed"]))
+        fixed = FORMS[form](without_function(graphs["fixed"]))
         assert [parsed(each, fixed, library) for each in VERSIONS] == [PLUGIN] * 5
 
     def test_a_node_names_no_more_outputs_than_its_layer_has(
@@ -148,8 +159,8 @@ class TestTensorRTRTX:
         for counts, original in graphs.items():
             for form, change in FORMS.items():
                 for stripped in (False, True):
-                    graph = change(original)
-                    graph = without_function(graph) if stripped else graph
+                    base = without_function if stripped else operator_forms.counted
+                    graph = change(base(original))
                     path = tmp_path / f"{counts} {form} {stripped}.onnx"
                     path.write_bytes(graph.SerializeToString())
                     for flag in ("plain", "override"):
@@ -177,11 +188,13 @@ class TestTensorRTRTX:
         version = read_info(host_library).operator_version
         files = {}
         for form in ("marked", "unmarked"):
-            graph = versioned(FORMS[form](graphs[counts]), version)
-            files[form] = tmp_path / f"{form}.onnx"
-            files[form].write_bytes(graph.SerializeToString())
-            files[f"{form}, stripped"] = tmp_path / f"{form}-stripped.onnx"
-            files[f"{form}, stripped"].write_bytes(without_function(graph).SerializeToString())
+            for base, name in (
+                (operator_forms.counted, form),
+                (without_function, f"{form}, stripped"),
+            ):
+                graph = versioned(FORMS[form](base(graphs[counts])), version)
+                files[name] = tmp_path / f"{name}.onnx"
+                files[name].write_bytes(graph.SerializeToString())
         for form in ("marked", "marked, stripped", "unmarked, stripped"):
             done = probe(str(host_library), str(files[form]))
             assert done.returncode < 0, form

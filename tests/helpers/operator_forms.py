@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import onnx
-from onnx import TensorProto, helper
 
-from simprune_deploy.onnx.function_body import OP_TYPE
-from simprune_deploy.onnx.variants import prune_nodes
+from simprune_deploy.onnx.function_body import count_outputs
+from simprune_deploy.onnx.metadata import read_metadata
+from simprune_deploy.onnx.variants import function_of, prune_nodes, without_function
 
-NAMING = {"plugin_version": "2", "plugin_namespace": ""}
-"""The attributes by which a parser looks the plugin up."""
+def counted(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with the function whose prune nodes name every output of their layer.
 
-NUM_KEPT = "num_kept"
-
-
-def as_exported(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy whose prune nodes are marked and name every output of their layer."""
-    copy = _copy(graph)
-    for node in prune_nodes(copy):
-        there = {attribute.name for attribute in node.attribute}
-        wanted = {name: value for name, value in NAMING.items() if name not in there}
-        node.attribute.extend(helper.make_attribute(*each) for each in wanted.items())
-        if is_dynamic(node) and not any(node.output[4:]):
-            del node.output[4:]
-            node.output.append(f"{node.output[3].rpartition('/')[0]}/{NUM_KEPT}")
-            value = helper.make_tensor_value_info(node.output[4], TensorProto.INT64, [])
-            copy.graph.value_info.append(value)
-    for function in copy.functions:
-        if any(map(is_dynamic, prune_nodes(copy))) and len(function.output) == 4:
-            _count_in_function(function)
+    ``export`` writes those alone that the model reads.
+    """
+    copy = without_function(graph)
+    metadata = read_metadata(graph)
+    copy.functions.append(function_of(metadata, count_outputs(bool(metadata.pruning.capacities))))
     return copy
 
 
@@ -55,14 +42,6 @@ def uncounted(graph: onnx.ModelProto, empty: bool = False) -> onnx.ModelProto:
 def is_dynamic(node: onnx.NodeProto) -> bool:
     """Whether the number of tokens that a prune node keeps depends on the images."""
     return not any(each.name == "capacity" and each.i > 0 for each in node.attribute)
-
-
-def _count_in_function(function: onnx.FunctionProto) -> None:
-    assert function.name == OP_TYPE
-    one = helper.make_node("Shape", ["kept_index"], ["num_kept_vector"], start=1, end=2)
-    function.node.append(one)
-    function.node.append(helper.make_node("Squeeze", ["num_kept_vector"], [NUM_KEPT]))
-    function.output.append(NUM_KEPT)
 
 
 def _without(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:

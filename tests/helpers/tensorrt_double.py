@@ -26,7 +26,6 @@ from typing import Any
 
 import onnx
 import parser_rules
-from operator_forms import as_exported
 
 from simprune_deploy.onnx.function_body import OP_TYPE
 from simprune_deploy.onnx.variants import with_function
@@ -149,7 +148,7 @@ def double(version: str) -> types.ModuleType:
             if self.network.operator != "none":
                 # the real parser has the newest rules, and no plugin layers
                 whole = graph if graph.functions else with_function(graph)
-                data = as_exported(whole).SerializeToString()
+                data = whole.SerializeToString()
             return bool(super().parse(data))
 
         @property
