@@ -77,7 +77,8 @@ class PruneConfig:
         if self.features != "tokens" and self.place != "inside":
             raise InvalidArgumentError(
                 f"{argument('features', self.features)} compares a block's keys, which are there "
-                f"inside it only: add {argument('place', 'inside')}"
+                f"inside it only: add {argument('place', 'inside')}, or take "
+                f"{argument('features', 'tokens')}"
             )
         if self.multiple_of < 1:
             raise InvalidArgumentError(f"multiple-of {self.multiple_of} must be 1 or more")
@@ -137,7 +138,7 @@ def check_threshold(threshold: float) -> None:
 
 
 def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Turn "auto" or block indices into the blocks before which tokens are pruned.
+    """Turn "auto" or block indices into the blocks before or inside which tokens are pruned.
 
     "auto" spreads three prune layers over the depth, at its quarters: 3, 6, 9 of 12.
 
@@ -181,29 +182,51 @@ def resolve_capacities(
     if isinstance(tokens, int):
         least = max(1, num_patches >> num_layers) if selection == "pairs" else 1
         if not least <= tokens <= num_patches:
-            layers = "layer of pairs leaves" if num_layers == 1 else "layers of pairs leave"
-            more = f" ({num_layers} {layers} {least} of {num_patches} at the least)"
+            layers = "prune layer leaves" if num_layers == 1 else "prune layers leave"
             raise InvalidArgumentError(
-                f"{tokens} tokens: between {least} and {num_patches} of the model's patches can "
-                f"be kept{more if tokens >= 1 and least > 1 else ''}: give another number"
-                f"{', or more layers' if 1 <= tokens < least else ''}"
+                f"{tokens} tokens: {num_layers} {layers} between {least} and {num_patches} of the "
+                f"model's patches: give a number of these{_or_more_layers(tokens, least)}"
             )
-        ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
-        steps = [max(tokens, round(num_patches * ratio**i)) for i in range(1, num_layers)]
-        tokens = (*steps, tokens) if num_layers else ()
+        tokens = _steps_down(tokens, num_layers, num_patches, selection)
     _check_whole("tokens", tokens)
     counts = tuple(int(count) for count in tokens)
     available = num_patches
-    for count in counts:
-        least = max(1, available // 2) if selection == "pairs" else 1
-        if not least <= count <= available or (available < 2 and selection == "pairs"):
+    for number, count in enumerate(counts, 1):
+        least = _least(available, selection)
+        if available < 2 and selection == "pairs":
             raise InvalidArgumentError(
-                f"tokens {format_numbers(counts)}: {count} is not between {least} and "
-                f"{available}, what a layer that selects {selection} can leave of the {available} "
-                "patches that reach it: give more tokens, or more layers"
+                f"tokens {format_numbers(counts)}: prune layer {number} is reached by 1 patch, and "
+                f"pairs are of two: give fewer layers, or {argument('selection', 'redundancy')}"
+            )
+        if not least <= count <= available:
+            raise InvalidArgumentError(
+                f"tokens {format_numbers(counts)}: prune layer {number} cannot leave {count} of "
+                f"the {available} patches that reach it: give {least} to {available}"
+                f"{_or_more_layers(count, least)}"
             )
         available = count
     return counts
+
+
+def _least(available: int, selection: Selection) -> int:
+    """Return the fewest patches that a layer leaves of those that reach it."""
+    return max(1, available // 2) if selection == "pairs" else 1
+
+
+def _or_more_layers(count: int, least: int) -> str:
+    return ", or more layers" if 1 <= count < least else ""
+
+
+def _steps_down(
+    last: int, num_layers: int, num_patches: int, selection: Selection
+) -> tuple[int, ...]:
+    """Return counts in equal ratios down to `last`, as far as layers can leave them."""
+    ratio = (last / num_patches) ** (1 / max(1, num_layers))
+    counts = [num_patches]
+    for number in range(1, num_layers):
+        wished = max(last, round(num_patches * ratio**number))
+        counts.append(max(wished, _least(counts[-1], selection)))
+    return (*counts[1:], last) if num_layers else ()
 
 
 def _check_whole(name: str, values: Any) -> None:
