@@ -332,19 +332,28 @@ def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
     if config.capacities:
         patches = vit.patch_embed.num_patches
         resolve_capacities(config.capacities, len(config.layers), patches, config.selection)
-    if config.place == "before":
+    for layer in config.layers if config.place == "inside" else ():
+        _check_inside(vit, layer, config.features)
+
+
+def _check_inside(vit: VisionTransformer, layer: int, features: str) -> None:
+    """Refuse a block that has no place between attention and MLP, or no keys to compare."""
+    block = vit.blocks[layer]
+    kind = type(block).__name__
+    if not has_two_halves(block):
+        remedy = {"place": "before", **({} if features == "tokens" else {"features": "tokens"})}
+        what = f"it is a {kind}, which is not attention and then MLP"
+    elif features != "tokens" and not has_keys(block):
+        remedy = {"features": "tokens"}
+        what = (
+            f"it is a {kind} with {type(block.attn).__name__}, whose keys are not one vector each"
+        )
+    else:
         return
-    for layer in config.layers:
-        block = vit.blocks[layer]
-        if not has_two_halves(block) or (config.features != "tokens" and not has_keys(block)):
-            kind = type(block).__name__ + (
-                f" with {type(block.attn).__name__}" if has_two_halves(block) else ""
-            )
-            raise UnsupportedModelError(
-                f"{architecture_name(vit)} cannot be pruned inside block {layer} by its "
-                f"{config.features}: it is a {kind}; use {argument('place', 'before')} and "
-                f"{argument('features', 'tokens')}"
-            )
+    raise UnsupportedModelError(
+        f"{architecture_name(vit)} cannot be pruned inside block {layer} by its {features}: "
+        f"{what}; use {' and '.join(argument(name, value) for name, value in remedy.items())}"
+    )
 
 
 def describe_vit(vit: nn.Module) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def chains(draw: Any) -> tuple[dict[int, PruneRecord], int, int, list[dict[int, 
         more = draw(st.integers(0, 2))
         valid = prefix + len(heads)
         records[layer] = PruneRecord(
-            tokens=None,
+            features=None,
             log_size=np.concatenate(
                 [
                     np.zeros(prefix),
