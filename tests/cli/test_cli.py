@@ -857,7 +857,12 @@ class TestBadOptions:
 
     @pytest.mark.parametrize(
         ("option", "choices"),
-        [("--selection", "'cover', 'redundancy'"), ("--reduction", "'merge', 'drop'")],
+        [
+            ("--selection", "'pairs', 'redundancy'"),
+            ("--reduction", "'merge', 'drop'"),
+            ("--place", "'before', 'inside'"),
+            ("--features", "'tokens', 'keys', 'mean-keys'"),
+        ],
     )
     def test_choices(self, option: str, choices: str) -> None:
         assert (
