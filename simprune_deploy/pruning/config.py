@@ -86,11 +86,8 @@ class PruneConfig:
             raise InvalidArgumentError(
                 "a fixed number of tokens and multiple-of exclude each other: give one of them"
             )
-        if len(self.capacities) not in (0, len(self.layers)):
-            raise InvalidArgumentError(
-                f"{len(self.capacities)} token counts for {len(self.layers)} prune layers: "
-                "give one count, or one per layer"
-            )
+        if self.capacities:
+            _check_number(self.capacities, len(self.layers))
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidArgumentError(
                 f"layers {format_numbers(self.layers)} must ascend without repeats"
@@ -190,6 +187,7 @@ def resolve_capacities(
         tokens = _steps_down(tokens, num_layers, num_patches, selection)
     _check_whole("tokens", tokens)
     counts = tuple(int(count) for count in tokens)
+    _check_number(counts, num_layers)
     available = num_patches
     for number, count in enumerate(counts, 1):
         least = _least(available, selection)
@@ -206,6 +204,14 @@ def resolve_capacities(
             )
         available = count
     return counts
+
+
+def _check_number(counts: Sequence[int], num_layers: int) -> None:
+    if len(counts) != num_layers:
+        raise InvalidArgumentError(
+            f"{len(counts)} token counts for {num_layers} prune layers: "
+            "give one count, or one per layer"
+        )
 
 
 def _least(available: int, selection: Selection) -> int:
