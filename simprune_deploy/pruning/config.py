@@ -20,6 +20,9 @@ PLACES = ("before", "inside")
 FEATURES = ("tokens", "keys", "mean-keys")
 """What is compared: tokens, the keys of all heads side by side, or their mean over the heads."""
 
+USUALLY_LEFT = 0.4
+"""Of the patches, behind all prune layers of a model of which nothing better is known."""
+
 Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Place = Literal["before", "inside"]
@@ -121,6 +124,19 @@ class PruneConfig:
     def capacity_of(self, position: int) -> int:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""
         return self.capacities[position] if self.capacities else 0
+
+    def usual_patches(self, position: int, num_patches: int) -> int:
+        """Return how many patches TensorRT may take for usual behind the given prune layer.
+
+        What a fixed count says; otherwise a guess, until ``tune`` counts pictures: midway between
+        the most and the fewest that a layer can leave, but in a chain of many layers so that 0.4
+        of the patches are left at its end.
+        """
+        if self.capacities:
+            return self.capacities[position]
+        midway = 0.75 if self.selection == "pairs" else 0.5
+        ratio = max(midway, USUALLY_LEFT ** (1 / len(self.layers)))
+        return max(1, round(num_patches * ratio ** (position + 1)))
 
 
 def check_threshold(threshold: float) -> None:

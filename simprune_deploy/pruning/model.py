@@ -172,7 +172,8 @@ class PrunedViT(nn.Module):
         limit: torch.Tensor,
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
+        config, position = self.config, self.config.layers.index(index)
+        usual = config.usual_patches(position, self.num_patches)
         kept, kept_log_size, kept_index, assignment = self._operator(
             tokens,
             features,
@@ -181,9 +182,9 @@ class PrunedViT(nn.Module):
             num_prefix_tokens=self.num_prefix_tokens,
             selection=config.selection,
             reduction=config.reduction,
-            capacity=config.capacity_of(config.layers.index(index)),
+            capacity=config.capacity_of(position),
             multiple_of=config.multiple_of,
-            opt_tokens=0,
+            opt_tokens=self.num_prefix_tokens + usual,
             max_tokens=self.num_tokens,
         )
         if traces is not None:

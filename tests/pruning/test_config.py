@@ -120,3 +120,15 @@ def test_place_and_features_of_older_files_are_the_defaults() -> None:
 def test_other_places_and_features_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SimpruneError, match=message):
         PruneConfig(**values)
+
+
+def test_what_is_usual_falls_from_layer_to_layer_and_leaves_enough() -> None:
+    def usual(layers: int, **values: Any) -> list[int]:
+        config = PruneConfig(layers=tuple(range(layers)), **values)
+        return [config.usual_patches(position, 196) for position in range(layers)]
+
+    assert usual(1) == [147]
+    assert usual(3) == [147, 110, 83]
+    assert usual(1, selection="redundancy") == [98]
+    assert usual(12)[-1] == usual(8)[-1] == 78
+    assert usual(3, capacities=(150, 110, 80)) == [150, 110, 80]

@@ -440,7 +440,7 @@ def test_tokens_and_features_go_to_the_operator_in_its_order() -> None:
         "reduction": "merge",
         "capacity": 0,
         "multiple_of": 1,
-        "opt_tokens": 0,
+        "opt_tokens": 49,
         "max_tokens": 65,
     }
 
