@@ -25,7 +25,7 @@ import simprune_deploy as sd
 from simprune_deploy.common.errors import CheckFailedError, SimpruneError
 from simprune_deploy.common.files import staged_file
 from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
-from simprune_deploy.pruning.cost import spread_over_blocks
+from simprune_deploy.pruning import cost
 from simprune_deploy.pruning.model import PrunedViT
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +116,13 @@ def tokens_share(model: PrunedViT, kept: torch.Tensor) -> np.ndarray:
     layers, depth = model.config.layers, len(model.vit.blocks)
     prefix, total = model.num_prefix_tokens, model.num_tokens
     rows = [[prefix + k for k in row] for row in kept.tolist()]
-    shares = [np.mean(spread_over_blocks(total, layers, row, depth)) / total for row in rows]
-    return np.array(shares)
+    place = model.config.place
+    return np.array(
+        [
+            cost.tokens_share(total, cost.spread_over_blocks(total, layers, row, depth, place))
+            for row in rows
+        ]
+    )
 
 
 def summarize(track: Track, outputs: torch.Tensor, tokens: np.ndarray) -> Measured:

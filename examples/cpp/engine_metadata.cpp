@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kFormat = 2;
+constexpr int kFormat = 3;
 constexpr std::uintmax_t kLargest = 1 << 20;
 constexpr char const* kRemedy = ": run `simprune-deploy build FOLDER`";
 

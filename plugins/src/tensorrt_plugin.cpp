@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <new>
 #include <string_view>
@@ -14,6 +15,7 @@ namespace tensorrt {
 namespace {
 
 using nvinfer1::DataType;
+using nvinfer1::DimensionOperation;
 using nvinfer1::Dims;
 using nvinfer1::DimsExprs;
 using nvinfer1::DynamicPluginTensorDesc;
@@ -25,14 +27,15 @@ using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 
 constexpr const char* kName = "SimilarityPrune";
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
+constexpr const char* kFormerVersion = "1";
 constexpr const char* kNamespace = "";
 
 constexpr int32_t kOk = 0;
 constexpr int32_t kFailed = 1;
 
 // Values of the C interface, by their names in the node
-constexpr const char* kSelections[] = {"cover", "redundancy"};
+constexpr const char* kSelections[] = {"pairs", "redundancy"};
 constexpr const char* kReductions[] = {"merge", "drop"};
 
 constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
@@ -56,7 +59,13 @@ constexpr Field kFields[kNumFields] = {
 constexpr int kPrefixField = 0;
 
 // Attributes of a node that say which plugin it is; a front end may hand them over with the others
-constexpr std::string_view kNamingFields[] = {"plugin_version", "plugin_namespace"};
+constexpr std::string_view kVersionField = "plugin_version", kNamespaceField = "plugin_namespace";
+
+// What files from before version 2 have
+constexpr std::string_view kFormerSelection = "cover";
+constexpr int32_t kFormerInputs = 3;
+constexpr const char* kExportAgain =
+    "the file is from before version 2 of this operator: export the model and build its engine again";
 
 const char* name_of(PluginFieldType type) {
     switch (type) {
@@ -142,24 +151,61 @@ bool read_number(const PluginField& given, const Field& field, Attributes& attri
     return true;
 }
 
-bool read_choice(const PluginField& given, const Field& field, Attributes& attributes) {
+// Of what is quoted from a file
+constexpr size_t kMostShown = 64;
+
+int shown(std::string_view text) {
+    return static_cast<int>(std::min(text.size(), kMostShown));
+}
+
+bool read_text(const PluginField& given, std::string_view& text) {
     if (given.type != PluginFieldType::kCHAR) {
-        log_error("%s is of type %s: give a string", field.name, name_of(given.type));
+        log_error("%.64s is of type %s: give a string", given.name, name_of(given.type));
         return false;
     }
-    std::string_view value(static_cast<const char*>(given.data), static_cast<size_t>(std::max(given.length, 0)));
+    text = {static_cast<const char*>(given.data), static_cast<size_t>(std::max(given.length, 0))};
     // Some front ends count the NUL behind a string, some do not
-    if (!value.empty() && value.back() == '\0') value.remove_suffix(1);
+    if (!text.empty() && text.back() == '\0') text.remove_suffix(1);
+    return true;
+}
+
+bool read_choice(const PluginField& given, const Field& field, Attributes& attributes) {
+    std::string_view value;
+    if (!read_text(given, value)) return false;
     for (int32_t choice = 0; choice < 2; ++choice) {
         if (value == field.choices[choice]) {
             attributes.*field.value = choice;
             return true;
         }
     }
-    constexpr size_t kMostShown = 64;
+    if (field.choices == kSelections && value == kFormerSelection) {
+        log_error("%s \"%s\" is gone, and %s", field.name, kFormerSelection.data(), kExportAgain);
+        return false;
+    }
     log_error(
-        "%s \"%.*s\" is not known: give \"%s\" or \"%s\"", field.name,
-        static_cast<int>(std::min(value.size(), kMostShown)), value.data(), field.choices[0], field.choices[1]);
+        "%s \"%.*s\" is not known: give \"%s\" or \"%s\"", field.name, shown(value), value.data(), field.choices[0],
+        field.choices[1]);
+    return false;
+}
+
+bool read_version(const PluginField& given) {
+    std::string_view version;
+    if (!read_text(given, version)) return false;
+    if (version == kVersion) return true;
+    if (version == kFormerVersion) {
+        log_error("plugin_version is \"%s\": %s", kFormerVersion, kExportAgain);
+    } else {
+        log_error(
+            "plugin_version \"%.*s\" is not \"%s\", which this library has: build the library with the "
+            "simprune-deploy that exported the file",
+            shown(version), version.data(), kVersion);
+    }
+    return false;
+}
+
+bool has_data(const PluginField& given) {
+    if (given.data != nullptr) return true;
+    log_error("%.64s has no data: give its value, or leave the field out", given.name);
     return false;
 }
 
@@ -176,15 +222,11 @@ bool read_field(const PluginField& given, Attributes& attributes, std::array<boo
             return false;
         }
         seen[i] = true;
-        if (given.data == nullptr) {
-            log_error("%s has no data: give its value, or leave the field out", field.name);
-            return false;
-        }
+        if (!has_data(given)) return false;
         return field.choices != nullptr ? read_choice(given, field, attributes) : read_number(given, field, attributes);
     }
-    for (const std::string_view naming : kNamingFields) {
-        if (given.name == naming) return true;
-    }
+    if (given.name == kVersionField) return has_data(given) && read_version(given);
+    if (given.name == kNamespaceField) return true;
     log_error(
         "field \"%.64s\" is not known: the fields are num_prefix_tokens, selection, reduction, capacity, multiple_of, "
         "opt_tokens, max_tokens",
@@ -253,6 +295,24 @@ Shape shape_of(const Dims& dims) {
     return shape;
 }
 
+// Of all inputs, of which get(i) gives what is asked for
+template <class Get>
+Shapes shapes_by(const Get& get) {
+    return {shape_of(get(kTokens)), shape_of(get(kFeatures)), shape_of(get(kLogSize)), shape_of(get(kThreshold))};
+}
+
+Shapes shapes_of(const PluginTensorDesc* in) {
+    return shapes_by([in](int i) -> const Dims& { return in[i].dims; });
+}
+
+Shapes network_shapes(const DynamicPluginTensorDesc* in) {
+    return shapes_by([in](int i) -> const Dims& { return in[i].desc.dims; });
+}
+
+Shapes largest_shapes(const DynamicPluginTensorDesc* in) {
+    return shapes_by([in](int i) -> const Dims& { return in[i].max; });
+}
+
 bool known(int64_t size) {
     return size != Shape::kUnknown;
 }
@@ -267,7 +327,28 @@ bool has_rank(const char* name, const Shape& shape, int32_t rank, const char* me
     return false;
 }
 
+int64_t any_known(std::initializer_list<int64_t> sizes) {
+    const auto* found = std::find_if(sizes.begin(), sizes.end(), known);
+    return found == sizes.end() ? Shape::kUnknown : *found;
+}
+
+bool same_counts(const char* first, const Shape& a, const char* second, const Shape& b) {
+    if (!disagree(a.d[0], b.d[0]) && !disagree(a.d[1], b.d[1])) return true;
+    log_error(
+        "%s begin with sizes [%lld, %lld] and %s with [%lld, %lld] (-1: any): give as many images and tokens in both",
+        first, number(a.d[0]), number(a.d[1]), second, number(b.d[0]), number(b.d[1]));
+    return false;
+}
+
 // ---- Types
+
+Types types_of(const PluginTensorDesc* in) {
+    return {in[kTokens].type, in[kFeatures].type, in[kLogSize].type, in[kThreshold].type};
+}
+
+Types types_of(const DynamicPluginTensorDesc* in) {
+    return {in[kTokens].desc.type, in[kFeatures].desc.type, in[kLogSize].desc.type, in[kThreshold].desc.type};
+}
 
 int32_t dtype_of(DataType type) {
     switch (type) {
@@ -346,19 +427,21 @@ const char* PrunePlugin::getPluginNamespace() const noexcept {
 // IPluginV3OneBuild
 
 int32_t PrunePlugin::getNbOutputs() const noexcept {
-    return attributes_.capacity > 0 ? kNumSlots : kNumSlots + 1;
+    return attributes_.capacity > 0 ? kNumKept : kNumKept + 1;
 }
 
 int32_t PrunePlugin::getOutputDataTypes(
     DataType* output_types, int32_t num_outputs, const DataType* input_types, int32_t num_inputs) const noexcept {
     if (!takes_counts(num_inputs, num_outputs)) return kFailed;
-    if (!takes_types(input_types[kTokens], input_types[kLogSize], input_types[kThreshold])) return kFailed;
+    if (!takes_types({input_types[kTokens], input_types[kFeatures], input_types[kLogSize], input_types[kThreshold]})) {
+        return kFailed;
+    }
     output_types[kKeptTokens] = input_types[kTokens];
     output_types[kKeptLogSize] = DataType::kFLOAT;
     output_types[kKeptIndex] = DataType::kINT64;
     output_types[kAssignment] = DataType::kINT64;
     // The only type that TensorRT's headers allow for a size tensor
-    if (num_outputs > kNumSlots) output_types[kNumSlots] = DataType::kINT32;
+    if (num_outputs > kNumKept) output_types[kNumKept] = DataType::kINT32;
     return kOk;
 }
 
@@ -367,8 +450,8 @@ int32_t PrunePlugin::getOutputShapes(
     nvinfer1::IExprBuilder& builder) noexcept {
     try {
         if (!takes_counts(num_inputs, num_outputs)) return kFailed;
-        const DimsExprs &tokens = inputs[kTokens], &log_size = inputs[kLogSize], &threshold = inputs[kThreshold];
-        if (!takes_shapes(shape_of(tokens), shape_of(log_size), shape_of(threshold))) return kFailed;
+        if (!takes_shapes(shapes_by([inputs](int i) -> const DimsExprs& { return inputs[i]; }))) return kFailed;
+        const DimsExprs& tokens = inputs[kTokens];
         const IDimensionExpr *batch = tokens.d[0], *num_tokens = tokens.d[1], *dim = tokens.d[2];
         const IDimensionExpr* slots = nullptr;
         if (attributes_.capacity == 0) {
@@ -388,7 +471,7 @@ int32_t PrunePlugin::getOutputShapes(
             outputs[output].d[0] = batch;
             outputs[output].d[1] = output == kAssignment ? num_tokens : slots;
         }
-        if (num_outputs > kNumSlots) outputs[kNumSlots].nbDims = 0;
+        if (num_outputs > kNumKept) outputs[kNumKept].nbDims = 0;
         return kOk;
     } catch (...) {
         log_error("TensorRT's shape expressions threw an exception");
@@ -404,27 +487,48 @@ const IDimensionExpr* PrunePlugin::declare_slots(
     if (num_tokens.isSizeTensor() && (opt == 0 || max == 0)) {
         log_error(
             "opt_tokens %lld and max_tokens %lld of a layer whose token count is the result of another prune layer: "
-            "give both, the token count before the first prune layer will do",
+            "give both, the usual number of tokens and the largest, for which that before the first prune layer will "
+            "do",
             number(opt), number(max));
         return nullptr;
     }
     const bool bounded = max > 0 && !num_tokens.isConstant();
     const IDimensionExpr* upper = bounded ? builder.constant(max) : &num_tokens;
-    const IDimensionExpr* usual = &num_tokens;
-    if (opt > 0 && upper != nullptr) {
-        const bool fixed = upper->isConstant();
-        usual = builder.constant(fixed ? std::min(opt, upper->getConstantValue()) : opt);
-        if (!fixed && usual != nullptr) {
-            usual = builder.operation(nvinfer1::DimensionOperation::kMIN, *usual, *upper);
-        }
-    }
+    const IDimensionExpr* usual = upper == nullptr ? nullptr : usual_slots(num_tokens, *upper, builder);
     if (upper == nullptr || usual == nullptr) {
         log_error("TensorRT made no expression for opt_tokens %lld and max_tokens %lld", number(opt), number(max));
         return nullptr;
     }
-    const IDimensionExpr* slots = builder.declareSizeTensor(kNumSlots, *usual, *upper);
-    if (slots == nullptr) log_error("TensorRT declared no size tensor for output %d", kNumSlots);
+    const IDimensionExpr* slots = builder.declareSizeTensor(kNumKept, *usual, *upper);
+    if (slots == nullptr) log_error("TensorRT declared no size tensor for output %d", kNumKept);
     return slots;
+}
+
+// Where opt_tokens does not say what is usual: midway between the fewest and the most that can stay,
+// which is three quarters of the patches with pairs, which keeps one of two, and half of them with
+// redundancy, which may keep a single one.
+const IDimensionExpr* PrunePlugin::usual_slots(
+    const IDimensionExpr& num_tokens, const IDimensionExpr& upper, nvinfer1::IExprBuilder& builder) const {
+    const int64_t opt = attributes_.opt_tokens, prefix = attributes_.num_prefix_tokens;
+    // TensorRT should tune for a number that can come out
+    const auto rounded = [step = int64_t{attributes_.multiple_of}](int64_t slots) {
+        return (slots + step - 1) / step * step;
+    };
+    if (opt > 0 && upper.isConstant()) return builder.constant(std::min(rounded(opt), upper.getConstantValue()));
+    if (opt > 0) {
+        const IDimensionExpr* given = builder.constant(rounded(opt));
+        return given == nullptr ? nullptr : builder.operation(DimensionOperation::kMIN, *given, upper);
+    }
+    const int64_t share = attributes_.selection == SIMPRUNE_PAIRS ? 4 : 2;
+    if (num_tokens.isConstant()) {
+        const int64_t all = num_tokens.getConstantValue();
+        return builder.constant(std::min(rounded(all - (all - prefix) / share), all));
+    }
+    const IDimensionExpr *prefixes = builder.constant(prefix), *shares = builder.constant(share);
+    if (prefixes == nullptr || shares == nullptr) return nullptr;
+    const IDimensionExpr* gone = builder.operation(DimensionOperation::kSUB, num_tokens, *prefixes);
+    if (gone != nullptr) gone = builder.operation(DimensionOperation::kFLOOR_DIV, *gone, *shares);
+    return gone == nullptr ? nullptr : builder.operation(DimensionOperation::kSUB, num_tokens, *gone);
 }
 
 bool PrunePlugin::supportsFormatCombination(
@@ -436,12 +540,13 @@ bool PrunePlugin::supportsFormatCombination(
     switch (position) {
         case kTokens:
             return dtype_of(desc.type) >= 0;
+        case kFeatures:
         case kNumInputs + kKeptTokens:
             return desc.type == in_out[kTokens].desc.type;
         case kNumInputs + kKeptIndex:
         case kNumInputs + kAssignment:
             return desc.type == DataType::kINT64;
-        case kNumInputs + kNumSlots:
+        case kNumInputs + kNumKept:
             return desc.type == DataType::kINT32;
         default:
             return desc.type == DataType::kFLOAT;
@@ -452,26 +557,18 @@ int32_t PrunePlugin::configurePlugin(
     const DynamicPluginTensorDesc* in, int32_t num_inputs, const DynamicPluginTensorDesc*,
     int32_t num_outputs) noexcept {
     if (!takes_counts(num_inputs, num_outputs)) return kFailed;
-    if (!takes_types(in[kTokens].desc.type, in[kLogSize].desc.type, in[kThreshold].desc.type)) return kFailed;
-    const auto takes = [&](Dims DynamicPluginTensorDesc::*which) {
-        return takes_shapes(
-            shape_of(in[kTokens].*which), shape_of(in[kLogSize].*which), shape_of(in[kThreshold].*which));
-    };
-    const bool taken = takes_shapes(
-        shape_of(in[kTokens].desc.dims), shape_of(in[kLogSize].desc.dims), shape_of(in[kThreshold].desc.dims));
-    return taken && takes(&DynamicPluginTensorDesc::max) ? kOk : kFailed;
+    if (!takes_types(types_of(in))) return kFailed;
+    return takes_shapes(network_shapes(in)) && takes_shapes(largest_shapes(in)) ? kOk : kFailed;
 }
 
 size_t PrunePlugin::getWorkspaceSize(
     const DynamicPluginTensorDesc* inputs, int32_t num_inputs, const DynamicPluginTensorDesc*,
     int32_t num_outputs) const noexcept {
     if (!takes_counts(num_inputs, num_outputs)) return 0;
-    const Shape tokens = shape_of(inputs[kTokens].max), log_size = shape_of(inputs[kLogSize].max),
-                threshold = shape_of(inputs[kThreshold].max);
-    const DataType type = inputs[kTokens].desc.type;
-    if (!takes_types(type, inputs[kLogSize].desc.type, inputs[kThreshold].desc.type)) return 0;
-    if (!takes_whole_shapes(tokens, log_size, threshold)) return 0;
-    const simprune_problem largest = problem(tokens, threshold, type);
+    if (!takes_types(types_of(inputs))) return 0;
+    const Shapes shapes = largest_shapes(inputs);
+    if (!takes_whole_shapes(shapes)) return 0;
+    const simprune_problem largest = problem(shapes, inputs[kTokens].desc.type);
     const size_t bytes = simprune_workspace_bytes(&largest);
     if (bytes == 0) log_error("%s", simprune_error());
     // TensorRT promises no alignment
@@ -492,11 +589,9 @@ const char* PrunePlugin::getMetadataString() noexcept {
 int32_t PrunePlugin::onShapeChange(
     const PluginTensorDesc* in, int32_t num_inputs, const PluginTensorDesc*, int32_t num_outputs) noexcept {
     if (!takes_counts(num_inputs, num_outputs)) return kFailed;
-    if (!takes_types(in[kTokens].type, in[kLogSize].type, in[kThreshold].type)) return kFailed;
+    if (!takes_types(types_of(in))) return kFailed;
     // The token count behind another prune layer may not be known yet
-    return takes_shapes(shape_of(in[kTokens].dims), shape_of(in[kLogSize].dims), shape_of(in[kThreshold].dims))
-               ? kOk
-               : kFailed;
+    return takes_shapes(shapes_of(in)) ? kOk : kFailed;
 }
 
 int32_t PrunePlugin::enqueue(
@@ -506,14 +601,13 @@ int32_t PrunePlugin::enqueue(
         log_error("enqueue was called without descriptions or addresses of its tensors");
         return kFailed;
     }
-    const Shape tokens = shape_of(input_descs[kTokens].dims), log_size = shape_of(input_descs[kLogSize].dims),
-                threshold = shape_of(input_descs[kThreshold].dims);
-    const DataType type = input_descs[kTokens].type;
-    if (!takes_types(type, input_descs[kLogSize].type, input_descs[kThreshold].type)) return kFailed;
-    if (!takes_whole_shapes(tokens, log_size, threshold)) return kFailed;
+    if (!takes_types(types_of(input_descs))) return kFailed;
+    const Shapes shapes = shapes_of(input_descs);
+    if (!takes_whole_shapes(shapes)) return kFailed;
 
     simprune_buffers buffers{};
     buffers.tokens = inputs[kTokens];
+    buffers.features = inputs[kFeatures];
     buffers.log_size = static_cast<const float*>(inputs[kLogSize]);
     buffers.threshold = static_cast<const float*>(inputs[kThreshold]);
     buffers.kept_tokens = outputs[kKeptTokens];
@@ -522,13 +616,13 @@ int32_t PrunePlugin::enqueue(
     buffers.assignment = static_cast<int64_t*>(outputs[kAssignment]);
     if (attributes_.capacity == 0) {
         // The C interface does without it, TensorRT does not
-        if (outputs[kNumSlots] == nullptr) {
+        if (outputs[kNumKept] == nullptr) {
             log_error("enqueue was called without an address for the size tensor");
             return kFailed;
         }
-        buffers.num_slots = static_cast<int32_t*>(outputs[kNumSlots]);
+        buffers.num_kept = static_cast<int32_t*>(outputs[kNumKept]);
     }
-    const simprune_problem call = problem(tokens, threshold, type);
+    const simprune_problem call = problem(shapes, input_descs[kTokens].type);
     // TensorRT does not say how much it gives, but it asked for the largest shapes
     if (workspace != nullptr) workspace = aligned(workspace);
     if (simprune_enqueue(&call, &buffers, workspace, simprune_workspace_bytes(&call), stream) != SIMPRUNE_OK) {
@@ -550,7 +644,9 @@ const PluginFieldCollection* PrunePlugin::getFieldsToSerialize() noexcept {
 
 bool PrunePlugin::takes_counts(int32_t num_inputs, int32_t num_outputs) const noexcept {
     if (num_inputs != kNumInputs) {
-        log_error("%d inputs: the plugin has 3, tokens, log_size and threshold", num_inputs);
+        log_error(
+            "%d inputs: the plugin has 4, tokens, features, log_size and threshold%s%s", num_inputs,
+            num_inputs == kFormerInputs ? "; " : "", num_inputs == kFormerInputs ? kExportAgain : "");
         return false;
     }
     if (num_outputs != getNbOutputs()) {
@@ -562,40 +658,45 @@ bool PrunePlugin::takes_counts(int32_t num_inputs, int32_t num_outputs) const no
     return true;
 }
 
-bool PrunePlugin::takes_types(DataType tokens, DataType log_size, DataType threshold) const noexcept {
-    if (dtype_of(tokens) < 0) {
-        log_error("tokens are %s: give float32, float16 or bfloat16", name_of(tokens));
+bool PrunePlugin::takes_types(const Types& types) const noexcept {
+    if (dtype_of(types[kTokens]) < 0) {
+        log_error("tokens are %s: give float32, float16 or bfloat16", name_of(types[kTokens]));
         return false;
     }
-    if (log_size != DataType::kFLOAT || threshold != DataType::kFLOAT) {
-        const bool first = log_size != DataType::kFLOAT;
+    if (types[kFeatures] != types[kTokens]) {
+        log_error(
+            "features are %s and tokens %s: they must be of one type, so put a Cast before the features",
+            name_of(types[kFeatures]), name_of(types[kTokens]));
+        return false;
+    }
+    for (const Input input : {kLogSize, kThreshold}) {
+        if (types[input] == DataType::kFLOAT) continue;
         log_error(
             "%s is %s: it must be float32 whatever the tokens are, so put a Cast before it",
-            first ? "log_size" : "threshold", name_of(first ? log_size : threshold));
+            input == kLogSize ? "log_size" : "threshold", name_of(types[input]));
         return false;
     }
     return true;
 }
 
 // Sizes that are not known are taken.
-bool PrunePlugin::takes_shapes(const Shape& tokens, const Shape& log_size, const Shape& threshold) const noexcept {
-    if (!has_rank("tokens", tokens, 3, "[images, tokens, features]")) return false;
+bool PrunePlugin::takes_shapes(const Shapes& shapes) const noexcept {
+    const Shape &tokens = shapes[kTokens], &features = shapes[kFeatures], &log_size = shapes[kLogSize],
+                &threshold = shapes[kThreshold];
+    if (!has_rank("tokens", tokens, 3, "[images, tokens, width]")) return false;
+    if (!has_rank("features", features, 3, "[images, tokens, width]")) return false;
     if (!has_rank("log_size", log_size, 2, "[images, tokens]")) return false;
     if (!has_rank("threshold", threshold, 1, "[1] or [images]")) return false;
-    const int64_t num_tokens = known(tokens.d[1]) ? tokens.d[1] : log_size.d[1];
-    if (disagree(tokens.d[0], log_size.d[0]) || disagree(tokens.d[1], log_size.d[1])) {
-        log_error(
-            "tokens are [%lld, %lld, ...] and log_size is [%lld, %lld]: give them the same first two sizes",
-            number(tokens.d[0]), number(tokens.d[1]), number(log_size.d[0]), number(log_size.d[1]));
+    if (!same_counts("tokens", tokens, "features", features)) return false;
+    if (!same_counts("tokens", tokens, "log_size", log_size)) return false;
+    if (!same_counts("features", features, "log_size", log_size)) return false;
+    if (tokens.d[2] == 0 || features.d[2] == 0) {
+        log_error("%s have a width of 0: give at least 1", tokens.d[2] == 0 ? "tokens" : "features");
         return false;
     }
-    const int64_t batch = known(tokens.d[0]) ? tokens.d[0] : log_size.d[0];
+    const int64_t batch = any_known({tokens.d[0], features.d[0], log_size.d[0]});
     if (batch == 0) {
         log_error("the batch is 0: give at least one image");
-        return false;
-    }
-    if (tokens.d[2] == 0) {
-        log_error("tokens have 0 features: give at least one");
         return false;
     }
     const int64_t thresholds = threshold.d[0];
@@ -605,8 +706,11 @@ bool PrunePlugin::takes_shapes(const Shape& tokens, const Shape& log_size, const
             number(batch));
         return false;
     }
-    if (!known(num_tokens)) return true;
+    const int64_t num_tokens = any_known({tokens.d[1], features.d[1], log_size.d[1]});
+    return !known(num_tokens) || takes_token_count(num_tokens);
+}
 
+bool PrunePlugin::takes_token_count(int64_t num_tokens) const noexcept {
     const Attributes& a = attributes_;
     const int64_t patches = num_tokens - a.num_prefix_tokens;
     if (patches < 1) {
@@ -629,6 +733,12 @@ bool PrunePlugin::takes_shapes(const Shape& tokens, const Shape& log_size, const
             number(patches), number(num_tokens));
         return false;
     }
+    if (a.capacity > 0 && a.selection == SIMPRUNE_PAIRS && a.capacity < patches / 2) {
+        log_error(
+            "capacity %d is fewer than the %lld patches that selection \"pairs\" keeps of %lld: give %lld at least",
+            a.capacity, number(patches / 2), number(patches), number(patches / 2));
+        return false;
+    }
     if (a.capacity == 0 && a.max_tokens > 0 && num_tokens > a.max_tokens) {
         log_error(
             "%lld tokens are more than max_tokens %d, for which the outputs have room: export with a larger max_tokens",
@@ -638,22 +748,27 @@ bool PrunePlugin::takes_shapes(const Shape& tokens, const Shape& log_size, const
     return true;
 }
 
-bool PrunePlugin::takes_whole_shapes(
-    const Shape& tokens, const Shape& log_size, const Shape& threshold) const noexcept {
-    if (!takes_shapes(tokens, log_size, threshold)) return false;
-    if (known(tokens.d[0]) && known(tokens.d[1]) && known(tokens.d[2]) && known(threshold.d[0])) return true;
+bool PrunePlugin::takes_whole_shapes(const Shapes& shapes) const noexcept {
+    if (!takes_shapes(shapes)) return false;
+    const Shape &tokens = shapes[kTokens], &features = shapes[kFeatures], &threshold = shapes[kThreshold];
+    const auto all_known = [](std::initializer_list<int64_t> sizes) {
+        return std::all_of(sizes.begin(), sizes.end(), known);
+    };
+    if (all_known({tokens.d[0], tokens.d[1], tokens.d[2], features.d[2], threshold.d[0]})) return true;
     log_error(
-        "tokens [%lld, %lld, %lld] with %lld thresholds: a size is not known (-1) where all of them are needed",
-        number(tokens.d[0]), number(tokens.d[1]), number(tokens.d[2]), number(threshold.d[0]));
+        "tokens [%lld, %lld, %lld] with features of width %lld and %lld thresholds: a size is not known (-1) where all "
+        "of them are needed",
+        number(tokens.d[0]), number(tokens.d[1]), number(tokens.d[2]), number(features.d[2]), number(threshold.d[0]));
     return false;
 }
 
-simprune_problem PrunePlugin::problem(const Shape& tokens, const Shape& threshold, DataType type) const noexcept {
+simprune_problem PrunePlugin::problem(const Shapes& shapes, DataType type) const noexcept {
     simprune_problem problem{};
-    problem.batch = tokens.d[0];
-    problem.num_tokens = tokens.d[1];
-    problem.dim = tokens.d[2];
-    problem.num_thresholds = threshold.d[0];
+    problem.batch = shapes[kTokens].d[0];
+    problem.num_tokens = shapes[kTokens].d[1];
+    problem.dim = shapes[kTokens].d[2];
+    problem.feature_dim = shapes[kFeatures].d[2];
+    problem.num_thresholds = shapes[kThreshold].d[0];
     problem.capacity = attributes_.capacity;
     problem.multiple_of = attributes_.multiple_of;
     problem.num_prefix_tokens = attributes_.num_prefix_tokens;
@@ -694,6 +809,16 @@ const char* PruneCreator::getPluginName() const noexcept {
 
 const char* PruneCreator::getPluginVersion() const noexcept {
     return kVersion;
+}
+
+nvinfer1::IPluginV3* FormerCreator::createPlugin(
+    const char*, const PluginFieldCollection*, nvinfer1::TensorRTPhase) noexcept {
+    log_error("plugin_version is \"%s\": %s", kFormerVersion, kExportAgain);
+    return nullptr;
+}
+
+const char* FormerCreator::getPluginVersion() const noexcept {
+    return kFormerVersion;
 }
 
 const char* PruneCreator::getPluginNamespace() const noexcept {

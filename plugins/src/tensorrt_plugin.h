@@ -14,7 +14,7 @@ namespace tensorrt {
 
 struct Attributes {
     int32_t num_prefix_tokens = 0;
-    int32_t selection = SIMPRUNE_COVER;
+    int32_t selection = SIMPRUNE_PAIRS;
     int32_t reduction = SIMPRUNE_MERGE;
     int32_t capacity = 0;
     int32_t multiple_of = 1;
@@ -24,6 +24,11 @@ struct Attributes {
 
 constexpr int kNumFields = 7;
 
+// Inputs, in the order of the node
+enum Input { kTokens, kFeatures, kLogSize, kThreshold, kNumInputs };
+// Outputs; the size tensor K is there only if K depends on the data (capacity 0)
+enum Output { kKeptTokens, kKeptLogSize, kKeptIndex, kAssignment, kNumKept };
+
 // Sizes of an input as far as they are known.
 struct Shape {
     static constexpr int64_t kUnknown = -1;
@@ -32,10 +37,9 @@ struct Shape {
     int64_t d[nvinfer1::Dims::MAX_DIMS];
 };
 
-// Inputs, in the order of the node
-enum Input { kTokens, kLogSize, kThreshold, kNumInputs };
-// Outputs; the size tensor K is there only if K depends on the data (capacity 0)
-enum Output { kKeptTokens, kKeptLogSize, kKeptIndex, kAssignment, kNumSlots };
+// Of all inputs
+using Shapes = std::array<Shape, kNumInputs>;
+using Types = std::array<nvinfer1::DataType, kNumInputs>;
 
 class PrunePlugin final : public nvinfer1::IPluginV3,
                           public nvinfer1::IPluginV3OneCore,
@@ -89,11 +93,14 @@ public:
 
 private:
     bool takes_counts(int32_t num_inputs, int32_t num_outputs) const noexcept;
-    bool takes_types(
-        nvinfer1::DataType tokens, nvinfer1::DataType log_size, nvinfer1::DataType threshold) const noexcept;
-    bool takes_shapes(const Shape& tokens, const Shape& log_size, const Shape& threshold) const noexcept;
-    bool takes_whole_shapes(const Shape& tokens, const Shape& log_size, const Shape& threshold) const noexcept;
-    simprune_problem problem(const Shape& tokens, const Shape& threshold, nvinfer1::DataType type) const noexcept;
+    bool takes_types(const Types& types) const noexcept;
+    bool takes_shapes(const Shapes& shapes) const noexcept;
+    bool takes_token_count(int64_t num_tokens) const noexcept;
+    bool takes_whole_shapes(const Shapes& shapes) const noexcept;
+    simprune_problem problem(const Shapes& shapes, nvinfer1::DataType type) const noexcept;
+    const nvinfer1::IDimensionExpr* usual_slots(
+        const nvinfer1::IDimensionExpr& num_tokens, const nvinfer1::IDimensionExpr& upper,
+        nvinfer1::IExprBuilder& builder) const;
     const nvinfer1::IDimensionExpr* declare_slots(
         const nvinfer1::IDimensionExpr& num_tokens, nvinfer1::IExprBuilder& builder) const;
 
@@ -103,7 +110,7 @@ private:
     nvinfer1::PluginFieldCollection field_collection_;
 };
 
-class PruneCreator final : public nvinfer1::IPluginCreatorV3One {
+class PruneCreator : public nvinfer1::IPluginCreatorV3One {
 public:
     PruneCreator() noexcept;
 
@@ -118,6 +125,16 @@ public:
 private:
     std::array<nvinfer1::PluginField, kNumFields> fields_;
     nvinfer1::PluginFieldCollection field_collection_;
+};
+
+// What files and engines from before version 2 ask for. It makes no plugin and says what to do. For
+// processes that it stays in: those that link the library, or that it registers itself in.
+class FormerCreator final : public PruneCreator {
+public:
+    nvinfer1::IPluginV3* createPlugin(
+        const char* name, const nvinfer1::PluginFieldCollection* fields,
+        nvinfer1::TensorRTPhase phase) noexcept override;
+    const char* getPluginVersion() const noexcept override;
 };
 
 }  // namespace tensorrt

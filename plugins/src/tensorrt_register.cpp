@@ -37,8 +37,15 @@ Function find(void* library, const char* name) {
     return reinterpret_cast<Function>(dlsym(library, name));
 }
 
-// Returns why it could not be done, or null.
-const char* register_creators() {
+// The file that an object's class comes from
+const char* library_of(const void* object) {
+    Dl_info where{};
+    const void* functions = *static_cast<const void* const*>(object);
+    return dladdr(functions, &where) != 0 && where.dli_fname != nullptr ? where.dli_fname : "another library";
+}
+
+// Returns why it could not be done, or nothing.
+std::string register_creators() {
     std::string path;
     dl_iterate_phdr(note_tensorrt, &path);
     if (path.empty()) return "no TensorRT is loaded in this process";
@@ -50,11 +57,10 @@ const char* register_creators() {
     // The registry's C++ interface is that of the headers only within a major version
     const int32_t major = version() / 10000;
     if (major != NV_TENSORRT_MAJOR) {
-        static char text[160];
+        char text[160];
         std::snprintf(
-            text, sizeof(text),
-            "it was compiled with the headers of TensorRT %d, and this is %d: build it "
-            "with this version's",
+            text, sizeof text,
+            "it was compiled with the headers of TensorRT %d, and this is %d: build it with this version's",
             NV_TENSORRT_MAJOR, major);
         return text;
     }
@@ -66,24 +72,34 @@ const char* register_creators() {
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* creators = getCreators(count);
     for (int32_t i = 0; i < count; ++i) {
+        const auto& creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*creators[i]);
+        const char *name = creator.getPluginName(), *plugin_version = creator.getPluginVersion();
+        const auto* there = registry->getCreator(name, plugin_version, creator.getPluginNamespace());
+        if (there != nullptr) {
+            return std::string("TensorRT has ") + name + " " + plugin_version + " of " + library_of(there) +
+                   " already, which it goes on with: load one library alone";
+        }
         if (!registry->registerCreator(*creators[i], "")) return "TensorRT did not take it";
+    }
+    // Unless there is a library of that version
+    static FormerCreator former;
+    if (registry->getCreator(former.getPluginName(), former.getPluginVersion(), "") == nullptr) {
+        registry->registerCreator(former, "");
     }
     // The registry points into this library from now on: it must outlive a dlclose
     Dl_info self;
     if (dladdr(reinterpret_cast<void*>(&getCreators), &self) != 0) {
         dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
     }
-    return nullptr;
+    return "";
 }
 
 struct RegistersItself {
     RegistersItself() {
         const char* wish = std::getenv("SIMPRUNE_REGISTER");
         if (wish == nullptr || *wish == '\0' || std::strcmp(wish, "0") == 0) return;
-        const char* problem = register_creators();
-        if (problem != nullptr) {
-            std::fprintf(stderr, "simprune: the plugin was not registered: %s\n", problem);
-        }
+        const std::string problem = register_creators();
+        if (!problem.empty()) std::fprintf(stderr, "simprune: the plugin was not registered: %s\n", problem.c_str());
     }
 };
 

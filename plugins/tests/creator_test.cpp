@@ -39,7 +39,7 @@ void creator_describes_itself() {
     CHECK(creators[0] != nullptr);
     CHECK_EQUAL(std::string(creators[0]->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
     CHECK_EQUAL(std::string(creator().getPluginName()), "SimilarityPrune");
-    CHECK_EQUAL(std::string(creator().getPluginVersion()), "1");
+    CHECK_EQUAL(std::string(creator().getPluginVersion()), "2");
     CHECK_EQUAL(std::string(creator().getPluginNamespace()), "");
     const nvinfer1::PluginFieldCollection* fields = creator().getFieldNames();
     std::string names;
@@ -56,7 +56,7 @@ void creator_describes_itself() {
 
 void good_fields() {
     const std::string defaults =
-        "num_prefix_tokens=1 selection=cover reduction=merge capacity=0 multiple_of=1 opt_tokens=0 max_tokens=0 ";
+        "num_prefix_tokens=1 selection=pairs reduction=merge capacity=0 multiple_of=1 opt_tokens=0 max_tokens=0 ";
     const struct {
         Fields fields;
         std::string serialized;
@@ -64,9 +64,14 @@ void good_fields() {
         {Fields().add("num_prefix_tokens", 1), defaults},
         {Fields().add("num_prefix_tokens", int64_t{1}), defaults},
         // A string with and without its NUL
-        {Fields().add("num_prefix_tokens", 1).add("selection", "cover").add("reduction", std::string("merge\0", 6)),
+        {Fields().add("num_prefix_tokens", 1).add("selection", "pairs").add("reduction", std::string("merge\0", 6)),
          defaults},
-        {Fields().add("plugin_version", "1").add("plugin_namespace", "").add("num_prefix_tokens", 1), defaults},
+        {Fields().add("plugin_version", "2").add("plugin_namespace", "").add("num_prefix_tokens", 1), defaults},
+        {Fields()
+             .add("num_prefix_tokens", 1)
+             .add("plugin_version", std::string("2\0", 2))
+             .add_without_data("plugin_namespace"),
+         defaults},
         {Fields()
              .add("max_tokens", int64_t{577})
              .add("opt_tokens", 300)
@@ -83,7 +88,7 @@ void good_fields() {
              .add("multiple_of", kMostInt)
              .add("opt_tokens", 1)
              .add("max_tokens", 4096),
-         "num_prefix_tokens=0 selection=cover reduction=merge capacity=4096 multiple_of=2147483647 opt_tokens=1 "
+         "num_prefix_tokens=0 selection=pairs reduction=merge capacity=4096 multiple_of=2147483647 opt_tokens=1 "
          "max_tokens=4096 "},
     };
     for (const auto& one : cases) {
@@ -124,7 +129,7 @@ void bad_fields() {
         const char* message;
     } cases[] = {
         {Fields(), "num_prefix_tokens is missing"},
-        {Fields().add("selection", "cover").add("capacity", 10), "num_prefix_tokens is missing"},
+        {Fields().add("selection", "pairs").add("capacity", 10), "num_prefix_tokens is missing"},
         {Fields().add("num_prefix_tokens", -1), "num_prefix_tokens -1 is outside [0, "},
         {Fields().add("num_prefix_tokens", kMostInt), "num_prefix_tokens 2147483647 is outside [0, "},
         {Fields().add("num_prefix_tokens", int64_t{1} << 33), "num_prefix_tokens 8589934592 is outside [0, "},
@@ -138,12 +143,23 @@ void bad_fields() {
         {Fields().add_without_data("num_prefix_tokens"), "num_prefix_tokens has no data"},
         {with_prefix().add("num_prefix_tokens", 1), "num_prefix_tokens is given twice"},
         {with_prefix().add("selection", "nearest"),
-         "selection \"nearest\" is not known: give \"cover\" or \"redundancy\""},
-        {with_prefix().add("selection", "Cover"), "selection \"Cover\" is not known"},
+         "selection \"nearest\" is not known: give \"pairs\" or \"redundancy\""},
+        {with_prefix().add("selection", "Pairs"), "selection \"Pairs\" is not known"},
         {with_prefix().add("selection", ""), "selection \"\" is not known"},
-        {with_prefix().add("selection", std::string("cover\0\0", 7)), "is not known"},
-        {with_prefix().add("selection", std::string("co\nver")), "selection \"co?ver\" is not known"},
-        {with_prefix().add("selection", PluginFieldType::kCHAR, "cover", 5, -1), "selection \"\" is not known"},
+        {with_prefix().add("selection", std::string("pairs\0\0", 7)), "is not known"},
+        {with_prefix().add("selection", std::string("pa\nirs")), "selection \"pa?irs\" is not known"},
+        {with_prefix().add("selection", PluginFieldType::kCHAR, "pairs", 5, -1), "selection \"\" is not known"},
+        {with_prefix().add("selection", "cover"),
+         "selection \"cover\" is gone, and the file is from before version 2 of this operator: export the model"},
+        {with_prefix().add("selection", std::string("cover\0", 6)), "selection \"cover\" is gone"},
+        {with_prefix().add("plugin_version", "1"),
+         "plugin_version is \"1\": the file is from before version 2 of this operator: export the model"},
+        {with_prefix().add("plugin_version", std::string("1\0", 2)), "plugin_version is \"1\""},
+        {with_prefix().add("plugin_version", "3"),
+         "plugin_version \"3\" is not \"2\", which this library has: build the library with the simprune-deploy"},
+        {with_prefix().add("plugin_version", ""), "plugin_version \"\" is not \"2\""},
+        {with_prefix().add("plugin_version", 2), "plugin_version is of type int32: give a string"},
+        {with_prefix().add_without_data("plugin_version"), "plugin_version has no data"},
         {with_prefix().add("selection", 0), "selection is of type int32: give a string"},
         {with_prefix().add("reduction", "average"), "reduction \"average\" is not known: give \"merge\" or \"drop\""},
         {with_prefix().add("capacity", -1), "capacity -1 is outside [0, 4096]"},
@@ -185,8 +201,10 @@ void bad_fields() {
     CHECK(create(&broken) == nullptr);
     CHECK_CONTAINS(logged(), "a field has no name");
     const std::string endless(5000, 'x');
-    CHECK(create(with_prefix().add("selection", endless)) == nullptr);
-    CHECK(logged().size() < 300);
+    for (const char* text : {"selection", "plugin_version"}) {
+        CHECK(create(with_prefix().add(text, endless)) == nullptr);
+        CHECK(logged().size() < 300);
+    }
     CHECK(create(with_prefix().add(endless.c_str(), 1)) == nullptr);
     CHECK(logged().size() < 300);
 }
@@ -195,7 +213,7 @@ void plugin_describes_itself() {
     const PluginPointer dynamic = create(Fields().add("num_prefix_tokens", 1));
     const PluginPointer fixed = create(Fields().add("num_prefix_tokens", 1).add("capacity", 10));
     CHECK_EQUAL(std::string(core(*dynamic).getPluginName()), "SimilarityPrune");
-    CHECK_EQUAL(std::string(core(*dynamic).getPluginVersion()), "1");
+    CHECK_EQUAL(std::string(core(*dynamic).getPluginVersion()), "2");
     CHECK_EQUAL(std::string(core(*dynamic).getPluginNamespace()), "");
     CHECK_EQUAL(std::string(core(*dynamic).getInterfaceInfo().kind), "PLUGIN_V3ONE_CORE");
     CHECK_EQUAL(std::string(build(*dynamic).getInterfaceInfo().kind), "PLUGIN_V3ONE_BUILD");
@@ -225,7 +243,7 @@ void timing_cache_ids() {
     for (size_t i = 0; i < ids.size(); ++i) {
         for (size_t j = 0; j < i; ++j) CHECK(ids[i] != ids[j]);
     }
-    CHECK_EQUAL(id_of(base().add("selection", "cover").add("multiple_of", 1)), ids[0]);
+    CHECK_EQUAL(id_of(base().add("selection", "pairs").add("multiple_of", 1)), ids[0]);
     // The longest is not cut off
     const std::string longest = id_of(Fields()
                                           .add("num_prefix_tokens", kMostInt - 4096)
@@ -240,33 +258,47 @@ void output_types() {
     const PluginPointer dynamic = create(Fields().add("num_prefix_tokens", 1));
     const PluginPointer fixed = create(Fields().add("num_prefix_tokens", 1).add("capacity", 10));
     for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-        const DataType in[] = {type, DataType::kFLOAT, DataType::kFLOAT};
+        const DataType in[] = {type, type, DataType::kFLOAT, DataType::kFLOAT};
         DataType out[5] = {};
-        CHECK_EQUAL(build(*dynamic).getOutputDataTypes(out, 5, in, 3), 0);
+        CHECK_EQUAL(build(*dynamic).getOutputDataTypes(out, 5, in, 4), 0);
         CHECK(out[0] == type && out[1] == DataType::kFLOAT && out[2] == DataType::kINT64);
         CHECK(out[3] == DataType::kINT64 && out[4] == DataType::kINT32);
-        CHECK_EQUAL(build(*fixed).getOutputDataTypes(out, 4, in, 3), 0);
+        CHECK_EQUAL(build(*fixed).getOutputDataTypes(out, 4, in, 4), 0);
     }
+    constexpr DataType kFloat = DataType::kFLOAT, kHalf = DataType::kHALF;
     const struct {
-        DataType in[3];
+        DataType in[4];
         const char* message;
     } refused[] = {
-        {{DataType::kINT8, DataType::kFLOAT, DataType::kFLOAT}, "tokens are int8"},
-        {{DataType::kFP8, DataType::kFLOAT, DataType::kFLOAT}, "tokens are of an unsupported type"},
-        {{DataType::kHALF, DataType::kHALF, DataType::kFLOAT}, "log_size is float16: it must be float32"},
-        {{DataType::kHALF, DataType::kFLOAT, DataType::kHALF}, "threshold is float16: it must be float32"},
+        {{DataType::kINT8, DataType::kINT8, kFloat, kFloat}, "tokens are int8"},
+        {{DataType::kFP8, DataType::kFP8, kFloat, kFloat}, "tokens are of an unsupported type"},
+        {{kHalf, kFloat, kFloat, kFloat}, "features are float32 and tokens float16: they must be of one type"},
+        {{kFloat, kHalf, kFloat, kFloat}, "features are float16 and tokens float32: they must be of one type"},
+        {{DataType::kBF16, kHalf, kFloat, kFloat}, "features are float16 and tokens bfloat16"},
+        {{kHalf, DataType::kFP8, kFloat, kFloat}, "features are of an unsupported type and tokens float16"},
+        {{kHalf, kHalf, kHalf, kFloat}, "log_size is float16: it must be float32"},
+        {{kHalf, kHalf, kFloat, kHalf}, "threshold is float16: it must be float32"},
     };
     DataType out[5] = {};
     logged();
     for (const auto& one : refused) {
-        CHECK(build(*dynamic).getOutputDataTypes(out, 5, one.in, 3) != 0);
-        CHECK_CONTAINS(logged(), one.message);
+        CHECK(build(*dynamic).getOutputDataTypes(out, 5, one.in, 4) != 0);
+        const std::string message = logged();
+        CHECK_CONTAINS(message, one.message);
+        CHECK_EQUAL(std::count(message.begin(), message.end(), '\n'), 1);
     }
-    const DataType in[] = {DataType::kHALF, DataType::kFLOAT, DataType::kFLOAT};
-    CHECK(build(*dynamic).getOutputDataTypes(out, 4, in, 3) != 0);
-    CHECK(build(*fixed).getOutputDataTypes(out, 5, in, 3) != 0);
-    CHECK(build(*dynamic).getOutputDataTypes(out, 5, in, 2) != 0);
-    logged();
+    const DataType in[] = {kHalf, kHalf, kFloat, kFloat, kFloat};
+    CHECK(build(*dynamic).getOutputDataTypes(out, 4, in, 4) != 0);
+    CHECK_CONTAINS(logged(), "4 outputs: with capacity 0 the plugin has 5");
+    CHECK(build(*fixed).getOutputDataTypes(out, 5, in, 4) != 0);
+    CHECK_CONTAINS(logged(), "5 outputs: with capacity 10 the plugin has 4");
+    CHECK(build(*dynamic).getOutputDataTypes(out, 5, in, 3) != 0);
+    CHECK_EQUAL(
+        logged(),
+        "SimilarityPrune: 3 inputs: the plugin has 4, tokens, features, log_size and threshold; the file is from "
+        "before version 2 of this operator: export the model and build its engine again\n");
+    CHECK(build(*dynamic).getOutputDataTypes(out, 5, in, 5) != 0);
+    CHECK_EQUAL(logged(), "SimilarityPrune: 5 inputs: the plugin has 4, tokens, features, log_size and threshold\n");
 }
 
 // TensorRT's question: which types and formats at each position, what stands behind it being garbage.
@@ -279,9 +311,9 @@ void formats() {
         const PluginPointer plugin =
             create(Fields().add("num_prefix_tokens", 1).add("capacity", outputs == 4 ? 10 : 0));
         for (const DataType tokens : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-            const DataType expected[] = {tokens,           DataType::kFLOAT, DataType::kFLOAT, tokens,
+            const DataType expected[] = {tokens,           tokens,           DataType::kFLOAT, DataType::kFLOAT, tokens,
                                          DataType::kFLOAT, DataType::kINT64, DataType::kINT64, DataType::kINT32};
-            for (int32_t position = 0; position < 3 + outputs; ++position) {
+            for (int32_t position = 0; position < 4 + outputs; ++position) {
                 // Only what may be looked at is there: a look behind it is out of bounds
                 std::vector<DynamicPluginTensorDesc> all(position + 1);
                 for (int32_t i = 0; i < position; ++i) {
@@ -293,17 +325,17 @@ void formats() {
                         const bool among = std::count(std::begin(kTypes), std::begin(kTypes) + 3, type) > 0;
                         const bool fits = position == 0 ? among : type == expected[position];
                         CHECK_EQUAL(
-                            build(*plugin).supportsFormatCombination(position, all.data(), 3, outputs),
+                            build(*plugin).supportsFormatCombination(position, all.data(), 4, outputs),
                             fits && format == TensorFormat::kLINEAR);
                     }
                 }
             }
         }
-        const std::vector<DynamicPluginTensorDesc> all(9, dynamic_desc(desc(DataType::kFLOAT, dims({})), dims({})));
-        CHECK(!build(*plugin).supportsFormatCombination(-1, all.data(), 3, outputs));
-        CHECK(!build(*plugin).supportsFormatCombination(3 + outputs, all.data(), 3, outputs));
-        CHECK(!build(*plugin).supportsFormatCombination(0, all.data(), 2, outputs));
-        CHECK(!build(*plugin).supportsFormatCombination(0, all.data(), 3, 9 - outputs));
+        const std::vector<DynamicPluginTensorDesc> all(10, dynamic_desc(desc(DataType::kFLOAT, dims({})), dims({})));
+        CHECK(!build(*plugin).supportsFormatCombination(-1, all.data(), 4, outputs));
+        CHECK(!build(*plugin).supportsFormatCombination(4 + outputs, all.data(), 4, outputs));
+        CHECK(!build(*plugin).supportsFormatCombination(0, all.data(), 3, outputs));
+        CHECK(!build(*plugin).supportsFormatCombination(0, all.data(), 4, 9 - outputs));
     }
     logged();
 }

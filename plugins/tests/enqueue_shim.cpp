@@ -27,7 +27,7 @@ using Runtime = nvinfer1::v_1_0::IPluginV3OneRuntime;
 
 // enum class DataType has bfloat16 in every TensorRT 10 and later
 constexpr DataType kFloatTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
-constexpr int32_t kInputs = 3;
+constexpr int32_t kInputs = 4;
 constexpr int64_t kUnknown = -1;  // how TensorRT writes a dimension that the data decides
 
 thread_local std::string lastError;
@@ -120,6 +120,7 @@ struct shim_shape {
     int64_t batch;
     int64_t num_tokens;
     int64_t dim;
+    int64_t feature_dim;
     int64_t num_thresholds;
     int32_t dtype;  // as in simprune.h: float32, float16, bfloat16
 };
@@ -156,6 +157,7 @@ Descriptions descriptions(const shim_plugin& plugin, const shim_shape& shape) {
     Descriptions result;
     result.in = {
         describe(type, dims({shape.batch, shape.num_tokens, shape.dim})),
+        describe(type, dims({shape.batch, shape.num_tokens, shape.feature_dim})),
         describe(DataType::kFLOAT, dims({shape.batch, shape.num_tokens})),
         describe(DataType::kFLOAT, dims({shape.num_thresholds})),
     };
@@ -213,13 +215,14 @@ SHIM_API shim_plugin* shim_open(const char* library, const shim_attributes* attr
     for (int32_t i = 0; i < count; ++i) {
         if (std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0) {
             auto* candidate = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
-            if (std::strcmp(candidate->getPluginName(), "SimilarityPrune") == 0) {
+            if (std::strcmp(candidate->getPluginName(), "SimilarityPrune") == 0 &&
+                std::strcmp(candidate->getPluginVersion(), "2") == 0) {
                 creator = candidate;
             }
         }
     }
     if (creator == nullptr) {
-        return fail(nullptr, "none of " + std::to_string(count) + " creators makes SimilarityPrune");
+        return fail(nullptr, "none of " + std::to_string(count) + " creators makes SimilarityPrune, version 2");
     }
 
     OwnedFields given;
@@ -296,7 +299,7 @@ SHIM_API int64_t shim_workspace(shim_plugin* plugin, const shim_shape* largest) 
         }
     }
     std::vector<DataType> types(plugin->outputs);
-    const DataType given[kInputs] = {descs.in[0].type, descs.in[1].type, descs.in[2].type};
+    const DataType given[kInputs] = {descs.in[0].type, descs.in[1].type, descs.in[2].type, descs.in[3].type};
     if (build->getOutputDataTypes(types.data(), plugin->outputs, given, kInputs) != 0) {
         lastError = "getOutputDataTypes refused the input types";
         return -1;
@@ -314,7 +317,8 @@ SHIM_API int64_t shim_workspace(shim_plugin* plugin, const shim_shape* largest) 
     return static_cast<int64_t>(build->getWorkspaceSize(in.data(), kInputs, out.data(), plugin->outputs));
 }
 
-// 0 where the plugin took it. With capacity 0 outputs[4] receives the number of slots.
+// 0 where the plugin took it. Inputs: tokens, features, log_size, threshold. With capacity 0 outputs[4]
+// receives the number of slots.
 SHIM_API int32_t shim_enqueue(
     shim_plugin* plugin, const shim_shape* shape, const void* const* inputs, void* const* outputs, void* workspace,
     void* stream) {

@@ -33,7 +33,9 @@ public:
         std::memcpy(&value, start_ + index * sizeof(T), sizeof value);
         return value;
     }
-    void put(const void* data, size_t bytes) { std::memcpy(start_, data, bytes); }
+    void put(const void* data, size_t bytes) {
+        if (bytes > 0) std::memcpy(start_, data, bytes);
+    }
     bool wall_stands() const {
         for (size_t i = 0; i < kWall; ++i) {
             if (start_[bytes_ + i] != kFill) return false;
@@ -104,7 +106,11 @@ float token_at(const Memory& memory, size_t index, DataType type) {
 struct Images {
     int64_t batch, num_tokens, dim;
     std::vector<float> tokens, log_size, threshold;
+    // Without features the tokens are compared, and TensorRT gives their address twice
+    int64_t feature_dim = 0;
+    std::vector<float> features = {};
 
+    int64_t compared() const { return feature_dim > 0 ? feature_dim : dim; }
     int64_t thresholds() const { return static_cast<int64_t>(threshold.size()); }
 };
 
@@ -112,6 +118,7 @@ struct Images {
 std::vector<PluginTensorDesc> input_descs(const Images& images, DataType type) {
     return {
         desc(type, dims({images.batch, images.num_tokens, images.dim})),
+        desc(type, dims({images.batch, images.num_tokens, images.compared()})),
         desc(kFloat, dims({images.batch, images.num_tokens})),
         desc(kFloat, dims({images.thresholds()})),
     };
@@ -155,8 +162,8 @@ public:
         num_outputs = phase.getNbOutputs();
         const auto in = dynamic(input_descs(largest, type));
         const auto out = dynamic(output_descs(largest, type, num_outputs, largest.num_tokens));
-        if (!CHECK_EQUAL(phase.configurePlugin(in.data(), 3, out.data(), num_outputs), 0)) return;
-        workspace_bytes = phase.getWorkspaceSize(in.data(), 3, out.data(), num_outputs);
+        if (!CHECK_EQUAL(phase.configurePlugin(in.data(), 4, out.data(), num_outputs), 0)) return;
+        workspace_bytes = phase.getWorkspaceSize(in.data(), 4, out.data(), num_outputs);
         const PluginPointer read = create(runtime(*built).getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
         if (!CHECK(read != nullptr)) return;
         plugin.reset(runtime(*read).attachToContext(&context));
@@ -174,26 +181,34 @@ class Call {
 public:
     Call(Engine& engine, const Images& images, DataType type, int64_t slots)
         : tokens(images.tokens.size() * size_of(type)),
+          features(images.features.size() * size_of(type)),
           log_size(images.log_size.size() * 4),
           threshold(images.threshold.size() * 4),
           kept_tokens(images.batch * slots * images.dim * size_of(type)),
           kept_log_size(images.batch * slots * 4),
           kept_index(images.batch * slots * 8),
           assignment(images.batch * images.num_tokens * 8),
-          num_slots(4),
+          num_kept(4),
           workspace(engine.workspace_bytes),
           in(input_descs(images, type)),
           out(output_descs(images, type, engine.num_outputs, slots)) {
         put_tokens(tokens, images.tokens, type);
+        put_tokens(features, images.features, type);
         log_size.put(images.log_size.data(), images.log_size.size() * 4);
         threshold.put(images.threshold.data(), images.threshold.size() * 4);
-        inputs = {tokens.get(), log_size.get(), threshold.get()};
+        inputs = {
+            tokens.get(), images.feature_dim > 0 ? features.get() : tokens.get(), log_size.get(), threshold.get()};
         outputs = {kept_tokens.get(), kept_log_size.get(), kept_index.get(), assignment.get()};
-        if (engine.num_outputs > 4) outputs.push_back(num_slots.get());
+        if (engine.num_outputs > 4) outputs.push_back(num_kept.get());
+    }
+
+    // Another number of images (0) or tokens (1) than there is memory for
+    void counts(int32_t axis, int64_t size) {
+        for (int32_t input = 0; input < 3; ++input) in[input].dims.d[axis] = size;
     }
 
     int32_t on_shape_change(Engine& engine) {
-        return runtime(*engine.plugin).onShapeChange(in.data(), 3, out.data(), static_cast<int32_t>(out.size()));
+        return runtime(*engine.plugin).onShapeChange(in.data(), 4, out.data(), static_cast<int32_t>(out.size()));
     }
 
     int32_t enqueue(Engine& engine) {
@@ -205,8 +220,8 @@ public:
 
     bool walls_stand() const {
         for (const Memory* memory :
-             {&tokens, &log_size, &threshold, &kept_tokens, &kept_log_size, &kept_index, &assignment, &num_slots,
-              &workspace}) {
+             {&tokens, &features, &log_size, &threshold, &kept_tokens, &kept_log_size, &kept_index, &assignment,
+              &num_kept, &workspace}) {
             if (!memory->wall_stands()) return false;
         }
         return true;
@@ -214,10 +229,11 @@ public:
 
     bool outputs_untouched() const {
         return kept_tokens.untouched() && kept_log_size.untouched() && kept_index.untouched() &&
-               assignment.untouched() && num_slots.untouched();
+               assignment.untouched() && num_kept.untouched();
     }
 
-    Memory tokens, log_size, threshold, kept_tokens, kept_log_size, kept_index, assignment, num_slots, workspace;
+    Memory tokens, features, log_size, threshold, kept_tokens, kept_log_size, kept_index, assignment, num_kept,
+        workspace;
     std::vector<PluginTensorDesc> in, out;
     std::vector<const void*> inputs;
     std::vector<void*> outputs;
@@ -235,7 +251,7 @@ struct Expected {
 };
 
 void check_results(const Call& call, const Images& images, const Expected& expected, DataType type, bool dynamic) {
-    if (dynamic) CHECK_EQUAL(call.num_slots.at<int32_t>(0), expected.slots);
+    if (dynamic) CHECK_EQUAL(call.num_kept.at<int32_t>(0), expected.slots);
     for (size_t i = 0; i < expected.tokens.size(); ++i) {
         CHECK_EQUAL(token_at(call.kept_tokens, i, type), expected.tokens[i]);
     }
@@ -273,25 +289,39 @@ Fields one_prefix() {
 void exact_examples() {
     for (const DataType type : {kFloat, DataType::kHALF, DataType::kBF16}) {
         const Images pairs = two_pairs();
-        run(one_prefix(), pairs, pairs, {3, {5, 6, 1.5f, 0, 0, 2}, {1, 2, 2}, {0, 1, 3}, {0, 1, 1, 2, 2}}, type);
+        run(one_prefix(), pairs, pairs, {3, {5, 6, 1.5f, 0, 0, 2}, {1, 2, 2}, {0, 2, 4}, {0, 1, 1, 2, 2}}, type);
         run(one_prefix().add("reduction", "drop"), pairs, pairs,
-            {3, {5, 6, 1, 0, 0, 1}, {1, 2, 2}, {0, 1, 3}, {0, 1, 1, 2, 2}}, type);
+            {3, {5, 6, 2, 0, 0, 3}, {1, 2, 2}, {0, 2, 4}, {0, 1, 1, 2, 2}}, type);
         run(one_prefix().add("multiple_of", 4), pairs, pairs,
-            {4, {5, 6, 1.5f, 0, 0, 2, 0, 0}, {1, 2, 2, 0}, {0, 1, 3, 0}, {0, 1, 1, 2, 2}}, type);
-        // The second pair gives up first, being as like to an earlier one as nothing else is
-        run(one_prefix().add("capacity", 1), pairs, pairs, {2, {5, 6, 0.75f, 1}, {1, 4}, {0, 1}, {0, 1, 1, 1, 1}}, type,
-            false);
-        run(one_prefix().add("capacity", 3), pairs, pairs,
-            {4, {5, 6, 1.5f, 0, 0, 2, 0, 0}, {1, 2, 2, 0}, {0, 1, 3, 0}, {0, 1, 1, 2, 2}}, type, false);
+            {4, {5, 6, 1.5f, 0, 0, 2, 0, 0}, {1, 2, 2, 0}, {0, 2, 4, 0}, {0, 1, 1, 2, 2}}, type);
         Images nothing_alike = pairs;
         nothing_alike.threshold = {1.5f};
         run(one_prefix(), pairs, nothing_alike, {5, pairs.tokens, {1, 1, 1, 1, 1}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}},
             type);
+        // With a capacity as many go as it says, whatever the threshold; the first of those that are equally alike
+        run(one_prefix().add("capacity", 2), pairs, nothing_alike,
+            {3, {5, 6, 1.5f, 0, 0, 2}, {1, 2, 2}, {0, 2, 4}, {0, 1, 1, 2, 2}}, type, false);
+        run(one_prefix().add("capacity", 3), pairs, pairs,
+            {4, {5, 6, 1.5f, 0, 0, 1, 0, 3}, {1, 2, 1, 1}, {0, 2, 3, 4}, {0, 1, 1, 2, 3}}, type, false);
         // Mean similarity to the others is 1/3 for all, so all but the first go
         Images scores = pairs;
         scores.threshold = {0.25f};
         run(one_prefix().add("selection", "redundancy"), pairs, scores,
             {2, {5, 6, 0.75f, 1}, {1, 4}, {0, 1}, {0, 1, 1, 1, 1}}, type);
+        run(one_prefix().add("selection", "redundancy").add("capacity", 1), pairs, scores,
+            {2, {5, 6, 0.75f, 1}, {1, 4}, {0, 4}, {0, 1, 1, 1, 1}}, type, false);
+        // Features that find the first patch like the last one, and the third like the second
+        Images crossed = pairs;
+        crossed.feature_dim = 3;
+        crossed.features = {1, 2, 3, 1, 0, 0, 0, 1, 0, 0, 2, 0, 3, 0, 0};
+        run(one_prefix(), crossed, crossed, {3, {5, 6, 1, 0.5f, 0.5f, 1.5f}, {1, 2, 2}, {0, 2, 4}, {0, 2, 1, 1, 2}},
+            type);
+        // In one dimension all are alike
+        Images one_wide = pairs;
+        one_wide.feature_dim = 1;
+        one_wide.features = {9, 1, 2, 3, 4};
+        run(one_prefix().add("reduction", "drop"), one_wide, one_wide,
+            {3, {5, 6, 2, 0, 0, 3}, {1, 3, 1}, {0, 2, 4}, {0, 1, 1, 1, 2}}, type);
         // A NaN prunes nothing
         Images not_a_number = pairs;
         not_a_number.threshold = {std::numeric_limits<float>::quiet_NaN()};
@@ -310,7 +340,7 @@ void batches() {
             {3,
              {7, 7, 2.5f, 0, 0, 2, 7, 7, 1, 0, 4, 0},
              {1, 2, 1, 1, 1, 1},
-             {0, 1, 3, 0, 1, 2},
+             {0, 2, 3, 0, 1, 2},
              {0, 1, 1, 2, 0, 1, 2, -1}},
             type);
     }
@@ -333,10 +363,10 @@ void calls_one_after_another() {
         Call first(engine, pairs, kFloat, 5);
         CHECK_EQUAL(first.on_shape_change(engine), 0);
         CHECK_EQUAL(first.enqueue(engine), 0);
-        check_results(first, pairs, {3, {5, 6, 1.5f, 0, 0, 2}, {1, 2, 2}, {0, 1, 3}, {0, 1, 1, 2, 2}}, kFloat, true);
+        check_results(first, pairs, {3, {5, 6, 1.5f, 0, 0, 2}, {1, 2, 2}, {0, 2, 4}, {0, 1, 1, 2, 2}}, kFloat, true);
         Call second(engine, smaller, kFloat, 3);
         CHECK_EQUAL(second.enqueue(engine), 0);
-        check_results(second, smaller, {2, {5, 6, 1.5f, 0}, {1, 2}, {0, 1}, {0, 1, 1}}, kFloat, true);
+        check_results(second, smaller, {2, {5, 6, 1.5f, 0}, {1, 2}, {0, 2}, {0, 1, 1}}, kFloat, true);
     }
     CHECK_EQUAL(logged(), "");
 }
@@ -350,22 +380,28 @@ void refused_calls() {
         bool shape_change_refuses;
     };
     const Case cases[] = {
-        {"a size is not known (-1)", [](Call& c) { c.in[0].dims.d[1] = c.in[1].dims.d[1] = -1; }, false},
-        {"a size is not known (-1)", [](Call& c) { c.in[0].dims.d[0] = c.in[1].dims.d[0] = -1; }, false},
-        {"a size is not known (-1)", [](Call& c) { c.in[2].dims.d[0] = -1; }, false},
-        {"log_size is [1, 4]", [](Call& c) { c.in[1].dims.d[1] = 4; }, true},
-        {"6 tokens are more than max_tokens 5", [](Call& c) { c.in[0].dims.d[1] = c.in[1].dims.d[1] = 6; }, true},
-        {"leaves no patches among 1 tokens", [](Call& c) { c.in[0].dims.d[1] = c.in[1].dims.d[1] = 1; }, true},
-        {"2 thresholds for 1 images", [](Call& c) { c.in[2].dims.d[0] = 2; }, true},
-        {"the batch is 0", [](Call& c) { c.in[0].dims.d[0] = c.in[1].dims.d[0] = 0; }, true},
-        {"tokens have 0 features", [](Call& c) { c.in[0].dims.d[2] = 0; }, true},
+        {"a size is not known (-1)", [](Call& c) { c.counts(1, -1); }, false},
+        {"a size is not known (-1)", [](Call& c) { c.counts(0, -1); }, false},
+        {"features of width -1", [](Call& c) { c.in[1].dims.d[2] = -1; }, false},
+        {"a size is not known (-1)", [](Call& c) { c.in[3].dims.d[0] = -1; }, false},
+        {"features with [1, 4]", [](Call& c) { c.in[1].dims.d[1] = 4; }, true},
+        {"log_size with [1, 4]", [](Call& c) { c.in[2].dims.d[1] = 4; }, true},
+        {"6 tokens are more than max_tokens 5", [](Call& c) { c.counts(1, 6); }, true},
+        {"leaves no patches among 1 tokens", [](Call& c) { c.counts(1, 1); }, true},
+        {"2 thresholds for 1 images", [](Call& c) { c.in[3].dims.d[0] = 2; }, true},
+        {"the batch is 0", [](Call& c) { c.counts(0, 0); }, true},
+        {"tokens have a width of 0", [](Call& c) { c.in[0].dims.d[2] = 0; }, true},
+        {"features have a width of 0", [](Call& c) { c.in[1].dims.d[2] = 0; }, true},
         {"tokens has 2 dimensions", [](Call& c) { c.in[0].dims.nbDims = 2; }, true},
         {"tokens has -1 dimensions", [](Call& c) { c.in[0].dims.nbDims = -1; }, true},
-        {"log_size is float16", [](Call& c) { c.in[1].type = DataType::kHALF; }, true},
+        {"features has 4 dimensions", [](Call& c) { c.in[1].dims.nbDims = 4; }, true},
+        {"features are float16 and tokens float32", [](Call& c) { c.in[1].type = DataType::kHALF; }, true},
+        {"log_size is float16", [](Call& c) { c.in[2].type = DataType::kHALF; }, true},
         {"tokens are int8", [](Call& c) { c.in[0].type = DataType::kINT8; }, true},
         {"the pointer to tokens is NULL", [](Call& c) { c.inputs[0] = nullptr; }, false},
-        {"the pointer to log_size is NULL", [](Call& c) { c.inputs[1] = nullptr; }, false},
-        {"the pointer to threshold is NULL", [](Call& c) { c.inputs[2] = nullptr; }, false},
+        {"the pointer to features is NULL", [](Call& c) { c.inputs[1] = nullptr; }, false},
+        {"the pointer to log_size is NULL", [](Call& c) { c.inputs[2] = nullptr; }, false},
+        {"the pointer to threshold is NULL", [](Call& c) { c.inputs[3] = nullptr; }, false},
         {"the pointer to kept_tokens is NULL", [](Call& c) { c.outputs[0] = nullptr; }, false},
         {"the pointer to assignment is NULL", [](Call& c) { c.outputs[3] = nullptr; }, false},
         {"without an address for the size tensor", [](Call& c) { c.outputs[4] = nullptr; }, false},
@@ -389,8 +425,8 @@ void refused_calls() {
             .enqueue(call.in.data(), call.out.data(), nullptr, call.outputs.data(), call.workspace.get(), nullptr) !=
         0);
     CHECK_CONTAINS(logged(), "without descriptions or addresses");
-    CHECK(runtime(*engine.plugin).onShapeChange(call.in.data(), 2, call.out.data(), 5) != 0);
-    CHECK_CONTAINS(logged(), "2 inputs: the plugin has 3");
+    CHECK(runtime(*engine.plugin).onShapeChange(call.in.data(), 3, call.out.data(), 5) != 0);
+    CHECK_CONTAINS(logged(), "3 inputs: the plugin has 4");
     // A fixed capacity needs as many patches
     Engine fixed(one_prefix().add("capacity", 4), pairs, kFloat);
     Images fewer{1, 4, 2, {5, 6, 1, 0, 2, 0, 0, 1}, {0, 0, 0, 0}, {0.9f}};
@@ -399,6 +435,14 @@ void refused_calls() {
     CHECK(small.enqueue(fixed) != 0);
     CHECK_CONTAINS(logged(), "capacity 4 is more than the 3 patches of 4 tokens");
     CHECK(small.outputs_untouched());
+    // and so many that pairs can leave as few
+    Engine tight(one_prefix().add("capacity", 2), pairs, kFloat);
+    const Images more{1, 7, 1, std::vector<float>(7), std::vector<float>(7), {0.9f}};
+    Call large(tight, more, kFloat, 3);
+    CHECK(large.on_shape_change(tight) != 0);
+    CHECK(large.enqueue(tight) != 0);
+    CHECK_CONTAINS(logged(), "capacity 2 is fewer than the 3 patches that selection \"pairs\" keeps of 6");
+    CHECK(large.outputs_untouched());
 }
 
 // The build phase: what the profile's largest shapes may be, and the workspace for them.
@@ -415,26 +459,28 @@ void configuration() {
         {one_prefix(), 1, 1, 64, 1, "leaves no patches among 1 tokens"},
         {one_prefix().add("max_tokens", 197), 1, 577, 64, 1, "577 tokens are more than max_tokens 197"},
         {one_prefix().add("capacity", 200), 1, 197, 64, 1, "capacity 200 is more than the 196 patches"},
+        {one_prefix().add("capacity", 97), 1, 197, 64, 1, "capacity 97 is fewer than the 98 patches"},
         {one_prefix(), 4, 197, 64, 3, "3 thresholds for 4 images"},
         {one_prefix(), 0, 197, 64, 1, "the batch is 0"},
     };
     for (const auto& one : cases) {
         const PluginPointer plugin = create(one.fields);
-        const Images largest{one.batch, one.tokens, one.dim, {}, {}, std::vector<float>(one.thresholds)};
+        const Images largest{one.batch, one.tokens, one.dim, {}, {}, std::vector<float>(one.thresholds), 48};
         const int32_t outputs = build(*plugin).getNbOutputs();
         const auto in = dynamic(input_descs(largest, DataType::kHALF));
         const auto out = dynamic(output_descs(largest, DataType::kHALF, outputs, largest.num_tokens));
         logged();
-        CHECK_EQUAL(build(*plugin).configurePlugin(in.data(), 3, out.data(), outputs) == 0, one.message == nullptr);
+        CHECK_EQUAL(build(*plugin).configurePlugin(in.data(), 4, out.data(), outputs) == 0, one.message == nullptr);
         const std::string of_configure = logged();
-        const size_t bytes = build(*plugin).getWorkspaceSize(in.data(), 3, out.data(), outputs);
+        const size_t bytes = build(*plugin).getWorkspaceSize(in.data(), 4, out.data(), outputs);
         CHECK_EQUAL(bytes > 0, one.message == nullptr);
         if (one.message != nullptr) {
             CHECK_CONTAINS(of_configure, one.message);
             CHECK_CONTAINS(logged(), one.message);
         } else {
             CHECK_EQUAL(of_configure + logged(), "");
-            simprune_problem problem{one.batch, one.tokens, one.dim, one.thresholds, 0, 1, 1, SIMPRUNE_FLOAT16, 0, 0};
+            simprune_problem problem{one.batch, one.tokens,       one.dim, 48, one.thresholds, 0, 1,
+                                     1,         SIMPRUNE_FLOAT16, 0,       0};
             CHECK_EQUAL(bytes, simprune_workspace_bytes(&problem) + 256);
         }
     }
@@ -444,15 +490,18 @@ void configuration() {
     auto in = dynamic(input_descs(images, kFloat));
     const auto out = dynamic(output_descs(images, kFloat, 5, 5));
     in[0].desc.dims.d[2] = 0;
-    CHECK(build(*plugin).configurePlugin(in.data(), 3, out.data(), 5) != 0);
-    CHECK_CONTAINS(logged(), "tokens have 0 features");
-    in = dynamic(input_descs(images, kFloat));
-    in[1].desc.type = DataType::kHALF;
-    CHECK(build(*plugin).configurePlugin(in.data(), 3, out.data(), 5) != 0);
-    CHECK_CONTAINS(logged(), "log_size is float16");
-    CHECK_EQUAL(build(*plugin).getWorkspaceSize(in.data(), 3, out.data(), 5), 0u);
-    CHECK_CONTAINS(logged(), "log_size is float16");
-    CHECK(build(*plugin).configurePlugin(in.data(), 3, out.data(), 4) != 0);
+    CHECK(build(*plugin).configurePlugin(in.data(), 4, out.data(), 5) != 0);
+    CHECK_CONTAINS(logged(), "tokens have a width of 0");
+    for (const auto& [input, message] :
+         {std::pair{1, "features are float16 and tokens float32"}, std::pair{2, "log_size is float16"}}) {
+        in = dynamic(input_descs(images, kFloat));
+        in[input].desc.type = DataType::kHALF;
+        CHECK(build(*plugin).configurePlugin(in.data(), 4, out.data(), 5) != 0);
+        CHECK_CONTAINS(logged(), message);
+        CHECK_EQUAL(build(*plugin).getWorkspaceSize(in.data(), 4, out.data(), 5), 0u);
+        CHECK_CONTAINS(logged(), message);
+    }
+    CHECK(build(*plugin).configurePlugin(in.data(), 4, out.data(), 4) != 0);
     CHECK_CONTAINS(logged(), "4 outputs: with capacity 0 the plugin has 5");
 }
 

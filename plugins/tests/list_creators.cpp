@@ -24,7 +24,7 @@ using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 using nvinfer1::TensorFormat;
 
-constexpr int32_t kInputs = 3;
+constexpr int32_t kInputs = 4;
 
 std::string quoted(const std::string& text) {
     std::string result = "\"";
@@ -83,7 +83,7 @@ std::string value_of(const PluginField& field) {
 std::string output_types(const nvinfer1::IPluginV3OneBuild& build) {
     std::vector<std::string> all;
     for (const DataType tokens : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8}) {
-        const DataType in[kInputs] = {tokens, DataType::kFLOAT, DataType::kFLOAT};
+        const DataType in[kInputs] = {tokens, tokens, DataType::kFLOAT, DataType::kFLOAT};
         std::vector<DataType> out(build.getNbOutputs());
         std::vector<std::string> names;
         std::string answer = "null";

@@ -1,4 +1,4 @@
-// The static library registers its creator when the program starts, and logs to TensorRT's logger.
+// The static library registers its creators when the program starts, and logs to TensorRT's logger.
 #include "check.h"
 #include "plugin_library.h"
 
@@ -84,13 +84,17 @@ extern "C" nvinfer1::ILogger* getLogger() noexcept {
 }
 
 int main() {
-    if (!CHECK_EQUAL(registrations().size(), 1u)) return check::result();
-    CHECK_EQUAL(registrations()[0].name_space, "");
-    IPluginCreatorInterface* registered = registrations()[0].creator;
-    CHECK_EQUAL(std::string(registered->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
-    auto& creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*registered);
-    CHECK_EQUAL(std::string(creator.getPluginName()), "SimilarityPrune");
-    CHECK_EQUAL(std::string(creator.getPluginVersion()), "1");
+    if (!CHECK_EQUAL(registrations().size(), 2u)) return check::result();
+    std::vector<nvinfer1::IPluginCreatorV3One*> creators;
+    for (const Registration& one : registrations()) {
+        CHECK_EQUAL(one.name_space, "");
+        CHECK_EQUAL(std::string(one.creator->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
+        creators.push_back(static_cast<nvinfer1::IPluginCreatorV3One*>(one.creator));
+        CHECK_EQUAL(std::string(creators.back()->getPluginName()), "SimilarityPrune");
+    }
+    CHECK_EQUAL(std::string(creators[0]->getPluginVersion()), "2");
+    CHECK_EQUAL(std::string(creators[1]->getPluginVersion()), "1");
+    nvinfer1::IPluginCreatorV3One& creator = *creators[0];
 
     using plugin_library::Fields;
     const Fields good = Fields().add("num_prefix_tokens", 1), bad = Fields().add("num_prefix_tokens", -3);
@@ -102,5 +106,18 @@ int main() {
     CHECK(creator.createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kBUILD) == nullptr);
     CHECK_EQUAL(loggers::messages.size(), 1u);
     CHECK_CONTAINS(plugin_library::logged(), "num_prefix_tokens -3 is outside");
+
+    // What files and engines from before version 2 ask for is refused, whatever its fields say
+    for (const nvinfer1::TensorRTPhase phase : {nvinfer1::TensorRTPhase::kBUILD, nvinfer1::TensorRTPhase::kRUNTIME}) {
+        fields = good.collection();
+        for (const nvinfer1::PluginFieldCollection* given :
+             {&fields, static_cast<nvinfer1::PluginFieldCollection*>(nullptr)}) {
+            CHECK(creators[1]->createPlugin("layer", given, phase) == nullptr);
+            CHECK_EQUAL(
+                plugin_library::logged(),
+                "SimilarityPrune: plugin_version is \"1\": the file is from before version 2 of this operator: export "
+                "the model and build its engine again\n");
+        }
+    }
     return check::result();
 }

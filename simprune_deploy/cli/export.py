@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simprune_deploy.deploy.export import ExportResult
 
 # the library's own, in modules that --help does not wait for; a test holds them to those
-Selection = Literal["cover", "redundancy"]
+Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Precision = Literal["fp32", "fp16", "bf16"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
@@ -53,7 +53,7 @@ def export(
     ] = None,
     selection: Annotated[
         Selection | None,
-        typer.Option(help="How patches are chosen.  [default: cover]", show_default=False),
+        typer.Option(help="How patches are chosen.  [default: pairs]", show_default=False),
     ] = None,
     reduction: Annotated[
         Reduction | None,

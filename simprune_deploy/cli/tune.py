@@ -61,7 +61,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    selection: Annotated[Selection, typer.Option(help="How patches are chosen.")] = "cover",
+    selection: Annotated[Selection, typer.Option(help="How patches are chosen.")] = "pairs",
     reduction: Annotated[Reduction, typer.Option(help="What becomes of them.")] = "merge",
     confidence: Annotated[str, typer.Option(help="Of the interval of the drop.")] = "95%",
     overflow: Annotated[

@@ -95,7 +95,10 @@ def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:
 def _describe_engines(folder: Path) -> dict[str, Any]:
     from simprune_deploy.engine.inventory import engines_in
 
-    engines = {each.path.name: each.problem or FITS for each in engines_in(folder)}
+    engines = {}
+    for each in engines_in(folder):
+        layers = f"; the plugin runs {each.metadata.counted}" if each.metadata else ""
+        engines[each.path.name] = (each.problem or FITS) + layers
     return {"engines": engines} if engines else {}
 
 

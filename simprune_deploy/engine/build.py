@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.common.errors import ArtifactError, SimpruneError
 from simprune_deploy.common.files import as_user_error, staged_file, write_json
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import batch_range, check_whole
 from simprune_deploy.common.versions import __version__
-from simprune_deploy.engine import ENGINES, flavours
+from simprune_deploy.engine import ENGINES
 from simprune_deploy.engine.builders import Builder, check_precision
 from simprune_deploy.engine.engine_metadata import (
     TENSORRT,
@@ -30,7 +30,7 @@ from simprune_deploy.engine.engine_metadata import (
     read_engine_metadata,
 )
 from simprune_deploy.engine.process import run_worker
-from simprune_deploy.engine.profile import batch_of, optimization_profile
+from simprune_deploy.engine.profile import batch_of, free_inputs, optimization_profile
 from simprune_deploy.engine.trtexec import trtexec_line
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TIMING_CACHE = "timing.cache"
 STRIPPED = "model-plugin.onnx"
-"""The model without the operator's function, for TensorRT before 10.7."""
+"""The model without the operator's function, so that TensorRT's parser can only take the plugin."""
 
 NOT_CHECKED = {
     TENSORRT: "its outputs and its speed: `simprune-deploy verify FOLDER --engine` runs it",
@@ -152,7 +152,8 @@ def build_engine(
     elif of == "diagnosis":
         graph = with_diagnostics(graph)
     check_precision(metadata.precision, builder)
-    if not prune_nodes(graph):
+    layers = len(prune_nodes(graph))
+    if not layers:
         builder = dataclasses.replace(builder, plugin=None)
     wanted = {
         "flavour": builder.flavour,
@@ -166,10 +167,11 @@ def build_engine(
         "precision": metadata.precision,
         "profile": optimization_profile(graph, metadata.batch, options.batch, options.opt_batch),
         "workspace_mib": options.workspace_mib,
+        "prune_layers": layers,
     }
     path = model.parent / ENGINES / builder.engine_name(of)
     with _made(path.parent), _variant(graph, model, of, builder) as parsed:
-        line = _trtexec(builder, parsed, path, wanted, of)
+        line = _trtexec(builder, parsed, path, wanted, free_inputs(graph))
         found = None if options.force else _read_matching(path, wanted)
         if found is not None:
             return BuiltEngine(path, found, cached=True, trtexec=line)
@@ -180,15 +182,12 @@ def build_engine(
 def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> Iterator[Path]:
     """Yield the file to parse: the model, or a copy in the form that is wanted.
 
-    The copy without the function stays, so that trtexec can be given it; others go.
+    Where the plugin is wanted the function leaves the file, since some versions of the parser
+    prefer it (docs/engines.md). That copy stays, so that trtexec can be given it; others go.
     """
     from simprune_deploy.onnx import variants
 
-    strip = bool(
-        builder.plugin
-        and graph.functions
-        and flavours.reads_function_first(builder.flavour, builder.version)
-    )
+    strip = bool(builder.plugin and graph.functions)
     restore = builder.plugin is None and not graph.functions and variants.prune_nodes(graph)
     if of == "pruned" and not strip and not restore:
         yield model
@@ -196,8 +195,8 @@ def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> 
     if strip:
         graph = variants.without_function(graph)
         brought = model.parent / STRIPPED
-        # a bundle's; what only has its name is another model, and the engine would be of that
-        if of == "pruned" and brought.is_file() and brought.read_bytes() == _bytes(graph):
+        if of == "pruned" and brought.is_file():
+            _check_same_export(brought, graph, model)
             yield brought
             return
     elif restore:
@@ -215,20 +214,32 @@ def _variant(graph: onnx.ModelProto, model: Path, of: str, builder: Builder) -> 
             path.unlink(missing_ok=True)
 
 
+def _check_same_export(brought: Path, graph: onnx.ModelProto, model: Path) -> None:
+    """Refuse a bundle's file for TensorRT that is not its model without the function."""
+    from simprune_deploy.onnx.metadata import load_graph
+
+    if load_graph(brought) != graph:
+        raise ArtifactError(
+            f"{brought} is not {model.name} without its function, so the two are of different "
+            "exports: copy the bundle again, or make it again"
+        )
+
+
 def _bytes(graph: onnx.ModelProto) -> bytes:
     return graph.SerializeToString()
 
 
 def _trtexec(
-    builder: Builder, parsed: Path, path: Path, wanted: dict[str, Any], of: str
+    builder: Builder, parsed: Path, path: Path, wanted: dict[str, Any], free: set[str]
 ) -> str | None:
-    if builder.flavour != TENSORRT or of != "pruned":
+    if builder.flavour != TENSORRT or wanted["of"] != "pruned":
         return None
     return trtexec_line(
         builder.version,
         parsed,
         path,
         wanted["profile"],
+        free,
         plugin=builder.plugin,
         workspace_mib=wanted["workspace_mib"],
         timing_cache=path.parent / TIMING_CACHE,
@@ -273,10 +284,12 @@ def _build(
     with staged_file(path) as staging, _staged_cache(cache) as timings:
         request = {
             "flavour": builder.flavour,
+            "version": builder.version,
             "model": str(parsed.absolute()),
             "output": str(staging.absolute()),
             "capabilities": builder.compute_capabilities if builder.gpu is None else [],
             "plugin": str(builder.plugin.absolute()) if builder.plugin else None,
+            "plugin_layers": wanted["prune_layers"] if builder.plugin else 0,
             "profile": wanted["profile"],
             "workspace_mib": wanted["workspace_mib"],
             "timing_cache": timings,
@@ -285,6 +298,7 @@ def _build(
         metadata = EngineMetadata(
             **wanted,
             cuda=builder.gpu.cuda if builder.gpu else None,
+            plugin_layers=answer["plugin_layers"],
             engine=FileStamp.of(staging, path.name),
             status=answer["status"],
             checked=answer["checked"],

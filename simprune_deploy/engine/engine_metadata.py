@@ -16,7 +16,9 @@ from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.versions import version_numbers
 
-FORMAT = 2
+FORMAT = 3
+FIRST_OF_VERSION_2 = 3
+"""The first format whose engines are of the operator's version 2."""
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 NAMES = {TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}
 KINDS = ("pruned", "dense", "diagnosis")
@@ -58,6 +60,8 @@ class EngineMetadata:
         gpu: The GPU on which it was built and tuned; None if it was built without one.
         cuda: The CUDA version of the driver there, such as "12.6"; None without a GPU.
         plugin: The library with the plugin that is in it; None if it runs the ONNX function.
+        prune_layers: How many prune layers the ONNX file that was parsed had.
+        plugin_layers: How many layers of the parsed network ran a plugin, as they were counted.
         onnx: The ONNX file it was built from.
         of: "pruned" (the model as shipped), "dense" (without pruning) or "diagnosis" (with the
             decisions as outputs, for a parity check).
@@ -84,6 +88,8 @@ class EngineMetadata:
     precision: str
     profile: Profile
     workspace_mib: int | None
+    prune_layers: int
+    plugin_layers: int
     engine: FileStamp
     status: str
     checked: str
@@ -91,6 +97,11 @@ class EngineMetadata:
     versions: dict[str, str]
     seconds: float
     created: str
+
+    @property
+    def counted(self) -> str:
+        """What the parser made of the prune layers, as it was counted: "3 of 3 prune layers"."""
+        return f"{self.plugin_layers} of {self.prune_layers} prune layers"
 
     @property
     def title(self) -> str:
@@ -149,6 +160,9 @@ class EngineMetadata:
             version_numbers(self.cuda)
         if not isinstance(self.workspace_mib, (int, type(None))):
             raise ValueError(f"workspace_mib {self.workspace_mib!r}")
+        for name in ("prune_layers", "plugin_layers"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)!r}")
         if not isinstance(self.seconds, (int, float)):
             raise ValueError(f"seconds {self.seconds!r}")
         if "images" not in self.profile:
@@ -192,6 +206,11 @@ def read_engine_metadata(engine: Path, *, check_hash: bool = True) -> EngineMeta
         why = " ".join(f"{error!r}".split())[:200]
         raise ArtifactError(f"{path} is damaged ({why}): build the engine again") from error
     if metadata is None:
+        if found < FIRST_OF_VERSION_2:
+            raise ArtifactError(
+                f"{engine} was built before version 2 of the operator: export the model again, and "
+                "build the engine of that"
+            )
         remedy = "update simprune-deploy" if found > FORMAT else "build the engine again"
         raise ArtifactError(f"{path} has format {found}, and this version reads {FORMAT}: {remedy}")
     if check_hash and FileStamp.of(engine) != dataclasses.replace(

@@ -5,7 +5,7 @@
 | strongly typed networks | by a flag | always; the flag changes nothing | always |
 | what an engine is built for | the GPU here | the GPU here | the compute capabilities named |
 | our plugin | yes | yes | never: parsing its node aborts |
-| our function, plugin registered | first to 10.6 and from 10.15 on | first | compiled |
+| file that its parser gets | without our function | without our function | with it |
 | timing cache | yes | yes | nothing is timed |
 
 Nothing of TensorRT is imported until a function is called.
@@ -27,15 +27,11 @@ from simprune_deploy.engine.plugin.toolchain import on_jetson
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 OLDEST = {TENSORRT: (10, 0), TENSORRT_RTX: (1, 0)}
-PLUGIN_BEFORE_FUNCTION = (10, 7)
-"""Before this TensorRT a function in the file is preferred to a registered plugin, so it is left
-out. From 10.15 on it is preferred again, and what `build` hands over has it: docs/engines.md."""
-
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 _LOADED: set[tuple[str, str]] = set()
 """Module and library: a registry refuses a library that it has, and keeps it with the process."""
 
-CREATOR = ("SimilarityPrune", "1", "")  # name, version, namespace
+CREATOR = ("SimilarityPrune", "2", "")  # name, version, namespace
 
 
 def install_command(flavour: str) -> str:
@@ -66,7 +62,15 @@ def load_module(flavour: str) -> Any:
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise RequirementError(f"{name} does not load ({error}): {install}") from error
-    if version_numbers(trt.__version__) < OLDEST[flavour]:
+    version = str(getattr(trt, "__version__", None))
+    try:
+        numbers = version_numbers(version)
+    except ValueError:
+        raise RequirementError(
+            f"{name} has no version that is known (it says {version[:40]!r}), and an engine is of "
+            f"one version: {install}"
+        ) from None
+    if numbers < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         raise RequirementError(
             f"{NAMES[flavour]} {trt.__version__} is too old: engines of this project begin with "
@@ -97,9 +101,16 @@ def needs_strong_typing_flag(flavour: str, version: str) -> bool:
     return flavour == TENSORRT and version_numbers(version)[0] < 11
 
 
-def reads_function_first(flavour: str, version: str) -> bool:
-    """Whether the function has to leave the file for the plugin to be used."""
-    return flavour == TENSORRT and version_numbers(version) < PLUGIN_BEFORE_FUNCTION
+def count_plugin_layers(trt: Any, network: Any) -> int:
+    """Return how many layers of a parsed network run a plugin.
+
+    A parser looks a plugin up by the node's own operator type, version and namespace, so in a
+    graph of ours no plugin but ours can be behind such a layer.
+    """
+    names = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+    kinds = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return sum(layer.type in kinds for layer in layers)
 
 
 def network_loader(trt: Any, flavour: str, model: str) -> Any:
@@ -170,7 +181,8 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     """Register the plugin of a library with TensorRT, for building and for running.
 
     Raises:
-        SimpruneError: TensorRT does not take it, or it is TensorRT-RTX.
+        SimpruneError: TensorRT does not take it, has the plugin of another library, or it is
+            TensorRT-RTX.
     """
     if flavour == TENSORRT_RTX:
         raise ArtifactError(
@@ -180,11 +192,19 @@ def load_plugin(trt: Any, flavour: str, library: Path) -> None:
     if key in _LOADED:
         return
     registry = trt.get_plugin_registry()
+    name, version, _ = CREATOR
+    earlier = registry.get_creator(*CREATOR)
     handle = registry.load_library(str(library.absolute()))
-    if handle is None or registry.get_creator(*CREATOR) is None:
+    if registry.get_creator(*CREATOR) is None:
         raise ArtifactError(
-            f"TensorRT {trt.__version__} does not take the plugin of {library}: build it here with "
-            "`simprune-deploy plugin build`"
+            f"TensorRT {trt.__version__} does not take the plugin of {library}, or it is not "
+            f"{name}, version {version}: build it here with `simprune-deploy plugin build`"
+        )
+    # without an earlier one the library has registered itself: SIMPRUNE_REGISTER is set
+    if handle is None and earlier is not None:
+        raise ArtifactError(
+            f"TensorRT {trt.__version__} has {name}, version {version}, of another library in this "
+            f"process, and does not take that of {library}: load one of them alone"
         )
     _LOADED.add(key)
 

@@ -23,6 +23,7 @@ from simprune_deploy.common.errors import ToolFailedError, argument
 from simprune_deploy.common.files import as_user_error
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.engine.engine_metadata import NAMES
+from simprune_deploy.engine.flavours import CREATOR
 
 WORKER = [sys.executable, "-m", "simprune_deploy.engine.worker"]
 
@@ -60,6 +61,8 @@ def run_worker(
         return answer
     if answer.get("errno"):
         raise as_user_error(OSError(answer["errno"], os.strerror(answer["errno"])), path)
+    if "plugin_layers" in answer:
+        raise ToolFailedError(_misread(request, answer["plugin_layers"]))
     said = errors[-1] if errors else answer.get("error", "")
     if code < 0 and not said:
         name = signal.Signals(-code).name
@@ -71,10 +74,42 @@ def run_worker(
     )
 
 
+def _misread(request: dict[str, Any], counted: int) -> str:
+    """Return the message on a network that has not the plugin layers that it was to have."""
+    name = Path(request["model"]).name
+    parser = f"the ONNX parser of {NAMES[request['flavour']]} {request['version']}"
+    if request["plugin_layers"] == 0:
+        return (
+            f"{parser} made plugin layers ({counted}) of {name}, whose function was to be "
+            "compiled, so no engine was built: unset SIMPRUNE_REGISTER, with which a library "
+            "registers its plugin by itself"
+        )
+    return (
+        f"{parser} made {counted} plugin layers of the {request['plugin_layers']} prune layers in "
+        f"{name}, so no engine was built: update simprune-deploy, or compile the function in place "
+        f"of the plugin ({argument('use_plugin', False)})"
+    )
+
+
+_NO_CREATOR = ("plugin not found", f"no importer registered for op: {CREATOR[0].lower()}")
+"""What NVIDIA's parsers say of a node whose plugin is not registered; the second since 10.15."""
+
+_WRONG_OUTPUTS = "actual output size is"
+"""What they say, since 10.6, of a node that names other outputs than its layer has."""
+
+
 def _remedy(request: dict[str, Any], errors: list[str]) -> str:
-    """Return the end of the message where the user's own limit may be the reason."""
+    """Return the end of the message where its reason has a remedy that is known."""
     limit = request["workspace_mib"]
     said = " ".join(errors).lower()
+    if any(each in said for each in _NO_CREATOR):
+        name, version, _ = CREATOR
+        return (
+            f"; no library with {name}, version {version}, is loaded: make one with "
+            f"`simprune-deploy plugin build` and name it ({argument('plugin')})"
+        )
+    if _WRONG_OUTPUTS in said:
+        return "; the file is of another version of the operator: export the model again"
     if limit is None or not any(each in said for each in ("workspace", "outofmemory")):
         return ""
     return f"; {argument('workspace_mib', limit)} may be too small: raise it, or leave it out"

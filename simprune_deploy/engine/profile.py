@@ -67,6 +67,15 @@ def optimization_profile(
     return profile
 
 
+def free_inputs(graph: onnx.ModelProto) -> set[str]:
+    """Return the inputs with a free dimension: those whose shapes a builder has to be told."""
+    return {
+        value.name
+        for value in graph.graph.input
+        if any(dim.dim_param or dim.dim_value < 1 for dim in value.type.tensor_type.shape.dim)
+    }
+
+
 def batch_of(profile: Profile) -> tuple[int, int]:
     """Return the smallest and the largest batch of a profile."""
     images = profile["images"]

@@ -104,13 +104,6 @@ class Target:
         """Whether its engines can be built on another machine, without its GPU."""
         return bool(self.facts["build"].value == HERE)
 
-    @property
-    def oldest_tensorrt(self) -> tuple[int, ...] | None:
-        """The oldest TensorRT that it may have, or None where unknown."""
-        versions = [release.oldest_tensorrt for release in self.releases]
-        known = [version for version in versions if version is not None]
-        return min(known) if known and len(known) == len(versions) else None
-
     def to_dict(self) -> dict[str, Any]:
         """Return the target as JSON types, every fact with its sources."""
         return {
@@ -134,14 +127,11 @@ class Targets:
         checked: The day on which the facts were last compared with their sources.
         targets: In the order of the file.
         groups: Names that stand for several targets.
-        plugin_replaces_function_from: The TensorRT version from which on a plugin goes before the
-            function of the same name in the file; before it, the function must not be there.
     """
 
     checked: str
     targets: tuple[Target, ...]
     groups: dict[str, tuple[str, ...]]
-    plugin_replaces_function_from: Fact
 
     def __str__(self) -> str:
         return "\n".join(f"{target.name}: {target.title}" for target in self.targets)
@@ -151,10 +141,6 @@ class Targets:
         return {
             "checked": self.checked,
             "groups": {name: list(members) for name, members in self.groups.items()},
-            "plugin_replaces_function_from": {
-                "value": self.plugin_replaces_function_from.value,
-                "sources": list(self.plugin_replaces_function_from.sources),
-            },
             "targets": [target.to_dict() for target in self.targets],
         }
 
@@ -169,7 +155,6 @@ def load_targets() -> Targets:
         checked=data["checked"],
         targets=tuple(_read_target(entry, sources) for entry in data["targets"]),
         groups={name: tuple(members) for name, members in data["groups"].items()},
-        plugin_replaces_function_from=_read_fact(data["plugin_replaces_function_from"], sources),
     )
 
 

@@ -16,6 +16,14 @@ from simprune_deploy.engine import flavours
 from simprune_deploy.engine.engine_metadata import NAMES, TENSORRT_RTX
 
 
+class MisreadError(Exception):
+    """The parser made another number of plugin layers than was asked for."""
+
+    def __init__(self, counted: int) -> None:
+        super().__init__(f"{counted} plugin layers")
+        self.counted = counted
+
+
 def main() -> int:
     """Build what stdin asks for; the exit code is 0 if the engine was written."""
     request = json.load(sys.stdin)
@@ -23,6 +31,8 @@ def main() -> int:
         answer = build(request)
     except OSError as error:
         answer = {"errno": error.errno, "error": str(error)}
+    except MisreadError as error:
+        answer = {"error": str(error), "plugin_layers": error.counted}
     except Exception as error:
         answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     say("answer", json.dumps(answer))
@@ -35,7 +45,11 @@ def say(kind: str, text: str) -> None:
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Build the engine, read it back, write it, and return what is known of it."""
+    """Build the engine, read it back, write it, and return what is known of it.
+
+    Raises:
+        MisreadError: the parsed network has more or fewer plugin layers than the request says.
+    """
     flavour = request["flavour"]
     flavours.choose_for_polygraphy(flavour)
     import polygraphy
@@ -60,8 +74,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         _read(cache["load"]) if cache else None,
     )
     made: list[Any] = []
+    counted = 0
 
     def config(builder: Any, network: Any) -> Any:
+        nonlocal counted
+        counted = flavours.count_plugin_layers(trt, network)
+        if counted != request["plugin_layers"]:
+            raise MisreadError(counted)
         made.append(make(builder, network))
         return made[-1]
 
@@ -71,7 +90,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     write(Path(request["output"]), engine)
     if cache and (timings := flavours.timing_cache_of(made[-1])):
         write(Path(cache["save"]), timings)
-    return {"status": status, "checked": checked, "polygraphy": polygraphy.__version__}
+    return {
+        "status": status,
+        "checked": checked,
+        "plugin_layers": counted,
+        "polygraphy": polygraphy.__version__,
+    }
 
 
 def _read(path: str) -> bytes:

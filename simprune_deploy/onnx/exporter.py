@@ -27,6 +27,9 @@ from simprune_deploy.onnx.function_body import (
     DOMAIN,
     DOMAIN_VERSION,
     INPUTS,
+    NAMING_ATTRIBUTES,
+    NUM_READ,
+    NUM_SHOWN,
     OP_TYPE,
     OUTPUTS,
     BodyVariant,
@@ -57,11 +60,16 @@ class _TracedViT(PrunedViT):
     slots: torch.Tensor | None = None
 
     def _operator(
-        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        log_size: torch.Tensor,
+        threshold: torch.Tensor,
+        **values: Any,
     ) -> tuple[torch.Tensor, ...]:
         if values["capacity"]:
-            return super()._operator(tokens, log_size, threshold, **values)
-        return traced_prune(tokens, log_size, threshold, self.slots, **values)
+            return super()._operator(tokens, features, log_size, threshold, **values)
+        return traced_prune(tokens, features, log_size, threshold, self.slots, **values)
 
 
 class _ExportedModel(nn.Module):
@@ -109,6 +117,7 @@ class _ExportedModel(nn.Module):
 @torch.library.custom_op("simprune::traced_prune", mutates_args=())
 def traced_prune(
     tokens: torch.Tensor,
+    features: torch.Tensor,
     log_size: torch.Tensor,
     threshold: torch.Tensor,
     slots: torch.Tensor,
@@ -130,6 +139,7 @@ def traced_prune(
 @traced_prune.register_fake
 def _(
     tokens: torch.Tensor,
+    features: torch.Tensor,
     log_size: torch.Tensor,
     threshold: torch.Tensor,
     slots: torch.Tensor,
@@ -206,7 +216,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
         _cast_first(graph.graph)
     if options.opt_tokens and exported.config.layers:
         _set_size_hints(graph, exported, options.opt_tokens)
-    make_readable(graph, exported.config.layers, {IMAGES: "batch", THRESHOLD: "thresholds"})
+    make_readable(graph, exported.config, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
     metadata = metadata_of_model(exported, options)
@@ -330,8 +340,9 @@ def _onnx_operator(traced: bool) -> Any:
         DOMAIN_VERSION,
         inputs=[
             formal(INPUTS[0], "T"),
-            formal(INPUTS[1], "tensor(float)"),
+            formal(INPUTS[1], "T"),
             formal(INPUTS[2], "tensor(float)"),
+            formal(INPUTS[3], "tensor(float)"),
         ],
         outputs=[
             formal(OUTPUTS[0], "T"),
@@ -351,6 +362,7 @@ def _onnx_operator(traced: bool) -> Any:
 
     def translate(
         tokens: Any,
+        features: Any,
         log_size: Any,
         threshold: Any,
         num_prefix_tokens: int,
@@ -363,6 +375,7 @@ def _onnx_operator(traced: bool) -> Any:
     ) -> Any:
         return operator(
             tokens,
+            features,
             log_size,
             threshold,
             capacity=capacity,
@@ -374,8 +387,10 @@ def _onnx_operator(traced: bool) -> Any:
             selection=selection,
         )
 
-    def translate_traced(tokens: Any, log_size: Any, threshold: Any, slots: Any, *rest: Any) -> Any:
-        return translate(tokens, log_size, threshold, *rest)
+    def translate_traced(
+        tokens: Any, features: Any, log_size: Any, threshold: Any, slots: Any, *rest: Any
+    ) -> Any:
+        return translate(tokens, features, log_size, threshold, *rest)
 
     return translate_traced if traced else translate
 
@@ -409,7 +424,15 @@ def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptio
     del graph.functions[:]
     if not model.config.layers:
         return
-    variant = BodyVariant.of(model.config, model.num_prefix_tokens)
+    outputs = NUM_SHOWN if options.emit_assignments else NUM_READ
+    for node in graph.graph.node:
+        if node.op_type == OP_TYPE:
+            del node.output[outputs:]
+            for name, value in NAMING_ATTRIBUTES.items():
+                node.attribute.append(onnx.helper.make_attribute(name, value))
+    variant = BodyVariant.of(
+        model.config, model.num_prefix_tokens, model.vit.embed_dim, options.precision, outputs
+    )
     graph.functions.append(build_function(variant, options.opset))
     if DOMAIN not in {entry.domain for entry in graph.opset_import}:
         graph.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))

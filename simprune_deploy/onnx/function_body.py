@@ -3,13 +3,19 @@
 The body is standard ONNX, so ONNX Runtime inlines it and TensorRT-RTX compiles it. It follows the
 definition in :mod:`simprune_deploy.pruning.operator` step by step. What shaped it:
 
-* N x N passes are what costs. Nothing but the Gram matrix, its comparison with the threshold and
-  one matrix-vector product a round touches N x N numbers; the choice of a head and the merge work
-  on the rows of the R pruned patches only, so a threshold that prunes nothing is nearly free.
-* TensorRT-RTX wants a bound for every dimension: ranges of a data-dependent length are slices of a
-  range of known length, and tensor names are unique over the whole body, subgraphs included.
-* One function serves every prune layer of a model: numbers come as attributes, and what a model
-  has one of (selection, reduction, dynamic or fixed capacity, prefix or none) picks the text.
+* On a GPU every node is a launch, and control flow, sizes computed at run time and copies to the
+  host forbid CUDA graphs. There is no loop; with a fixed capacity and a fixed batch nothing but
+  the decisions is computed at run time; with dynamic counts the token count is the only number
+  that the host reads.
+* Tokens travel with their size as one more channel, multiplied by it: a merge is then a plain sum,
+  and a padding slot a row of zeros. A row of zeros in front and one behind the tokens give padding
+  slots something to read and every even patch an odd neighbour.
+* The slots are filled by one scatter of row numbers. Index 0 takes what does not stay.
+* Even and odd patches are compared, so the largest matrix is a quarter of N x N.
+
+One function serves every prune layer of a model; what a model has one of (selection, reduction,
+prefix tokens, ...) picks the text. Constants are tensors, because optimizers turn a `value_float`
+into float64.
 """
 
 from __future__ import annotations
@@ -22,10 +28,15 @@ import onnx.parser
 from simprune_deploy.pruning.config import PAD_LOG_SIZE, PruneConfig
 
 DOMAIN = "simprune"
-DOMAIN_VERSION = 1
+DOMAIN_VERSION = 2
 OP_TYPE = "SimilarityPrune"
-INPUTS = ("tokens", "log_size", "threshold")
-OUTPUTS = ("kept_tokens", "kept_log_size", "kept_index", "assignment")
+INPUTS = ("tokens", "features", "log_size", "threshold")
+OUTPUTS = ("kept_tokens", "kept_log_size", "kept_index", "assignment", "num_kept")
+"""A node with a fixed capacity has all but the last."""
+NUM_READ = 2
+"""Outputs that a model reads: a function that computes the others too costs their nodes."""
+NUM_SHOWN = 4
+"""Outputs of a node whose decisions are shown."""
 ATTRIBUTES = (
     "capacity",
     "max_tokens",
@@ -36,6 +47,8 @@ ATTRIBUTES = (
     "selection",
 )
 """In the order of the node's schema, which ONNX sorts by name."""
+NAMING_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "2"}
+"""By these TensorRT finds the plugin, and from 10.15 on takes it before a function of its name."""
 
 MIN_OPSET, MAX_OPSET = 18, 23
 
@@ -47,32 +60,45 @@ class BodyVariant:
     selection: str
     reduction: str
     fixed_capacity: bool
-    has_prefix: bool
+    num_prefix_tokens: int
+    embed_dim: int
+    multiple_of: int = 1
+    in_float32: bool = True
+    num_outputs: int = NUM_READ
 
     @classmethod
-    def of(cls, config: PruneConfig, num_prefix_tokens: int) -> BodyVariant:
+    def of(
+        cls,
+        config: PruneConfig,
+        num_prefix_tokens: int,
+        embed_dim: int,
+        precision: str = "fp32",
+        num_outputs: int = NUM_READ,
+    ) -> BodyVariant:
         return cls(
-            config.selection, config.reduction, bool(config.capacities), num_prefix_tokens > 0
+            config.selection,
+            config.reduction,
+            bool(config.capacities),
+            num_prefix_tokens,
+            embed_dim,
+            config.multiple_of,
+            precision == "fp32",
+            num_outputs,
         )
+
+
+def count_outputs(fixed_capacity: bool) -> int:
+    """Return how many outputs the operator has: its size tensor is one where it has it."""
+    return len(OUTPUTS) - fixed_capacity
 
 
 def build_function(variant: BodyVariant, opset: int) -> onnx.FunctionProto:
     """Return the FunctionProto of `variant` for a model that imports `opset` (18 to 23)."""
-    steps = [
-        _PATCHES_WITH_PREFIX if variant.has_prefix else _PATCHES_WITHOUT_PREFIX,
-        _SIMILARITY,
-        _COVER if variant.selection == "cover" else _REDUNDANCY,
-        _GIVE_UP if variant.fixed_capacity else _COUNT,
-        _SLOTS,
-        _PRUNED_ALL_ROWS if variant.fixed_capacity else _PRUNED_ROWS,
-        _SIZES,
-        _MERGE if variant.reduction == "merge" else _DROP,
-        _JOIN_WITH_PREFIX if variant.has_prefix else _JOIN_WITHOUT_PREFIX,
-    ]
+    outputs = OUTPUTS[: variant.num_outputs]
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-    {OP_TYPE} <{", ".join(ATTRIBUTES)}> ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
-    {{ {"".join(steps)} }}
+    {OP_TYPE} <{", ".join(ATTRIBUTES)}> ({", ".join(INPUTS)}) => ({", ".join(outputs)})
+    {{ {"".join(_steps(variant))} }}
     """
     function = onnx.parser.parse_function(text)
     function.doc_string = (
@@ -85,335 +111,436 @@ def build_function(variant: BodyVariant, opset: int) -> onnx.FunctionProto:
     return function
 
 
+def _steps(variant: BodyVariant) -> list[str]:
+    pairs, merges = variant.selection == "pairs", variant.reduction == "merge"
+    row_behind = not (pairs and variant.fixed_capacity)
+    steps = [
+        _constants(variant, row_behind),
+        _FEATURES,
+        _UNIT_WITH_ROW_BEHIND if row_behind else _UNIT,
+    ]
+    if pairs:
+        steps += _PAIRS_OF_FIXED_COUNT if variant.fixed_capacity else _PAIRS
+        steps.append(_even_slot(variant.num_prefix_tokens) + _PAIR_SLOTS)
+        steps.append(_ALL_STAY if variant.fixed_capacity else _VALID_STAY)
+    else:
+        steps += [_SCORES, _HIGHEST_GO if variant.fixed_capacity else _HIGH_GO, _PATCH_SLOTS]
+    steps.append(_ROWS)
+    if variant.fixed_capacity:
+        steps.append(_FIXED_COUNT)
+    else:
+        steps.append(_COUNT if variant.multiple_of == 1 else _COUNT_ROUNDED_UP)
+        steps += [_NUM_KEPT] if variant.num_outputs == len(OUTPUTS) else []
+    steps += [_COMPACT, _PAIR_MEMBERS if pairs else _PATCH_MEMBERS]
+    if merges:
+        steps += [_WEIGHTED, _MERGE_PAIRS if pairs else _MERGE_PATCHES]
+        steps += [_MEAN, _MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED]
+    else:
+        steps += [_UNWEIGHTED, _DROP_PAIRS if pairs else _DROP_PATCHES, _HEAD]
+    steps.append(_LOG_SIZES)
+    if variant.num_outputs > NUM_READ:
+        steps += [_PAIR_INDEX if pairs else _PATCH_INDEX, _ASSIGNED_COUNT]
+        steps += [_PAIR_ASSIGNMENT if pairs else _PATCH_ASSIGNMENT, _ASSIGNMENT]
+    return steps
+
+
 # Each step below reads names of the steps before it. Shapes are in the comments; B is the batch,
-# N the tokens, M the patches (N - P), K the slots for patches, R the largest number of pruned
-# patches in an image.
+# N the tokens, P the prefix, M the patches, K the slots. Rows are the tokens between a row of zeros
+# in front, row 0, and one behind, which is even or odd as M says: E even rows, O odd ones, of M + 1
+# patch rows in all. C is D + 1: the channels and the size.
 
-_CONSTANTS = """
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    two = Constant <value_ints = [2]> ()
-    step_one = Constant <value_int = 1> ()
-    start_zero = Constant <value_int = 0> ()
-    f_zero = Constant <value_float = 0.0> ()
-    f_half = Constant <value_float = 0.5> ()
-    f_one = Constant <value_float = 1.0> ()
-    num_tokens = Shape <start = 1, end = 2> (tokens)
+
+def _constants(variant: BodyVariant, row_behind: bool) -> str:
+    prefix, multiple_of = variant.num_prefix_tokens, variant.multiple_of
+    ints = {
+        "i_zero": [0],
+        "i_one": [1],
+        "i_two": [2],
+        "i_last": [-1],
+        "i_minus_two": [-2],
+        "i_end": [2**31 - 1],
+        "i_prefix": [prefix],
+        "i_front": [prefix + 1],  # rows before the patches: zeros and the prefix
+        "i_second": [prefix + 2],
+        "i_axes": [0, 1],
+        "limit_shape": [-1, 1, 1],
+        "behind": [0, 0, 0, 0, 1, 0],
+        "around": [0, 1, 0, 0, int(row_behind), 0],
+        "around_and_size": [0, 1, 0, 0, int(row_behind), 1],
+        "sums_and_sizes": [variant.embed_dim, 1],
+        "i_multiple": [multiple_of],
+        "i_multiple_less_one": [multiple_of - 1],
+    }
+    scalars = {"s_zero": 0, "s_one": 1, "s_two": 2, "s_prefix": prefix, "s_prefix_less_one": prefix - 1, "s_no_slot": -1}
+    floats = {
+        "f_zero": "0.0",
+        "f_one": "1.0",
+        "f_norm_floor": "1e-12",
+        "f_pad": f"{PAD_LOG_SIZE}",
+        "f_never": "-4.0",  # the similarity of what cannot be a partner
+        "f_least": "-2.0",
+        "f_above": "4.0",
+        "f_last": "-8.0",  # the score of what cannot go
+        "f_tiny": "1e-30",
+    }
+    lines = [
+        f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
+        for name, values in ints.items()
+    ]
+    lines += [f"{n} = Constant <value = int64 {{{value}}}> ()" for n, value in scalars.items()]
+    lines += [f"{n} = Constant <value = float {{{value}}}> ()" for n, value in floats.items()]
+    return "\n".join(lines)
+
+
+# unit float[B, N + 1, F], the last row zero; sizes float[B, N + 2, 1] with a zero in front and
+# behind; valid bool, the same. (The size of padding, e to the PAD, is 0.) With pairs of a fixed
+# count there is no row behind, and no padding.
+_FEATURES = """
+    wide = Cast <to = 1> (features)
+    norm = ReduceL2 <keepdims = 1> (wide, i_last)
+    safe_norm = Max (norm, f_norm_floor)
+    log_column = Unsqueeze (log_size, i_two)
+    token_sizes = Exp (log_column)
+    sizes = Pad (token_sizes, around)
+"""
+_UNIT = """
+    unit = Div (wide, safe_norm)
+"""
+_UNIT_WITH_ROW_BEHIND = """
+    unit_rows = Div (wide, safe_norm)
+    unit = Pad (unit_rows, behind)
+    valid = Greater (sizes, f_zero)
 """
 
-# patch_tokens T[B, M, D], patch_log_size float[B, M], prefix int64[1]
-_PATCHES_WITH_PREFIX = (
-    _CONSTANTS
-    + """
-    prefix_scalar = Constant <value_int : int = @num_prefix_tokens> ()
-    prefix = Reshape (prefix_scalar, one)
-    patch_tokens = Slice (tokens, prefix, num_tokens, one)
-    patch_log_size = Slice (log_size, prefix, num_tokens, one)
-    num_patches = Sub (num_tokens, prefix)
+# best float[B, E, 1] and partner int64[B, E, 1]: every even row's most similar odd one.
+# below bool[B, E, 1]: it stays if it is valid. Less is false at a threshold that is not a number,
+# which therefore becomes one that nothing reaches.
+_SIMILARITY = """
+    even_unit = Slice (unit, i_prefix, i_end, i_one, i_two)
+    odd_unit = Slice (unit, i_front, i_end, i_one, i_two)
+    odd_unit_turned = Transpose <perm = [0, 2, 1]> (odd_unit)
+    similarity = MatMul (even_unit, odd_unit_turned)
+    num_odd = Shape <start = 1, end = 2> (odd_unit)
 """
-)
-
-_PATCHES_WITHOUT_PREFIX = (
-    _CONSTANTS
-    + """
-    prefix = Identity (zero)
-    patch_tokens = Identity (tokens)
-    patch_log_size = Identity (log_size)
-    num_patches = Identity (num_tokens)
+_LIMIT = """
+    limit_is_number = Less (threshold, f_above)
+    limit_from_below = Max (threshold, f_least)
+    limit_row = Where (limit_is_number, limit_from_below, f_above)
+    limit = Reshape (limit_row, limit_shape)
 """
-)
+_PAIRS = [
+    _SIMILARITY,
+    """
+    even_valid = Slice (valid, i_front, i_end, i_one, i_two)
+    odd_valid = Slice (valid, i_second, i_end, i_one, i_two)
+    odd_gap = Where (odd_valid, f_zero, f_never)
+    odd_gap_row = Transpose <perm = [0, 2, 1]> (odd_gap)
+    partner_similarity = Add (similarity, odd_gap_row)
+    best = ReduceMax <keepdims = 1> (partner_similarity, i_last)
+    partner = ArgMax <axis = 2, keepdims = 1> (partner_similarity)
+    """,
+    _LIMIT,
+    """
+    below = Less (best, limit)
+    stays = And (below, even_valid)
+    pair_counts = Where (stays, s_two, s_one)
+    """,
+]
 
-# similarity float[B, M, M], valid bool[B, M], valid_f float[B, M, 1], before bool[M, M] (j < i)
-_SIMILARITY = f"""
-    patches = Cast <to = 1> (patch_tokens)
-    last_axis = Constant <value_ints = [-1]> ()
-    norm = ReduceL2 <keepdims = 1> (patches, last_axis)
-    norm_floor = Constant <value_float = 1e-12> ()
-    safe_norm = Max (norm, norm_floor)
-    features = Div (patches, safe_norm)
-    features_transposed = Transpose <perm = [0, 2, 1]> (features)
-    similarity = MatMul (features, features_transposed)
-    limit_shape = Constant <value_ints = [-1, 1, 1]> ()
-    limit = Reshape (threshold, limit_shape)
-    half_pad = Constant <value_float = {PAD_LOG_SIZE / 2}> ()
-    valid = Greater (patch_log_size, half_pad)
-    valid_row = Cast <to = 1> (valid)
-    valid_f = Unsqueeze (valid_row, two)
-    num_patches_scalar = Squeeze (num_patches, zero)
-    positions = Range (start_zero, num_patches_scalar, step_one)
-    positions_column = Unsqueeze (positions, one)
-    before = Less (positions, positions_column)
-"""
-
-# first_kept_f float[B, M]: 1 for a kept patch. "Kept iff no earlier kept patch is alike", applied
-# to all patches at once. The first round finds those without any earlier alike patch: they are
-# kept for certain. The second takes out what is alike those: what remains is possible. What is
-# possible and not certain is open, usually little; further rounds run over that alone until
-# nothing changes. (TensorRT-RTX needs the data-dependent size of the open part to come out of a
-# loop.)
-_COVER = """
-    alike = GreaterOrEqual (similarity, limit)
-    alike_before = And (alike, before)
-    adjacency = Cast <to = 1> (alike_before)
-    two_rounds = Constant <value_int = 2> ()
-    go_on = Constant <value = bool {1}> ()
-    certain, possible = Loop (two_rounds, go_on, valid_f, valid_f) <body = first_rounds (
-        int64 first_round, bool first_go_on,
-        float[cover_batch, cover_patches, 1] round_unused,
-        float[cover_batch, cover_patches, 1] first_before
-    ) => (
-        bool first_changed,
-        float[cover_batch, cover_patches, 1] first_kept_before,
-        float[cover_batch, cover_patches, 1] first_after
-    ) {
-        first_kept_before = Identity (first_before)
-        alike_count = MatMul (adjacency, first_before)
-        none_alike = Less (alike_count, f_half)
-        none_alike_f = Cast <to = 1> (none_alike)
-        first_after = Mul (none_alike_f, valid_f)
-        first_flips = Sub (first_after, first_before)
-        first_flip_sizes = Abs (first_flips)
-        first_largest_flip = ReduceMax <keepdims = 0> (first_flip_sizes)
-        first_changed = Greater (first_largest_flip, f_half)
-    }>
-    open_column = Sub (possible, certain)
-    open_row = Squeeze (open_column, two)
-    certain_row = Squeeze (certain, two)
-    open_count = ReduceSum <keepdims = 0> (open_row, one)
-    most_open_f = ReduceMax <keepdims = 0> (open_count)
-    most_open_safe = Max (most_open_f, f_one)
-    most_open_scalar = Cast <to = 7> (most_open_safe)
-    most_open = Reshape (most_open_scalar, one)
-    open_values, open_index = TopK <axis = 1, largest = 1, sorted = 1> (open_row, most_open)
-    open_patch = Unsqueeze (open_index, two)
-    open_rows = GatherND <batch_dims = 1> (adjacency, open_patch)
-    open_rows_turned = Transpose <perm = [0, 2, 1]> (open_rows)
-    open_adjacency = GatherND <batch_dims = 1> (open_rows_turned, open_patch)
-    is_open = Unsqueeze (open_values, one)
-    round_limit = Add (num_patches_scalar, step_one)
-    open_kept = Loop (round_limit, go_on, is_open) <body = cover_round (
-        int64 round, bool round_go_on, float[cover_batch, 1, cover_open] kept_before
-    ) => (
-        bool round_changed, float[cover_batch, 1, cover_open] kept_after
-    ) {
-        conflicts = MatMul (kept_before, open_adjacency)
-        no_conflict = Less (conflicts, f_half)
-        no_conflict_f = Cast <to = 1> (no_conflict)
-        kept_after = Mul (no_conflict_f, is_open)
-        flips = Sub (kept_after, kept_before)
-        flip_sizes = Abs (flips)
-        largest_flip = ReduceMax <keepdims = 0> (flip_sizes)
-        round_changed = Greater (largest_flip, f_half)
-    }>
-    open_kept_row = Squeeze (open_kept, one)
-    certain_at_open = GatherElements <axis = 1> (certain_row, open_index)
-    settled = Max (open_kept_row, certain_at_open)
-    first_kept_f = ScatterElements <axis = 1> (certain_row, open_index, settled)
-"""
-
-# first_kept_f float[B, M]. The loop of one round changes nothing; TensorRT-RTX lets a size depend
-# on the data if it comes out of a loop, and otherwise refuses it as a "shape tensor of type float".
-_REDUNDANCY = """
-    squares = Mul (features, features)
-    own_similarity = ReduceSum <keepdims = 1> (squares, last_axis)
-    total_similarity = MatMul (similarity, valid_f)
-    others_similarity = Sub (total_similarity, own_similarity)
-    num_valid = ReduceSum <keepdims = 1> (valid_f, one)
-    num_others = Sub (num_valid, f_one)
-    safe_num_others = Max (num_others, f_one)
-    score_column = Div (others_similarity, safe_num_others)
-    reached_column = GreaterOrEqual (score_column, limit)
-    below_column = Not (reached_column)
-    score = Squeeze (score_column, two)
-    below = Squeeze (below_column, two)
-    unlike = And (below, valid)
-    unlike_f = Cast <to = 1> (unlike)
-    unlike_count = ReduceSum <keepdims = 1> (unlike_f, one)
-    none_unlike = Less (unlike_count, f_half)
-    out_of_range = Constant <value_float = 8.0> ()
-    score_of_valid = Where (valid, score, out_of_range)
-    least = ArgMin <axis = 1, keepdims = 1> (score_of_valid)
-    is_least = Equal (positions, least)
-    valid_least = And (is_least, valid)
-    saved = And (valid_least, none_unlike)
-    redundancy_kept = Or (unlike, saved)
-    redundancy_kept_f = Cast <to = 1> (redundancy_kept)
-    one_round = Constant <value_int = 1> ()
-    go_on = Constant <value = bool {1}> ()
-    first_kept_f = Loop (one_round, go_on, redundancy_kept_f) <body = redundancy_round (
-        int64 round, bool round_go_on, float[cover_batch, cover_patches] kept_before
-    ) => (
-        bool round_end, float[cover_batch, cover_patches] kept_after
-    ) {
-        round_end = Identity (round_go_on)
-        kept_after = Identity (kept_before)
-    }>
-"""
-
-# kept_f float[B, M], kept bool[B, M], num_slots int64[1] (K)
-_COUNT = """
-    kept_f = Identity (first_kept_f)
-    kept = Greater (kept_f, f_half)
-    kept_count = ReduceSum <keepdims = 0> (kept_f, one)
-    most_kept_f = ReduceMax <keepdims = 0> (kept_count)
-    most_kept_scalar = Cast <to = 7> (most_kept_f)
-    most_kept = Reshape (most_kept_scalar, one)
-    multiple_scalar = Constant <value_int : int = @multiple_of> ()
-    multiple = Reshape (multiple_scalar, one)
-    slots_needed = Add (most_kept, prefix)
-    multiple_less_one = Sub (multiple, one)
-    slots_raised = Add (slots_needed, multiple_less_one)
-    multiples = Div (slots_raised, multiple)
-    slots_rounded = Mul (multiples, multiple)
-    slots_total = Min (slots_rounded, num_tokens)
-    num_slots = Sub (slots_total, prefix)
-"""
-
-# The kept patches most similar to an earlier kept one leave first, until `capacity` stay.
-_GIVE_UP = """
-    first_kept = Greater (first_kept_f, f_half)
-    first_kept_row = Unsqueeze (first_kept, one)
-    kept_before_pair = And (before, first_kept_row)
-    nothing_before = Constant <value_float = -4.0> ()
-    similarity_before = Where (kept_before_pair, similarity, nothing_before)
-    closest_before = ReduceMax <keepdims = 0> (similarity_before, last_axis)
-    not_kept_score = Constant <value_float = -8.0> ()
-    leave_score = Where (first_kept, closest_before, not_kept_score)
-    leave_values, leave_order = TopK <axis = 1, largest = 1, sorted = 1> (leave_score, num_patches)
-    first_kept_count = ReduceSum <keepdims = 1> (first_kept_f, one)
+# A model with fixed counts has no padding. By rank: the (M - capacity) most alike go, the lower
+# number first among equals.
+_PAIRS_OF_FIXED_COUNT = [
+    _SIMILARITY,
+    """
+    best = ReduceMax <keepdims = 1> (similarity, i_last)
+    partner = ArgMax <axis = 2, keepdims = 1> (similarity)
     capacity_scalar = Constant <value_int : int = @capacity> ()
-    num_slots = Reshape (capacity_scalar, one)
-    capacity_f = Cast <to = 1> (num_slots)
-    excess_f = Sub (first_kept_count, capacity_f)
-    excess = Cast <to = 7> (excess_f)
-    stays = GreaterOrEqual (positions, excess)
-    stays_f = Cast <to = 1> (stays)
-    stays_by_patch = ScatterElements <axis = 1> (first_kept_f, leave_order, stays_f)
-    kept_f = Mul (stays_by_patch, first_kept_f)
-    kept = Greater (kept_f, f_half)
+    num_even = Shape <start = 1, end = 2> (even_unit)
+    num_patches = Add (num_even, num_odd)
+    excess = Sub (num_patches, capacity_scalar)
+    ranked_values, ranked_index = TopK <axis = 1, largest = 1, sorted = 1> (best, num_even)
+    pair_shape_of = Shape (best)
+    pair_ones = ConstantOfShape <value = int64[1] {1}> (pair_shape_of)
+    ranks = CumSum <exclusive = 1> (pair_ones, s_one)
+    rank_goes = Less (ranks, excess)
+    rank_counts = Where (rank_goes, s_one, s_two)
+    pair_counts = ScatterElements <axis = 1> (pair_ones, ranked_index, rank_counts)
+    stays = Greater (pair_counts, s_one)
+    below = Identity (stays)
+    """,
+]
+
+
+def _even_slot(prefix: int) -> str:
+    """Slots count from 1, and the first even patch's is P + 1 where it stays."""
+    ends = "pair_ends = CumSum (pair_counts, s_one)"
+    if prefix == 1:
+        return ends.replace("pair_ends", "even_slot")
+    return f"""
+    {ends}
+    even_slot = Add (pair_ends, s_prefix_less_one)
+    """
+
+
+# patch_dest int64[B, M + 1, 1]: the slot of each patch row, even ones first; 0 where none stays
+_PAIR_SLOTS = """
+    even_dest = Where (stays, even_slot, s_zero)
+    odd_slot_of_all = Add (even_slot, s_one)
+    odd_slot = Slice (odd_slot_of_all, i_zero, num_odd, i_one)
+"""
+_VALID_STAY = """
+    odd_dest = Where (odd_valid, odd_slot, s_zero)
+    patch_dest = Concat <axis = 1> (even_dest, odd_dest)
+"""
+_ALL_STAY = """
+    odd_dest = Identity (odd_slot)
+    patch_dest = Concat <axis = 1> (even_dest, odd_dest)
 """
 
-# slot_patch int64[B, K, 1]: the patch that heads each slot; filled float[B, K]
-_SLOTS = """
-    patches_left = Sub (num_patches, positions)
-    zero_left = Sub (patches_left, patches_left)
-    slot_key = Where (kept, patches_left, zero_left)
-    slot_key_f = Cast <to = 1> (slot_key)
-    slot_values, slot_patch_row = TopK <axis = 1, largest = 1, sorted = 1> (slot_key_f, num_slots)
-    filled_bool = Greater (slot_values, f_half)
-    filled = Cast <to = 1> (filled_bool)
-    slot_patch = Unsqueeze (slot_patch_row, two)
-    slot_log_size_read = GatherElements <axis = 1> (patch_log_size, slot_patch_row)
-    slot_tokens_read = GatherND <batch_dims = 1> (patches, slot_patch)
-    kept_up_to_here = CumSum (kept_f, step_one)
-    rank_f = Sub (kept_up_to_here, f_one)
-    rank = Cast <to = 7> (rank_f)
-    keep_penalty_base = Sub (kept_f, f_one)
-    f_four = Constant <value_float = 4.0> ()
-    keep_penalty_row = Mul (keep_penalty_base, f_four)
-    keep_penalty = Unsqueeze (keep_penalty_row, one)
-    no_slot = Constant <value_int = -1> ()
-    own_slot = Where (kept, rank, no_slot)
-    all_slots = Slice (positions, zero, num_slots, zero)
-    slots_column = Unsqueeze (all_slots, one)
-    pruned_bool_not = Not (kept)
-    pruned_bool = And (pruned_bool_not, valid)
-    pruned_f = Cast <to = 1> (pruned_bool)
+# Of "redundancy": patches in their own order, with the row of zeros behind them (M + 1 of them).
+# score float[B, M + 1, 1]
+_SCORES = """
+    patch_unit_any = Slice (unit, i_prefix, i_end, i_one)
+    patch_valid = Slice (valid, i_front, i_end, i_one)
+    patch_valid_f = Cast <to = 1> (patch_valid)
+    patch_unit = Mul (patch_unit_any, patch_valid_f)
+    sum_unit = ReduceSum <keepdims = 1> (patch_unit, i_one)
+    with_all = Mul (patch_unit, sum_unit)
+    total_similarity = ReduceSum <keepdims = 1> (with_all, i_last)
+    squares = Mul (patch_unit, patch_unit)
+    own_similarity = ReduceSum <keepdims = 1> (squares, i_last)
+    others_similarity = Sub (total_similarity, own_similarity)
+    num_valid_f = ReduceSum <keepdims = 1> (patch_valid_f, i_one)
+    num_others = Sub (num_valid_f, f_one)
+    safe_num_others = Max (num_others, f_one)
+    score = Div (others_similarity, safe_num_others)
+    num_rows = Shape <start = 1, end = 2> (patch_unit)
+    patch_shape = Shape (score)
+    patch_ones = ConstantOfShape <value = int64[1] {1}> (patch_shape)
+    patch_numbers = CumSum <exclusive = 1> (patch_ones, s_one)
+"""
+_HIGH_GO = """
+    limit = Reshape (threshold, limit_shape)
+    reached = GreaterOrEqual (score, limit)
+    unreached = Not (reached)
+    unlike = And (unreached, patch_valid)
+    unlike_i = Cast <to = 7> (unlike)
+    any_unlike = ReduceMax <keepdims = 1> (unlike_i, i_one)
+    none_unlike = Less (any_unlike, s_one)
+    out_of_range = Constant <value = float {8.0}> ()
+    score_of_valid = Where (patch_valid, score, out_of_range)
+    least = ArgMin <axis = 1, keepdims = 1> (score_of_valid)
+    is_least = Equal (patch_numbers, least)
+    saved = And (is_least, none_unlike)
+    not_saved = Not (saved)
+    goes = And (reached, not_saved)
+"""
+_HIGHEST_GO = """
+    capacity_scalar = Constant <value_int : int = @capacity> ()
+    patch_valid_i = Cast <to = 7> (patch_valid)
+    num_valid = ReduceSum <keepdims = 1> (patch_valid_i, i_one)
+    excess = Sub (num_valid, capacity_scalar)
+    ranked = Where (patch_valid, score, f_last)
+    ranked_values, ranked_index = TopK <axis = 1, largest = 1, sorted = 1> (ranked, num_rows)
+    rank_goes = Less (patch_numbers, excess)
+    rank_goes_i = Cast <to = 7> (rank_goes)
+    goes_i = ScatterElements <axis = 1> (patch_ones, ranked_index, rank_goes_i)
+    goes = Cast <to = 9> (goes_i)
+"""
+_PATCH_SLOTS = """
+    gone_not = Not (goes)
+    stays = And (gone_not, patch_valid)
+    stays_i = Cast <to = 7> (stays)
+    stay_counts = CumSum (stays_i, s_one)
+    patch_slot = Add (stay_counts, s_prefix)
+    patch_dest = Where (stays, patch_slot, s_zero)
 """
 
-# Of the R pruned patches of an image: member_tokens float[B, R, D], member_log_size float[B, R],
-# is_member bool[B, R], member_slot int64[B, R]. Slots of all patches: slot_of_patch int64[B, M].
-_PRUNED_ROWS = """
-    pruned_count = ReduceSum <keepdims = 0> (pruned_f, one)
-    most_pruned_f = ReduceMax <keepdims = 0> (pruned_count)
-    most_pruned_safe = Max (most_pruned_f, f_one)
-    most_pruned_scalar = Cast <to = 7> (most_pruned_safe)
-    most_pruned = Reshape (most_pruned_scalar, one)
-    pruned_values, member_index = TopK <axis = 1, largest = 1, sorted = 1> (pruned_f, most_pruned)
-    is_member = Greater (pruned_values, f_half)
-    member_row = Unsqueeze (member_index, two)
-    member_similarity = GatherND <batch_dims = 1> (similarity, member_row)
-    member_choice = Add (member_similarity, keep_penalty)
-    member_head = ArgMax <axis = 2, keepdims = 0> (member_choice)
-    member_head_slot = GatherElements <axis = 1> (rank, member_head)
-    member_head_log_size = GatherElements <axis = 1> (patch_log_size, member_head)
-    member_log_size = GatherElements <axis = 1> (patch_log_size, member_index)
-    member_tokens = GatherND <batch_dims = 1> (patches, member_row)
-    member_own_slot = GatherElements <axis = 1> (own_slot, member_index)
-    member_slot = Where (is_member, member_head_slot, member_own_slot)
-    slot_of_patch = ScatterElements <axis = 1> (own_slot, member_index, member_slot)
+# Row numbers 0, 1, 2, ...; the first P + 1 go to where they are. Even patch rows come before odd.
+_ROWS = """
+    rows_shape = Shape (sizes)
+    row_ones = ConstantOfShape <value = int64[1] {1}> (rows_shape)
+    row_numbers = CumSum <exclusive = 1> (row_ones, s_one)
+    no_rows = ConstantOfShape <value = int64[1] {0}> (rows_shape)
+    front_dest = Slice (row_numbers, i_zero, i_front, i_one)
+    dest = Concat <axis = 1> (front_dest, patch_dest)
 """
 
-# With a fixed capacity every shape is static, so every patch is taken for a possible member.
-_PRUNED_ALL_ROWS = """
-    is_member = Identity (pruned_bool)
-    member_choice = Add (similarity, keep_penalty)
-    member_head = ArgMax <axis = 2, keepdims = 0> (member_choice)
-    member_head_slot = GatherElements <axis = 1> (rank, member_head)
-    member_head_log_size = GatherElements <axis = 1> (patch_log_size, member_head)
-    member_log_size = Identity (patch_log_size)
-    member_tokens = Identity (patches)
-    member_slot = Where (is_member, member_head_slot, own_slot)
-    slot_of_patch = Identity (member_slot)
+# slots_end int64[1]: K + 1
+_FIXED_COUNT = """
+    fixed_capacity = Constant <value_int : int = @capacity> ()
+    fixed_count = Reshape (fixed_capacity, i_last)
+    slots_end = Add (fixed_count, i_front)
+"""
+# (A sum along an axis of length 1 changes nothing: TensorRT-RTX lets a size depend on the data where
+# it comes out of a loop, which a CumSum is to it, and otherwise takes small tensors for shapes that
+# it must know.)
+_COUNT = """
+    dest_summed = CumSum (dest, s_two)
+    slots = ReduceMax <keepdims = 0> (dest_summed, i_axes)
+    slots_end = Add (slots, i_one)
+"""
+_COUNT_ROUNDED_UP = """
+    dest_summed = CumSum (dest, s_two)
+    slots_needed = ReduceMax <keepdims = 0> (dest_summed, i_axes)
+    slots_raised = Add (slots_needed, i_multiple_less_one)
+    multiples = Div (slots_raised, i_multiple)
+    slots_rounded = Mul (multiples, i_multiple)
+    most_slots = Shape <start = 1, end = 2> (tokens)
+    slots = Min (slots_rounded, most_slots)
+    slots_end = Add (slots, i_one)
+"""
+_NUM_KEPT = """
+    num_kept = Squeeze (slots)
 """
 
-# member_of float[B, K, R]; relative_size float[B, R] = size / size of its head;
-# others float[B, K] = sum of those, so a slot's size is its head's times (1 + others)
-_SIZES = f"""
-    member_slot_row = Unsqueeze (member_slot, one)
-    in_slot = Equal (member_slot_row, slots_column)
-    log_ratio = Sub (member_log_size, member_head_log_size)
-    ratio = Exp (log_ratio)
-    relative_size = Where (is_member, ratio, f_zero)
-    relative_row = Unsqueeze (relative_size, one)
-    weight_of = Where (in_slot, relative_row, f_zero)
-    others_column = ReduceSum <keepdims = 1> (weight_of, last_axis)
-    growth_column = Add (others_column, f_one)
-    growth = Squeeze (growth_column, two)
-    log_growth = Log (growth)
-    slot_log_size_grown = Add (slot_log_size_read, log_growth)
-    pad_log_size = Constant <value_float = {PAD_LOG_SIZE}> ()
-    slot_log_size = Where (filled_bool, slot_log_size_grown, pad_log_size)
-    filled_column = Unsqueeze (filled, two)
+# rows int64[B, K, 1]: the row that heads each slot, 0 for padding
+_COMPACT = """
+    slot_rows = ScatterElements <axis = 1> (no_rows, dest, row_numbers)
+    rows = Slice (slot_rows, i_one, slots_end, i_one)
 """
 
-_MERGE = """
-    share_of = Div (weight_of, growth_column)
-    shares = MatMul (share_of, member_tokens)
-    own_share = Div (slot_tokens_read, growth_column)
-    slot_tokens_merged = Add (own_share, shares)
-    slot_tokens_f = Mul (slot_tokens_merged, filled_column)
+# members float[B, heads, members]: 1 where a patch (column) goes to a head (row). (TensorRT-RTX has
+# OneHot for constant depths only.)
+_PAIR_MEMBERS = """
+    going_to = Where (below, s_no_slot, partner)
+    going_to_row = Transpose <perm = [0, 2, 1]> (going_to)
+    head_numbers = Slice (row_numbers, i_zero, num_odd, i_one)
+    is_member = Equal (head_numbers, going_to_row)
+    members = Cast <to = 1> (is_member)
+"""
+_PATCH_MEMBERS = """
+    patch_unit_turned = Transpose <perm = [0, 2, 1]> (patch_unit)
+    similarity = MatMul (patch_unit, patch_unit_turned)
+    head_gap = Where (stays, f_zero, f_never)
+    head_gap_row = Transpose <perm = [0, 2, 1]> (head_gap)
+    head_similarity = Add (similarity, head_gap_row)
+    head = ArgMax <axis = 2, keepdims = 1> (head_similarity)
+    going_to = Where (goes, head, s_no_slot)
+    going_to_row = Transpose <perm = [0, 2, 1]> (going_to)
+    is_member = Equal (patch_numbers, going_to_row)
+    members = Cast <to = 1> (is_member)
 """
 
-_DROP = """
-    slot_tokens_f = Mul (slot_tokens_read, filled_column)
+# Tokens times their sizes, and the sizes: weighted float[B, N + 2, C]; source: of every row
+_WEIGHTED = """
+    wide_tokens = Cast <to = 1> (tokens)
+    framed = Pad (wide_tokens, around_and_size, f_one)
+    weighted = Mul (framed, sizes)
+    front = Slice (weighted, i_zero, i_front, i_one)
+"""
+_MERGE_PAIRS = """
+    even = Slice (weighted, i_front, i_end, i_one, i_two)
+    odd = Slice (weighted, i_second, i_end, i_one, i_two)
+    gained = MatMul (members, even)
+    merged = Add (odd, gained)
+    source = Concat <axis = 1> (front, even, merged)
+"""
+_MERGE_PATCHES = """
+    patches = Slice (weighted, i_front, i_end, i_one)
+    gained = MatMul (members, patches)
+    merged = Add (patches, gained)
+    source = Concat <axis = 1> (front, merged)
+"""
+_MEAN = """
+    slots_weighted = GatherND <batch_dims = 1> (source, rows)
+    slot_sums, slot_sizes = Split <axis = 2> (slots_weighted, sums_and_sizes)
+    slot_divisors = Max (slot_sizes, f_tiny)
+"""
+_MEAN_IN_FLOAT32 = """
+    kept_tokens = Div (slot_sums, slot_divisors)
+"""
+_MEAN_ROUNDED = """
+    slot_means = Div (slot_sums, slot_divisors)
+    kept_tokens = CastLike (slot_means, tokens)
 """
 
-_JOIN_WITH_PREFIX = """
-    slot_tokens = CastLike (slot_tokens_f, tokens)
-    prefix_tokens = Slice (tokens, zero, prefix, one)
-    kept_tokens = Concat <axis = 1> (prefix_tokens, slot_tokens)
-    prefix_log_size = Slice (log_size, zero, prefix, one)
-    kept_log_size = Concat <axis = 1> (prefix_log_size, slot_log_size)
-    prefix_positions = Range (start_zero, prefix_scalar, step_one)
-    prefix_row = Unsqueeze (prefix_positions, zero)
-    batch_size = Shape <start = 0, end = 1> (tokens)
-    prefix_shape = Concat <axis = 0> (batch_size, prefix)
-    prefix_index = Expand (prefix_row, prefix_shape)
-    filled_int = Cast <to = 7> (filled_bool)
-    slot_patch_shifted = Add (slot_patch_row, prefix)
-    slot_index = Mul (slot_patch_shifted, filled_int)
-    kept_index = Concat <axis = 1> (prefix_index, slot_index)
-    has_slot = GreaterOrEqual (slot_of_patch, start_zero)
-    shifted_slot = Add (slot_of_patch, prefix)
-    patch_assignment = Where (has_slot, shifted_slot, no_slot)
-    assignment = Concat <axis = 1> (prefix_index, patch_assignment)
+
+# Tokens as they are, and their sizes apart
+_UNWEIGHTED = """
+    framed = Pad (tokens, around)
+    front = Slice (framed, i_zero, i_front, i_one)
+    front_sizes = Slice (sizes, i_zero, i_front, i_one)
+"""
+_DROP_PAIRS = """
+    even = Slice (framed, i_front, i_end, i_one, i_two)
+    odd = Slice (framed, i_second, i_end, i_one, i_two)
+    source = Concat <axis = 1> (front, even, odd)
+    even_sizes = Slice (sizes, i_front, i_end, i_one, i_two)
+    odd_sizes = Slice (sizes, i_second, i_end, i_one, i_two)
+    gained_sizes = MatMul (members, even_sizes)
+    merged_sizes = Add (odd_sizes, gained_sizes)
+    source_sizes = Concat <axis = 1> (front_sizes, even_sizes, merged_sizes)
+"""
+_DROP_PATCHES = """
+    patches = Slice (framed, i_front, i_end, i_one)
+    source = Concat <axis = 1> (front, patches)
+    patch_sizes = Slice (sizes, i_front, i_end, i_one)
+    gained_sizes = MatMul (members, patch_sizes)
+    merged_sizes = Add (patch_sizes, gained_sizes)
+    source_sizes = Concat <axis = 1> (front_sizes, merged_sizes)
+"""
+_HEAD = """
+    kept_tokens = GatherND <batch_dims = 1> (source, rows)
+    slot_sizes = GatherND <batch_dims = 1> (source_sizes, rows)
 """
 
-_JOIN_WITHOUT_PREFIX = """
-    kept_tokens = CastLike (slot_tokens_f, tokens)
-    kept_log_size = Identity (slot_log_size)
-    filled_int = Cast <to = 7> (filled_bool)
-    kept_index = Mul (slot_patch_row, filled_int)
-    assignment = Identity (slot_of_patch)
+_LOG_SIZES = """
+    slot_log_sizes = Log (slot_sizes)
+    bounded_log_sizes = Max (slot_log_sizes, f_pad)
+    kept_log_size = Squeeze (bounded_log_sizes, i_two)
+"""
+
+# From rows back to positions, and from slots to assignments; runtimes drop what nobody reads.
+_PAIR_INDEX = """
+    row_behind_front = Sub (rows, i_front)
+    num_even_rows = Shape <start = 1, end = 2> (even_unit)
+    row_is_patch = GreaterOrEqual (row_behind_front, s_zero)
+    row_is_odd = GreaterOrEqual (row_behind_front, num_even_rows)
+    row_doubled = Mul (row_behind_front, s_two)
+    position_if_even = Add (row_doubled, s_prefix)
+    twice_even = Mul (num_even_rows, s_two)
+    odd_shift = Sub (twice_even, s_one)
+    position_if_odd = Sub (position_if_even, odd_shift)
+    position_of_patch = Where (row_is_odd, position_if_odd, position_if_even)
+    row_less_one = Sub (rows, s_one)
+    position_in_front = Max (row_less_one, s_zero)
+    position = Where (row_is_patch, position_of_patch, position_in_front)
+    kept_index = Squeeze (position, i_two)
+"""
+_PATCH_INDEX = """
+    row_less_one = Sub (rows, s_one)
+    position = Max (row_less_one, s_zero)
+    kept_index = Squeeze (position, i_two)
+"""
+_PAIR_ASSIGNMENT = """
+    partner_slot = GatherElements <axis = 1> (odd_slot, partner)
+    even_target = Where (below, even_slot, partner_slot)
+    even_sizes_there = Slice (sizes, i_front, i_end, i_one, i_two)
+    even_is_there = Greater (even_sizes_there, f_zero)
+    even_assigned = Where (even_is_there, even_target, s_zero)
+    split_assigned = Concat <axis = 1> (even_assigned, odd_dest)
+    num_even_targets = Shape <start = 1, end = 2> (even_assigned)
+    patch_numbers = Slice (row_numbers, i_zero, assigned_patches, i_one)
+    patch_halves = Div (patch_numbers, s_two)
+    patch_parity = Mod (patch_numbers, s_two)
+    patch_shift = Mul (patch_parity, num_even_targets)
+    patch_source = Add (patch_halves, patch_shift)
+    patch_assigned = GatherElements <axis = 1> (split_assigned, patch_source)
+"""
+_PATCH_ASSIGNMENT = """
+    head_slot = GatherElements <axis = 1> (patch_slot, head)
+    patch_target = Where (goes, head_slot, patch_slot)
+    every_assigned = Where (patch_valid, patch_target, s_zero)
+    patch_assigned = Slice (every_assigned, i_zero, assigned_patches, i_one)
+"""
+_ASSIGNED_COUNT = """
+    num_inputs = Shape <start = 1, end = 2> (tokens)
+    assigned_patches = Sub (num_inputs, i_prefix)
+"""
+_ASSIGNMENT = """
+    front_assigned = Slice (front_dest, i_one, i_end, i_one)
+    assigned = Concat <axis = 1> (front_assigned, patch_assigned)
+    assigned_slot = Sub (assigned, s_one)
+    assignment = Squeeze (assigned_slot, i_two)
 """

@@ -17,6 +17,7 @@ from simprune_deploy.common.images import (
     Preprocessing,
     fit_to_channels,
 )
+from simprune_deploy.onnx.function_body import DOMAIN, DOMAIN_VERSION
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape
 
@@ -184,17 +185,39 @@ def read_metadata(graph: onnx.ModelProto) -> ModelMetadata:
     """Read what :func:`write_metadata` wrote.
 
     Raises:
-        SimpruneError: the model was not made by simprune-deploy, or its facts are damaged.
+        SimpruneError: the model was not made by simprune-deploy, or not by this version of it, or
+            its facts are damaged.
     """
     for entry in graph.metadata_props:
         if entry.key == METADATA_KEY:
+            _check_operator_version(graph)
             try:
                 return ModelMetadata.from_dict(json.loads(entry.value))
+            except InvalidArgumentError as error:
+                raise ArtifactError(
+                    f"the ONNX model's pruning is not of version {DOMAIN_VERSION} of the operator "
+                    f"({error}): export the model again"
+                ) from error
             except (ValueError, KeyError, TypeError) as error:
                 raise ArtifactError(f"the ONNX model's metadata is damaged: {error}") from error
     raise ArtifactError(
         "the ONNX model was not made by simprune-deploy: it has no metadata of ours"
     )
+
+
+def _check_operator_version(graph: onnx.ModelProto) -> None:
+    for entry in graph.opset_import:
+        if entry.domain != DOMAIN or entry.version == DOMAIN_VERSION:
+            continue
+        if entry.version > DOMAIN_VERSION:
+            raise ArtifactError(
+                f"the ONNX model has version {entry.version} of the operator, and this "
+                f"simprune-deploy knows {DOMAIN_VERSION}: update simprune-deploy"
+            )
+        raise ArtifactError(
+            f"the ONNX model was exported before version {DOMAIN_VERSION} of the operator: export "
+            "the model again"
+        )
 
 
 def describe_value(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import ast
 import collections
-from collections.abc import Sequence
 
 import onnx
 
 from simprune_deploy.onnx.function_body import OP_TYPE, OUTPUTS
+from simprune_deploy.pruning.config import PruneConfig
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _MODULE_PREFIXES = ("model.vit.", "model.")
 
 
+def prune_node_name(place: str, layer: int) -> str:
+    """Return the name of the prune node at `place` ("before", "inside") of a block."""
+    return f"prune_{place}_block_{layer}"
+
+
+def prune_output_name(layer: int, meaning: str) -> str:
+    """Return the name of a prune node's output, such as ``prune_3/kept_tokens``."""
+    return f"prune_{layer}/{meaning}"
+
+
 def make_readable(
-    graph: onnx.ModelProto, layers: Sequence[int], first_dimensions: dict[str, str]
+    graph: onnx.ModelProto, config: PruneConfig, first_dimensions: dict[str, str]
 ) -> None:
     """Rename nodes, weights, prune outputs and token dimensions in place.
 
     A node is named after its module and operator (``blocks.0.attn.qkv/MatMul``), a prune node
-    after its block (``prune_before_block_3``), its outputs ``prune_3/kept_tokens`` and so on, and
+    after its block (``prune_before_block_3``, ``prune_inside_block_3``), its outputs ``prune_3/kept_tokens`` and so on, and
     the token count it leaves is the dimension ``tokens_3``. `first_dimensions` names the first
     dimension of inputs, where it is dynamic. What the tracer attached to the
     nodes goes: it holds file paths and stack traces.
@@ -35,14 +45,14 @@ def make_readable(
             dimensions[dim.dim_param] = first_dimensions[value.name]
     shapes = {info.name: info.type.tensor_type.shape.dim for info in main.value_info}
     public = {value.name for value in main.output}
-    for node, layer in zip(prunes, layers, strict=True):
-        node.name = f"prune_before_block_{layer}"
+    for node, layer in zip(prunes, config.layers, strict=True):
+        node.name = prune_node_name(config.place, layer)
         kept = shapes.get(node.output[0])
         if kept is not None and kept[1].dim_param:
             dimensions[kept[1].dim_param] = f"tokens_{layer}"
-        for value, meaning in zip(node.output, OUTPUTS, strict=True):
+        for value, meaning in zip(node.output, OUTPUTS, strict=False):
             if value not in public:
-                values[value] = f"prune_{layer}/{meaning}"
+                values[value] = prune_output_name(layer, meaning)
     _name_nodes(main)
     _rename_values(main, values)
     _rename_dimensions(main, dimensions)

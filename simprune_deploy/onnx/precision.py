@@ -139,7 +139,7 @@ class _Narrowing:
 
     def _place(self, node: onnx.NodeProto, outside: bool) -> None:
         if node.op_type == OP_TYPE:
-            for index, kind in enumerate((self.low, FLOAT, FLOAT)):
+            for index, kind in enumerate((self.low, self.low, FLOAT, FLOAT)):
                 self._read(node, index, kind)
             self.types.update({node.output[0]: self.low, node.output[1]: FLOAT})
         elif node.op_type != "Shape":
@@ -255,7 +255,7 @@ def _log_size_values(graph: onnx.GraphProto, activations: set[str]) -> set[str]:
     found: set[str] = set()
     for node in graph.node:
         if node.op_type == OP_TYPE:
-            found.update((node.input[1], node.output[1]))
+            found.update((node.input[2], node.output[1]))
             continue
         read = [name for name in node.input if name in activations]
         if read and all(name in found for name in read):

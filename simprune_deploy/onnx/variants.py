@@ -9,8 +9,17 @@ from onnx import TensorProto, helper
 
 from simprune_deploy.common.errors import ArtifactError
 from simprune_deploy.onnx.dense import dense
-from simprune_deploy.onnx.function_body import OP_TYPE, BodyVariant, build_function
-from simprune_deploy.onnx.metadata import HAS_FUNCTION, read_metadata, write_metadata
+from simprune_deploy.onnx.function_body import (
+    NUM_READ,
+    NUM_SHOWN,
+    OP_TYPE,
+    OUTPUTS,
+    BodyVariant,
+    build_function,
+    count_outputs,
+)
+from simprune_deploy.onnx.metadata import HAS_FUNCTION, ModelMetadata, read_metadata, write_metadata
+from simprune_deploy.onnx.names import prune_output_name
 from simprune_deploy.pruning.config import PAD_LOG_SIZE
 
 __all__ = [
@@ -28,12 +37,12 @@ __all__ = [
     "without_function",
 ]
 
-DIAGNOSTICS = ("tokens", "log_size", "kept_index", "assignment")
+DIAGNOSTICS = ("features", "log_size", "kept_index", "assignment")
 """What a prune layer read and decided; :func:`diagnostic_name` names them as graph outputs."""
 
 
 def diagnostic_name(layer: int, what: str) -> str:
-    """Return the name of a diagnostic output, such as ``diagnosis_3/tokens``."""
+    """Return the name of a diagnostic output, such as ``diagnosis_3/features``."""
     return f"diagnosis_{layer}/{what}"
 
 
@@ -41,13 +50,19 @@ def with_diagnostics(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that also outputs what every prune layer read and decided."""
     copy = _copy(graph)
     main = copy.graph
-    for node in [node for node in main.node if node.op_type == OP_TYPE]:
+    if prune_nodes(copy):
+        metadata = read_metadata(copy)
+        _name_outputs(copy, NUM_SHOWN)
+        if metadata.has_function:
+            del copy.functions[:]
+            copy.functions.append(function_of(metadata, NUM_SHOWN))
+    for node in prune_nodes(copy):
         layer = layer_of(node)
-        values = (node.input[0], node.input[1], node.output[2], node.output[3])
+        values = (node.input[1], node.input[2], node.output[2], node.output[3])
         for what, value in zip(DIAGNOSTICS, values, strict=True):
             name = diagnostic_name(layer, what)
             kind = TensorProto.FLOAT if what == "log_size" else TensorProto.INT64
-            if what == "tokens":
+            if what == "features":
                 kind = _element_type(copy, value)
             if kind == TensorProto.BFLOAT16:  # numpy has none: float32 holds the same numbers
                 kind = TensorProto.FLOAT
@@ -88,13 +103,13 @@ def with_kept_counts(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def layer_of(node: onnx.NodeProto) -> int:
-    """Return the block that a prune node runs before; its name says it.
+    """Return the block that a prune node runs before or inside; its name says it.
 
     Raises:
         SimpruneError: the node has another name than the exporter gave it.
     """
     prefix, _, number = node.name.rpartition("_")
-    if prefix != "prune_before_block" or not number.isdigit():
+    if prefix not in ("prune_before_block", "prune_inside_block") or not number.isdigit():
         raise ArtifactError(f"the prune node {node.name!r} was renamed: export the model again")
     return int(number)
 
@@ -105,25 +120,27 @@ def prune_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def pruned_layers(graph: onnx.ModelProto) -> list[int]:
-    """Return the blocks before which the graph prunes, in order."""
+    """Return the blocks before or inside which the graph prunes, in order."""
     return [layer_of(node) for node in prune_nodes(graph)]
 
 
 def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy without the operator's function, for a runtime that has a plugin for it.
+    """Return a copy for a runtime that has a plugin for the operator: TensorRT.
 
-    TensorRT 10.0 to 10.6 looks at a file's functions before its plugins, 10.7 to 10.14 the other
-    way round, and later ones at the functions first again. Other runtimes cannot run the copy. Its
-    metadata says that it has no function; :func:`with_function` undoes this, byte for byte. A
-    graph that prunes nowhere has no function and stays as it is.
+    The function is left out, since up to 10.6 it would win, and each node names all the outputs
+    that the plugin has, since from 10.6 on fewer are refused: every TensorRT takes the plugin, or
+    nothing. Other runtimes cannot run the copy. Its metadata says that it has no function;
+    :func:`with_function` undoes this. A graph that prunes nowhere has no function and stays as it
+    is.
 
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.
     """
     copy = _copy(graph)
     metadata = read_metadata(copy)
-    if metadata.pruning.layers:
+    if metadata.pruning.layers and metadata.has_function:
         del copy.functions[:]
+        _name_outputs(copy, count_outputs(bool(metadata.pruning.capacities)))
         write_metadata(
             copy, dataclasses.replace(metadata, export={**metadata.export, HAS_FUNCTION: False})
         )
@@ -131,7 +148,7 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy with the operator's function, if :func:`without_function` took it out.
+    """Return the copy that :func:`without_function` was given, byte for byte.
 
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.
@@ -139,11 +156,37 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     copy = _copy(graph)
     metadata = read_metadata(copy)
     if not metadata.has_function:
-        variant = BodyVariant.of(metadata.pruning, metadata.num_prefix_tokens)
-        copy.functions.append(build_function(variant, int(metadata.export["opset"])))
         export = {name: value for name, value in metadata.export.items() if name != HAS_FUNCTION}
-        write_metadata(copy, dataclasses.replace(metadata, export=export))
+        metadata = dataclasses.replace(metadata, export=export)
+        for node in prune_nodes(copy):
+            del node.output[num_outputs(metadata) :]
+        copy.functions.append(function_of(metadata))
+        write_metadata(copy, metadata)
     return copy
+
+
+def _name_outputs(graph: onnx.ModelProto, count: int) -> None:
+    """Let every prune node name at least `count` outputs, in place."""
+    for node in prune_nodes(graph):
+        for meaning in OUTPUTS[len(node.output) : count]:
+            node.output.append(prune_output_name(layer_of(node), meaning))
+
+
+def num_outputs(metadata: ModelMetadata) -> int:
+    """Return how many outputs a prune node of a file with the function names."""
+    return NUM_SHOWN if metadata.export.get("emit_assignments") else NUM_READ
+
+
+def function_of(metadata: ModelMetadata, outputs: int | None = None) -> onnx.FunctionProto:
+    """Return the operator's function for a graph; it computes `outputs`, or what a file reads."""
+    variant = BodyVariant.of(
+        metadata.pruning,
+        metadata.num_prefix_tokens,
+        metadata.embed_dim,
+        metadata.precision,
+        outputs or num_outputs(metadata),
+    )
+    return build_function(variant, int(metadata.export["opset"]))
 
 
 def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:

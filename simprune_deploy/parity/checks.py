@@ -14,9 +14,9 @@ from simprune_deploy.common.errors import argument, spelled
 from simprune_deploy.onnx.precision import LARGEST_FLOAT16
 from simprune_deploy.parity.decisions import (
     broken_structure,
+    compared_similarities,
     float_noise,
-    has_finite_tokens,
-    similarity_matrix,
+    has_finite_features,
     violation,
 )
 from simprune_deploy.parity.runs import Run
@@ -31,7 +31,7 @@ from simprune_deploy.parity.verdict import Check
 from simprune_deploy.predict.answers import CUT, classes_of
 from simprune_deploy.predict.records import Array, PruneRecord
 from simprune_deploy.pruning.config import PruneConfig
-from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks
+from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks, tokens_share
 
 MAX_TURNED = 0.5
 """If float noise turned a decision in more than this share of the images, what is left is too
@@ -69,9 +69,11 @@ FLOAT32 = Tolerance()
 def not_finite(run: Run) -> str:
     """Return in words what holds NaN or infinity first in a run; empty: nothing does."""
     for layer, records in sorted(run.records.items()):
-        bad = sum(not has_finite_tokens(record) for record in records)
+        bad = sum(not has_finite_features(record) for record in records)
         if bad:
-            return f"the tokens before block {layer} on {bad} of {len(records)} images ({run.name})"
+            return (
+                f"what is compared at block {layer} on {bad} of {len(records)} images ({run.name})"
+            )
     bad = len(run.outputs) - int(finite_rows(run.outputs).sum())
     return f"the outputs of {bad} of {len(run.outputs)} images ({run.name})" if bad else ""
 
@@ -240,7 +242,7 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
     each on its own.
     """
     config, prefix = pruning.config, pruning.num_prefix_tokens
-    noise = float_noise(pruning.block.embed_dim)
+    noise = float_noise(_feature_width(run) or pruning.block.embed_dim)
     broken: list[str] = []
     worst, margins, unexplained, decisions = 0.0, [], 0, 0
     turned = np.zeros(len(run.outputs), bool)
@@ -249,15 +251,15 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
         for image, record in enumerate(run.records[layer]):
             other = reference.records[layer][image]
             decisions += len(record.valid_assignment()) - prefix
-            if reason := broken_structure(record, prefix):
+            if reason := broken_structure(record, prefix, config.selection):
                 broken.append(f"image {image}, layer {layer}: {reason}")
                 continue
             for name, each in ((run.name, record), (reference.name, other)):
-                if not has_finite_tokens(each):
+                if not has_finite_features(each):
                     broken.append(
-                        f"image {image}, layer {layer}: the tokens hold NaN or infinity ({name})"
+                        f"image {image}, layer {layer}: the features hold NaN or infinity ({name})"
                     )
-            if not (has_finite_tokens(record) and has_finite_tokens(other)):
+            if not (has_finite_features(record) and has_finite_features(other)):
                 continue
             worst = max(worst, violation(record, config, capacity, prefix))
             if not turned[image] and not record.same_decisions(other):
@@ -277,6 +279,12 @@ def check_decisions(reference: Run, run: Run, pruning: Pruning) -> Check:
         "broken": broken[:5],
     }
     return Check("decisions", passed, _decisions_summary(numbers, worst, margins), numbers)
+
+
+def _feature_width(run: Run) -> int | None:
+    """Return F, the width of what the layers compare, where it is known."""
+    known = (each for records in run.records.values() for each in records)
+    return next((each.features.shape[1] for each in known if each.features is not None), None)
 
 
 def _decisions_summary(numbers: dict[str, Any], worst: float, margins: list[float]) -> str:
@@ -303,9 +311,9 @@ def _explain(
 ) -> tuple[float, float]:
     """Return the margin of a difference and the largest that rounding can explain.
 
-    The two runtimes' similarities also differ because their tokens do: where both tokens are at
-    hand by as much as is measured, but at most by what the tolerance allows, and by that much
-    against golden cases, which hold no tokens.
+    The two runtimes' similarities also differ because their features do: where both features are
+    at hand by as much as is measured, but at most by what the tolerance allows, and by that much
+    against golden cases, which hold no features.
     """
     config, prefix = pruning.config, pruning.num_prefix_tokens
     most = pruning.tolerance.similarity(noise)
@@ -313,13 +321,14 @@ def _explain(
         record, kept_index=other.kept_index, assignment=_fit(other, len(record.assignment))
     )
     margin = violation(seen, config, capacity, prefix)
-    if other.tokens is None:
+    if other.features is None:
         return margin, noise + most
-    count = min(len(record.tokens), len(other.tokens))
-    apart = similarity_matrix(record.tokens[:count], prefix) - similarity_matrix(
-        other.tokens[:count], prefix
+    count = min(len(record.features), len(other.features))
+    mine, theirs = (
+        compared_similarities(each.features[:count], prefix, config.selection)
+        for each in (record, other)
     )
-    return margin, noise + min(float(np.abs(apart).max()), most)
+    return margin, noise + min(float(np.abs(mine - theirs).max(initial=0.0)), most)
 
 
 def _fit(other: PruneRecord, length: int) -> Array:
@@ -384,10 +393,12 @@ def check_pruning(run: Run, pruning: Pruning) -> Check:
     )
     pruned = int((read - kept).sum())
     by_image = [
-        spread_over_blocks(pruning.num_tokens, config.layers, row.tolist(), pruning.depth)
+        spread_over_blocks(
+            pruning.num_tokens, config.layers, row.tolist(), pruning.depth, config.place
+        )
         for row in kept.T
     ]
-    processed = float(np.mean(by_image) / pruning.num_tokens)
+    processed = float(np.mean([tokens_share(pruning.num_tokens, row) for row in by_image]))
     flops = float(
         np.mean([flops_share(pruning.block, pruning.num_tokens, row) for row in by_image])
     )

@@ -25,7 +25,7 @@ from simprune_deploy.parity.checks import (
     images_with_same_decisions,
     not_finite,
 )
-from simprune_deploy.parity.decisions import broken_structure, has_finite_tokens
+from simprune_deploy.parity.decisions import broken_structure, has_finite_features
 from simprune_deploy.parity.golden import Golden, golden_of
 from simprune_deploy.parity.graph_check import check_graph
 from simprune_deploy.parity.runs import Inputs, Run, run
@@ -242,7 +242,7 @@ def _can_be_followed(run_: Run, prefix: int) -> bool:
     """Whether PyTorch can be told a run's decisions: not those taken on NaN, or that contradict
     each other, which the check of decisions reports."""
     return not any(
-        broken_structure(record, prefix) or not has_finite_tokens(record)
+        broken_structure(record, prefix) or not has_finite_features(record)
         for records in run_.records.values()
         for record in records
     )

@@ -2,9 +2,9 @@
 
 An implementation in float32 may decide differently where a similarity lies within float noise of
 the threshold or of a rival. So decisions are not compared with one "true" outcome; they are
-judged: :func:`violation` is the smallest change of any similarity under which the decisions are
-exactly what the definition says. Right decisions have a violation of the order of float noise
-(:func:`float_noise`); a wrong one has the margin by which it is wrong.
+judged: :func:`violation` is the margin by which the worst of them is wrong. Right decisions have a
+violation of the order of float noise (:func:`float_noise`). No decision depends on another (but
+which one stays where "redundancy" would take all), so each is judged by itself.
 """
 
 from __future__ import annotations
@@ -21,26 +21,40 @@ from simprune_deploy.pruning.config import PAD_LOG_SIZE, PruneConfig
 Array = npt.NDArray[Any]
 
 
-def float_noise(embed_dim: int) -> float:
-    """Return the noise allowed on a float32 cosine similarity of D-dimensional tokens.
+def float_noise(width: int) -> float:
+    """Return the noise allowed on a float32 cosine similarity of features [N, width].
 
-    ``4 sqrt(D) 2^-24``: the rounding errors of a dot product of unit vectors add up like a random
-    walk of D steps of one unit roundoff; 4 is the margin. 4.7e-6 at D = 384.
+    ``4 sqrt(F) 2^-24``: the rounding errors of a dot product of unit vectors add up like a random
+    walk of F steps of one unit roundoff; 4 is the margin. 4.7e-6 at F = 384.
     """
-    return 4 * math.sqrt(embed_dim) * 2.0**-24
+    return 4 * math.sqrt(width) * 2.0**-24
 
 
-def similarity_matrix(tokens: Array, prefix: int) -> Array:
-    """Return the cosine similarities float64[M, M] of the patches among tokens [N, D]."""
-    patches = np.asarray(tokens[prefix:], np.float64)
+def unit_features(features: Array, prefix: int) -> Array:
+    """Return step 1's f, float64[M, F], of the patches among features [N, F]."""
+    patches = np.asarray(features[prefix:], np.float64)
     norm = np.maximum(np.linalg.norm(patches, axis=1, keepdims=True), 1e-12)
     # in float32 the square of such a norm is infinite, and step 1 gives x / inf = 0
-    features = np.where(norm**2 > np.finfo(np.float32).max, 0.0, patches / norm)
-    return np.asarray(features @ features.T)
+    return np.where(norm**2 > np.finfo(np.float32).max, 0.0, patches / norm)
 
 
-def broken_structure(record: PruneRecord, prefix: int) -> str | None:
-    """Return what is wrong with indices and slots, which no float noise excuses, or None."""
+def similarity_matrix(features: Array, prefix: int) -> Array:
+    """Return the cosine similarities float64[M, M] of the patches among features [N, F]."""
+    unit = unit_features(features, prefix)
+    return np.asarray(unit @ unit.T)
+
+
+def compared_similarities(features: Array, prefix: int, selection: str) -> Array:
+    """Return those that decide, float64: of "pairs" even patches by odd ones, else [M, M]."""
+    unit = unit_features(features, prefix)
+    return np.asarray(unit[::2] @ unit[1::2].T if selection == "pairs" else unit @ unit.T)
+
+
+def broken_structure(record: PruneRecord, prefix: int, selection: str | None = None) -> str | None:
+    """Return what is wrong with indices and slots, which no float noise excuses, or None.
+
+    Without `selection` only what holds for every one is looked at.
+    """
     valid = record.log_size > PAD_LOG_SIZE / 2
     assignment, kept_index = record.assignment, record.kept_index
     present = valid | (np.arange(len(valid)) < prefix)
@@ -61,103 +75,92 @@ def broken_structure(record: PruneRecord, prefix: int) -> str | None:
         return "a kept token is not assigned to its own slot"
     if kept_index[len(heads) :].any():
         return "a padding slot has an index"
+    if selection == "pairs":
+        head = _heads_of_patches(record, prefix)
+        numbers = np.arange(len(head))
+        gone = valid[prefix:] & (head != numbers)
+        if (numbers[gone] % 2 == 1).any():
+            return "a patch with an odd number went"
+        if (head[gone] % 2 == 0).any():
+            return "a patch went to one with an even number"
     return None
 
 
-def has_finite_tokens(record: PruneRecord) -> bool:
-    """Whether no token holds NaN or infinity, beside padding; True where tokens are not known."""
-    if record.tokens is None:
+def _heads_of_patches(record: PruneRecord, prefix: int) -> Array:
+    """Return int64[M], the patch that heads the slot of every patch (padding: of any)."""
+    slots = np.maximum(record.assignment[prefix:], 0)
+    return np.asarray(record.kept_index[slots] - prefix)
+
+
+def has_finite_features(record: PruneRecord) -> bool:
+    """Whether no feature holds NaN or infinity, beside padding's; True where they are not known."""
+    if record.features is None:
         return True
     valid = record.log_size > PAD_LOG_SIZE / 2
-    return bool(np.isfinite(record.tokens[valid]).all())
+    return bool(np.isfinite(record.features[valid]).all())
 
 
 def violation(record: PruneRecord, config: PruneConfig, capacity: int, prefix: int) -> float:
-    """Return by how much similarities must change for the decisions to be right (inf: never).
+    """Return the margin by which the decisions are wrong (inf: they can never be right).
 
-    Never, too, where a token holds NaN or infinity: it has no similarities. `capacity` is the
-    layer's attribute (0: dynamic), `prefix` the number of prefix tokens.
+    That of a patch that went is the larger of what its similarity lacks to the threshold and what
+    the one it went to lacks to the best; of one that stayed, what it has above the threshold. With
+    a capacity the two sides are held to each other instead of the threshold. Never right is a
+    feature that holds NaN or infinity, too: it has no similarities. `capacity` is the layer's
+    attribute (0: dynamic), `prefix` the number of prefix tokens.
     """
-    if broken_structure(record, prefix) or not has_finite_tokens(record):
+    if broken_structure(record, prefix, config.selection) or not has_finite_features(record):
         return math.inf
     valid = record.log_size[prefix:] > PAD_LOG_SIZE / 2
     if not valid.any():
         return 0.0
-    similarity = similarity_matrix(record.tokens, prefix)
-    kept = np.zeros(len(valid), bool)
-    kept[record.heads()[prefix:] - prefix] = True
-    if capacity and kept.sum() > capacity:
+    head = _heads_of_patches(record, prefix)
+    gone = valid & (head != np.arange(len(head)))
+    if capacity and gone.sum() != max(valid.sum() - capacity, 0):
         return math.inf
-    may_have_given_up = bool(capacity) and kept.sum() == capacity
-    if config.selection == "cover":
-        worst, before_give_up = _judge_cover(
-            similarity, valid, kept, record.threshold, may_have_given_up
-        )
-    else:
-        worst, before_give_up = _judge_redundancy(
-            similarity, valid, kept, record.threshold, may_have_given_up
-        )
-    worst = max(worst, _judge_give_up(similarity, kept, before_give_up))
-    heads = record.heads()[record.assignment[prefix:]] - prefix
-    return max(worst, _judge_assignment(similarity, valid, kept, heads))
+    unit = unit_features(record.features, prefix)
+    judge = _judge_pairs if config.selection == "pairs" else _judge_redundancy
+    return max(0.0, judge(unit, valid, gone, head, record.threshold, capacity))
 
 
-def _closest_before(similarity: Array, kept: Array) -> Array:
-    """Return every patch's largest similarity to an earlier kept one (-inf: there is none)."""
-    earlier = np.tri(len(kept), k=-1, dtype=bool) & kept
-    return np.where(earlier, similarity, -np.inf).max(1)
-
-
-def _judge_cover(
-    similarity: Array, valid: Array, kept: Array, threshold: float, may_have_given_up: bool
-) -> tuple[float, Array]:
-    """Judge step 2 of "cover"; also return the set it kept, before step 6 took some away."""
-    if may_have_given_up:
-        kept = _cover_around(similarity, valid, kept, threshold)
-    closest = _closest_before(similarity, kept)
-    too_close = (closest - threshold)[kept]
-    too_far = (threshold - closest)[valid & ~kept]
-    return float(max(0.0, too_close.max(initial=0.0), too_far.max(initial=0.0))), kept
-
-
-def _cover_around(similarity: Array, valid: Array, kept: Array, threshold: float) -> Array:
-    """Return the greedy cover in which the patches of `kept` are kept whatever they resemble."""
-    result = np.zeros_like(kept)
-    for i in np.flatnonzero(valid):
-        result[i] = kept[i] or not (similarity[i, :i][result[:i]] >= threshold).any()
-    return result
+def _judge_pairs(
+    unit: Array, valid: Array, gone: Array, head: Array, threshold: float, capacity: int
+) -> float:
+    if not valid[1::2].any():
+        return 0.0  # nobody to go to, and nobody went
+    similarity = np.where(valid[1::2], unit[::2] @ unit[1::2].T, -np.inf)
+    best, went = similarity.max(1), gone[::2]
+    chosen = similarity[went, (head[::2][went] - 1) // 2]
+    detour = (best[went] - chosen).max(initial=0.0)
+    return float(max(detour, _judge_choice(best, went, valid[::2] & ~went, threshold, capacity)))
 
 
 def _judge_redundancy(
-    similarity: Array, valid: Array, kept: Array, threshold: float, may_have_given_up: bool
-) -> tuple[float, Array]:
-    others = max(int(valid.sum()) - 1, 1)
-    score = (similarity[:, valid].sum(1) - np.where(valid, similarity.diagonal(), 0)) / others
-    if may_have_given_up:
-        kept = kept | (valid & (score < threshold))
-    wrongly_gone = (threshold - score)[valid & ~kept].max(initial=0.0)
-    wrongly_kept = (score - threshold)[kept].max(initial=0.0)
-    if kept.sum() == 1:
+    unit: Array, valid: Array, gone: Array, head: Array, threshold: float, capacity: int
+) -> float:
+    total, others = unit[valid].sum(0), max(int(valid.sum()) - 1, 1)
+    score = ((total - unit) * unit).sum(1) / others
+    stayed = valid & ~gone
+    wrong = _judge_choice(score, gone, stayed, threshold, capacity)
+    if not capacity and stayed.sum() == 1:
         # the one that stays when all would go: as far as it is from being the least redundant
-        saved = max(score[kept][0] - score[valid].min(), 0.0)
-        wrongly_kept = min(wrongly_kept, saved)
-    return float(max(0.0, wrongly_gone, wrongly_kept)), kept
+        saved = score[stayed][0] - score[valid].min()
+        lacking = _judge_choice(score, gone, np.zeros_like(stayed), threshold, capacity)
+        wrong = min(wrong, max(saved, lacking))
+    similarity = unit[gone] @ unit[stayed].T
+    chosen = (unit[gone] * unit[head[gone]]).sum(1)
+    return float(max(wrong, (similarity.max(1) - chosen).max(initial=0.0)))
 
 
-def _judge_give_up(similarity: Array, kept: Array, before: Array) -> float:
-    """Judge step 6: whoever left resembles an earlier kept patch more than whoever stayed."""
-    left = before & ~kept
-    if not left.any():
+def _judge_choice(
+    score: Array, gone: Array, stayed: Array, threshold: float, capacity: int
+) -> float:
+    """Judge who went by the scores: those at the threshold, or with a capacity the highest."""
+    if not gone.any() and (capacity or math.isnan(threshold)):
         return 0.0
-    closest = _closest_before(similarity, before)
-    return float(max(0.0, closest[kept].max() - closest[left].min()))
-
-
-def _judge_assignment(similarity: Array, valid: Array, kept: Array, heads: Array) -> float:
-    """Judge step 3: every pruned patch went to the kept patch most like it."""
-    pruned = np.flatnonzero(valid & ~kept)
-    if not pruned.size:
-        return 0.0
-    chosen = similarity[pruned, heads[pruned]]
-    best = similarity[np.ix_(pruned, np.flatnonzero(kept))].max(1)
-    return float(max(0.0, (best - chosen).max()))
+    if capacity:
+        return float(score[stayed].max(initial=-np.inf) - score[gone].min())
+    if math.isnan(threshold):  # nothing reaches it
+        return math.inf
+    lacking = (threshold - score[gone]).max(initial=-np.inf)
+    return float(max(lacking, (score[stayed] - threshold).max(initial=-np.inf)))

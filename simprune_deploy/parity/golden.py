@@ -27,7 +27,7 @@ class Golden:
     Attributes:
         images: As the graph takes them: float32[n, C, H, W] or uint8[n, H, W, C].
         thresholds: float32[n].
-        reference: PyTorch's run; its records hold decisions without tokens.
+        reference: PyTorch's run; its records hold decisions without features.
     """
 
     images: Array
@@ -40,7 +40,7 @@ def golden_of(inputs: Inputs, reference: Run) -> Golden:
     last = len(inputs.images) - 1
     chosen = sorted({round(last * i / (MAX_IMAGES - 1)) for i in range(MAX_IMAGES)})
     records = {
-        layer: [dataclasses.replace(record, tokens=None) for record in (found[i] for i in chosen)]
+        layer: [dataclasses.replace(record, features=None) for record in (found[i] for i in chosen)]
         for layer, found in reference.records.items()
     }
     run = Run(reference.name, reference.outputs[chosen], records)
@@ -112,7 +112,7 @@ def _records(arrays: dict[str, Array], layer: int, thresholds: Array) -> list[Pr
     for limit, (heads, assignment) in zip(thresholds, pairs, strict=True):
         records.append(
             PruneRecord(
-                tokens=None,
+                features=None,
                 log_size=np.zeros(0, np.float32),
                 threshold=float(limit),
                 kept_index=heads[heads >= 0],

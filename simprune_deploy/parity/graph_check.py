@@ -10,10 +10,10 @@ import onnx
 from onnx import numpy_helper
 
 from simprune_deploy.common.versions import __version__
-from simprune_deploy.onnx.function_body import BodyVariant, build_function
 from simprune_deploy.onnx.metadata import ModelMetadata
+from simprune_deploy.onnx.names import prune_node_name
 from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types
-from simprune_deploy.onnx.variants import prune_nodes
+from simprune_deploy.onnx.variants import function_of, prune_nodes
 from simprune_deploy.parity.verdict import Check
 
 
@@ -34,7 +34,7 @@ def check_graph(graph: onnx.ModelProto, metadata: ModelMetadata) -> Check:
 def _prune_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
     config = metadata.pruning
     nodes = prune_nodes(graph)
-    expected = [f"prune_before_block_{layer}" for layer in config.layers]
+    expected = [prune_node_name(config.place, layer) for layer in config.layers]
     if [node.name for node in nodes] != expected:
         yield f"its prune nodes are {[node.name for node in nodes]}, not {expected}"
         return
@@ -53,7 +53,7 @@ def _prune_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[st
         for name, value in wanted.items():
             if found.get(name) != value:
                 yield f"{node.name} has {name} {found.get(name)!r}, not {value!r}"
-        if position and node.input[1] != nodes[position - 1].output[1]:
+        if position and node.input[2] != nodes[position - 1].output[1]:
             yield f"{node.name} does not read the log-sizes of the prune node before it"
         shape = dims.get(node.input[0])
         if shape is not None and len(shape) and shape[-1].dim_value != metadata.embed_dim:
@@ -67,7 +67,7 @@ def _threshold_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterato
         return
     constants = {each.name: each for each in graph.graph.initializer}
     for node in prune_nodes(graph):
-        name = node.input[2]
+        name = node.input[3]
         if runtime:
             if name != "threshold":
                 yield f"{node.name} does not read the threshold input"
@@ -113,7 +113,7 @@ def _precision_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterato
         if types[value.name] != onnx.TensorProto.FLOAT:
             yield f"its {value.name} is {name_of(types[value.name])}, not FLOAT"
     for node in prune_nodes(graph):
-        for name, kind in zip(node.input, (wanted, PRECISIONS["fp32"]), strict=False):
+        for name, kind in zip(node.input, (wanted, wanted, PRECISIONS["fp32"]), strict=False):
             if types[name] != kind:
                 yield f"{node.name} reads {name} as {name_of(types[name])}, not {name_of(kind)}"
     others = set(PRECISIONS.values()) - {wanted, PRECISIONS["fp32"]}
@@ -146,8 +146,7 @@ def _body_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str
         if functions:
             yield "it has a function, and says that it has none"
         return
-    variant = BodyVariant.of(metadata.pruning, metadata.num_prefix_tokens)
-    if len(functions) != 1 or functions[0] != build_function(variant, opset):
+    if len(functions) != 1 or functions[0] != function_of(metadata):
         made_by = graph.producer_version
         hint = "" if made_by == __version__ else f" (made by {made_by}, this is {__version__})"
         yield f"its function body is not the operator's{hint}: export again"

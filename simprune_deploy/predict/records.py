@@ -16,14 +16,14 @@ class PruneRecord:
     """What one prune layer read and decided for one image.
 
     Attributes:
-        tokens: [N, D] as the layer read them; None in golden cases, which do not hold them.
+        features: [N, F] as the layer compared them; None in golden cases, which do not hold them.
         log_size: [N].
         threshold: The image's.
         kept_index: [K].
         assignment: [N].
     """
 
-    tokens: Any
+    features: Any
     log_size: Array
     threshold: float
     kept_index: Array

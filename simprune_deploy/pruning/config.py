@@ -13,11 +13,17 @@ from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, a
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
 
-SELECTIONS = ("cover", "redundancy")
+SELECTIONS = ("pairs", "redundancy")
 REDUCTIONS = ("merge", "drop")
+PLACES = ("before", "inside")
+"""Before a block, or inside it, between its attention and its MLP."""
+FEATURES = ("tokens", "keys", "mean-keys")
+"""What is compared: tokens, the keys of all heads side by side, or their mean over the heads."""
 
-Selection = Literal["cover", "redundancy"]
+Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
+Place = Literal["before", "inside"]
+Features = Literal["tokens", "keys", "mean-keys"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +33,9 @@ class PruneConfig:
     Args:
         threshold: Cosine similarity from which a patch counts as the same as another, in [-1, 2].
             Above 1 nothing is pruned. Default 0.85.
-        layers: Block indices, ascending; tokens are pruned before each of them.
-        selection: "cover" (greedy cover, the default) or "redundancy" (mean similarity).
+        layers: Block indices, ascending; tokens are pruned before or inside each of them.
+        selection: "pairs" (even patches into odd ones, the default) or "redundancy" (mean
+            similarity).
         reduction: "merge" (pruned patches are averaged into their kept patch, the default) or
             "drop" (only their count is kept).
         proportional_attention: Attend with ``softmax(qk + log_size)``. Default True. Without it the
@@ -36,6 +43,9 @@ class PruneConfig:
         capacities: Patches kept by each layer, one per layer: every shape is static. Empty (the
             default) keeps as many as the image needs.
         multiple_of: Round the number of tokens up to a multiple of this. Default 1.
+        place: Prune "before" the blocks (the default), or "inside" them, between attention and MLP.
+        features: Compare "tokens" (the default), or a block's "keys" or "mean-keys" (averaged over
+            the heads), which wants layers inside blocks.
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -43,22 +53,31 @@ class PruneConfig:
 
     threshold: float = 0.85
     layers: tuple[int, ...] = ()
-    selection: Selection = "cover"
+    selection: Selection = "pairs"
     reduction: Reduction = "merge"
     proportional_attention: bool = True
     capacities: tuple[int, ...] = ()
     multiple_of: int = 1
+    place: Place = "before"
+    features: Features = "tokens"
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         object.__setattr__(self, "threshold", float(self.threshold))
-        if self.selection not in SELECTIONS:
+        for name, known in (
+            ("selection", SELECTIONS),
+            ("reduction", REDUCTIONS),
+            ("place", PLACES),
+            ("features", FEATURES),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise InvalidArgumentError(
+                    f"{name} {value!r} is unknown: use one of {', '.join(known)}"
+                )
+        if self.features != "tokens" and self.place != "inside":
             raise InvalidArgumentError(
-                f"selection {self.selection!r} is unknown: use one of {', '.join(SELECTIONS)}"
-            )
-        if self.reduction not in REDUCTIONS:
-            raise InvalidArgumentError(
-                f"reduction {self.reduction!r} is unknown: use one of {', '.join(REDUCTIONS)}"
+                f"{argument('features', self.features)} compares a block's keys, which are there "
+                f"inside it only: add {argument('place', 'inside')}"
             )
         if self.multiple_of < 1:
             raise InvalidArgumentError(f"multiple-of {self.multiple_of} must be 1 or more")
@@ -141,36 +160,47 @@ def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def resolve_capacities(
-    tokens: int | Sequence[int] | None, num_layers: int, num_patches: int
+    tokens: int | Sequence[int] | None,
+    num_layers: int,
+    num_patches: int,
+    selection: Selection = "pairs",
 ) -> tuple[int, ...]:
     """Turn the wished number of kept patches into one per prune layer.
 
     None keeps the count dynamic. One number is what the last layer keeps; the layers before it
     step down to it in equal ratios (196 patches, 3 layers, K = 64: 135, 93, 64). Several numbers
-    are taken as they are.
+    are taken as they are. A layer that selects "pairs" keeps half of the patches that reach it at
+    the least (rounded down), and must be reached by two.
 
     Raises:
-        SimpruneError: a count is below 1, above what reaches the layer, or the number of counts is
-            not the number of layers.
+        SimpruneError: a count is less than a layer can leave, more than what reaches it, or the
+            number of counts is not the number of layers.
     """
     if tokens is None:
         return ()
     if isinstance(tokens, int):
-        if not 1 <= tokens <= num_patches:
+        least = max(1, num_patches >> num_layers) if selection == "pairs" else 1
+        if not least <= tokens <= num_patches:
+            layers = "layer of pairs leaves" if num_layers == 1 else "layers of pairs leave"
+            more = f" ({num_layers} {layers} {least} of {num_patches} at the least)"
             raise InvalidArgumentError(
-                f"{tokens} tokens: between 1 and {num_patches} (the model's patches) can be kept"
+                f"{tokens} tokens: between {least} and {num_patches} of the model's patches can "
+                f"be kept{more if tokens >= 1 and least > 1 else ''}: give another number"
+                f"{', or more layers' if 1 <= tokens < least else ''}"
             )
         ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
         steps = [max(tokens, round(num_patches * ratio**i)) for i in range(1, num_layers)]
-        return (*steps, tokens) if num_layers else ()
+        tokens = (*steps, tokens) if num_layers else ()
     _check_whole("tokens", tokens)
     counts = tuple(int(count) for count in tokens)
     available = num_patches
     for count in counts:
-        if not 1 <= count <= available:
+        least = max(1, available // 2) if selection == "pairs" else 1
+        if not least <= count <= available or (available < 2 and selection == "pairs"):
             raise InvalidArgumentError(
-                f"tokens {format_numbers(counts)}: {count} is not between 1 and {available}, "
-                "the patches that reach that layer"
+                f"tokens {format_numbers(counts)}: {count} is not between {least} and "
+                f"{available}, what a layer that selects {selection} can leave of the {available} "
+                "patches that reach it: give more tokens, or more layers"
             )
         available = count
     return counts

@@ -12,16 +12,25 @@ from timm.models import VisionTransformer
 from timm.models._manipulate import checkpoint as recompute_in_backward
 from torch import nn
 
-from simprune_deploy.common.errors import CheckpointError
+from simprune_deploy.common.errors import CheckpointError, UnsupportedModelError, argument
 from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
+    Selection,
     check_threshold,
     resolve_capacities,
     resolve_layers,
 )
-from simprune_deploy.pruning.families import check_prunable
+from simprune_deploy.pruning.attention import (
+    attention_half,
+    features_of,
+    has_keys,
+    has_two_halves,
+    mlp_half,
+    run_block,
+)
+from simprune_deploy.pruning.families import architecture_name, check_prunable
 from simprune_deploy.pruning.operator import similarity_prune
 
 STATE_FORMAT = 1
@@ -35,22 +44,22 @@ class PruneTrace:
     """What one prune layer read and decided, for one batch of B images.
 
     Attributes:
-        layer: The block it runs before.
-        tokens: Its input, T[B, N, D].
+        layer: The block it runs before, or inside.
+        features: What it compared, T[B, N, F].
         log_size: Its input, float32[B, N].
         kept_index: Its output, int64[B, K].
         assignment: Its output, int64[B, N].
     """
 
     layer: int
-    tokens: torch.Tensor
+    features: torch.Tensor
     log_size: torch.Tensor
     kept_index: torch.Tensor
     assignment: torch.Tensor
 
 
 class PrunedViT(nn.Module):
-    """A timm ``VisionTransformer`` that prunes similar patches before chosen blocks.
+    """A timm ``VisionTransformer`` that prunes similar patches before or inside chosen blocks.
 
     It trains, saves and loads like any module; its ``state_dict`` carries the pruning
     configuration and what is needed to rebuild the architecture (as a uint8 tensor of JSON, so
@@ -130,20 +139,33 @@ class PrunedViT(nn.Module):
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         log_size = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
         bias: torch.Tensor | None = None
+        inside = self.config.place == "inside"
         for index, block in enumerate(vit.blocks):
-            if index in self.config.layers:
-                tokens, log_size = self._prune(index, tokens, log_size, limit, traces)
+            prunes = index in self.config.layers
+            if prunes and not inside:
+                tokens, log_size = self._prune(index, tokens, tokens, log_size, limit, traces)
                 bias = self._attention_bias(log_size, tokens.dtype)
-            if vit.grad_checkpointing and self.training:
-                tokens = recompute_in_backward(block, tokens, bias)
+            if prunes and inside:
+                tokens, keys = self._run(attention_half, block, tokens, bias)
+                features = features_of(self.config.features, tokens, keys)
+                tokens, log_size = self._prune(index, tokens, features, log_size, limit, traces)
+                bias = self._attention_bias(log_size, tokens.dtype)
+                tokens = self._run(mlp_half, block, tokens)
             else:
-                tokens = block(tokens, attn_mask=bias)
+                tokens = self._run(run_block, block, tokens, bias)
         return vit.norm(tokens), log_size
+
+    def _run(self, part: Any, block: nn.Module, *inputs: torch.Tensor | None) -> Any:
+        """Run a block or half of one; with gradient checkpointing, once more in the backward."""
+        if self.vit.grad_checkpointing and self.training:
+            return recompute_in_backward(part, block, *inputs)
+        return part(block, *inputs)
 
     def _prune(
         self,
         index: int,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         limit: torch.Tensor,
         traces: list[PruneTrace] | None,
@@ -151,6 +173,7 @@ class PrunedViT(nn.Module):
         config = self.config
         kept, kept_log_size, kept_index, assignment = self._operator(
             tokens,
+            features,
             log_size,
             limit,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -158,17 +181,22 @@ class PrunedViT(nn.Module):
             reduction=config.reduction,
             capacity=config.capacity_of(config.layers.index(index)),
             multiple_of=config.multiple_of,
-            opt_tokens=self.num_tokens,
+            opt_tokens=0,
             max_tokens=self.num_tokens,
         )
         if traces is not None:
-            traces.append(PruneTrace(index, tokens, log_size, kept_index, assignment))
+            traces.append(PruneTrace(index, features, log_size, kept_index, assignment))
         return kept, kept_log_size
 
     def _operator(
-        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        log_size: torch.Tensor,
+        threshold: torch.Tensor,
+        **values: Any,
     ) -> tuple[torch.Tensor, ...]:
-        return similarity_prune(tokens, log_size, threshold, **values)
+        return similarity_prune(tokens, features, log_size, threshold, **values)
 
     def _attention_bias(self, log_size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The term added to q.k: how many patches a key stands for, and PAD for padding."""
@@ -239,6 +267,8 @@ def prune(
     proportional_attention: bool | None = None,
     tokens: str | int | Sequence[int] | None = None,
     multiple_of: int | None = None,
+    place: str | None = None,
+    features: str | None = None,
 ) -> PrunedViT:
     """Prune a timm ViT, or a pruned one anew; what is left out keeps its value or its default.
 
@@ -246,12 +276,15 @@ def prune(
         model: A timm ``VisionTransformer`` or a :class:`PrunedViT`. Its weights are shared.
         threshold: Cosine similarity in [-1, 2] from which patches are the same. Default 0.85.
         layers: "auto" (three, at the quarters of the depth) or block indices. Default "auto".
-        selection: "cover" or "redundancy". Default "cover".
+        selection: "pairs" or "redundancy". Default "pairs".
         reduction: "merge" or "drop". Default "merge".
         proportional_attention: Attend to a token as to the patches it stands for. Default True.
         tokens: "dynamic", or how many patches the last prune layer keeps, or one count per layer.
             Default "dynamic".
         multiple_of: Round token counts up to a multiple of this. Default 1.
+        place: Prune "before" the blocks, or "inside" them, between attention and MLP. Default
+            "before".
+        features: Compare "tokens", or inside blocks their "keys" or "mean-keys". Default "tokens".
 
     Raises:
         UnsupportedModelError: the family cannot be pruned; the message says why.
@@ -273,13 +306,16 @@ def prune(
     else:
         num_patches = vit.patch_embed.num_patches  # type: ignore[union-attr]
         wish = None if tokens == "dynamic" else cast("int | Sequence[int]", tokens)
-        capacities = resolve_capacities(wish, len(new_layers), num_patches)  # type: ignore[arg-type]
+        chosen = cast("Selection", selection or old.selection)
+        capacities = resolve_capacities(wish, len(new_layers), num_patches, chosen)  # type: ignore[arg-type]
     changes: dict[str, Any] = {
         "threshold": threshold,
         "selection": selection,
         "reduction": reduction,
         "proportional_attention": proportional_attention,
         "multiple_of": multiple_of,
+        "place": place,
+        "features": features,
     }
     config = dataclasses.replace(
         old,
@@ -293,7 +329,21 @@ def prune(
 def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
     resolve_layers(config.layers, len(vit.blocks))
     if config.capacities:
-        resolve_capacities(config.capacities, len(config.layers), vit.patch_embed.num_patches)
+        patches = vit.patch_embed.num_patches
+        resolve_capacities(config.capacities, len(config.layers), patches, config.selection)
+    if config.place == "before":
+        return
+    for layer in config.layers:
+        block = vit.blocks[layer]
+        if not has_two_halves(block) or (config.features != "tokens" and not has_keys(block)):
+            kind = type(block).__name__ + (
+                f" with {type(block.attn).__name__}" if has_two_halves(block) else ""
+            )
+            raise UnsupportedModelError(
+                f"{architecture_name(vit)} cannot be pruned inside block {layer} by its "
+                f"{config.features}: it is a {kind}; use {argument('place', 'before')} and "
+                f"{argument('features', 'tokens')}"
+            )
 
 
 def describe_vit(vit: nn.Module) -> dict[str, Any]:

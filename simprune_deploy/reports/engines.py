@@ -47,6 +47,7 @@ def engine_facts(metadata: EngineMetadata) -> dict[str, Any]:
         ),
         "precision": metadata.precision,
         "plugin": plugin,
+        "plugin layers": f"{metadata.counted}, as counted in the parsed network",
         "inputs": "; ".join(shapes),
         "workspace": f"at most {metadata.workspace_mib} MiB"
         if metadata.workspace_mib

@@ -50,6 +50,7 @@ from simprune_deploy.pruning.operator import (
     reduce_tokens,
     redundancy,
     similarities,
+    unit_features,
 )
 from simprune_deploy.tuning.results import BASELINES
 
@@ -275,7 +276,7 @@ def make_rule(
     if name == "random":
         return lambda patches, valid: (random_scores(valid, seeds), None)
     if name == "redundancy":
-        return lambda patches, valid: (redundancy(similarities(patches.float()), valid), None)
+        return lambda patches, valid: (redundancy(unit_features(patches.float()), valid), None)
     if name == "saint":
         return lambda patches, valid: (saint_scores(features(patches), valid), None)
     return lambda patches, valid: tome_pairs(features(patches), valid, prefix)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from simprune_deploy.evaluate.classes import ClassResult
 from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.predict.source import ModelSource
-from simprune_deploy.pruning.cost import block_flops
+from simprune_deploy.pruning.cost import attention_flops, block_flops, mlp_flops
 from simprune_deploy.tuning.results import Measurement, Setting
 from simprune_deploy.tuning.tallies import COSINE_STEPS, Tally
 from simprune_deploy.tuning.timing import Timing
@@ -72,18 +72,25 @@ def tells_classes(source: ModelSource, data: DataSet, dense: Tally) -> bool:
 def _cost(source: ModelSource, setting: Setting, tally: Tally) -> tuple[float, float]:
     """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
     metadata = source.metadata
-    stretches = _stretches(setting.layers, metadata.depth)
+    block, place = metadata.block, metadata.pruning.place
     per_stretch = [{metadata.num_patches: tally.images}, *tally.kept]
+    stretches = _stretches(setting.layers, metadata.depth, place)
     tokens = flops = 0.0
-    for blocks, counts in zip(stretches, per_stretch, strict=True):
+    for (attentions, mlps), counts in zip(stretches, per_stretch, strict=True):
         for patches, images in sorted(counts.items()):
             seen = patches + metadata.num_prefix_tokens
-            tokens += blocks * images * seen
-            flops += blocks * images * block_flops(metadata.block, seen)
+            tokens += (attentions + mlps) / 2 * images * seen
+            flops += attentions * images * attention_flops(block, seen)
+            flops += mlps * images * mlp_flops(block, seen)
     return tokens / (tally.images * metadata.depth * metadata.num_tokens), flops / tally.images
 
 
-def _stretches(layers: Sequence[int], depth: int) -> list[int]:
-    """Return how many blocks lie before the first prune layer, between them, and behind."""
-    ends = [0, *layers, depth]
-    return [after - before for before, after in itertools.pairwise(ends)]
+def _stretches(layers: Sequence[int], depth: int, place: str) -> list[tuple[int, int]]:
+    """Return how many attentions and MLPs lie before the first prune layer, between, and behind."""
+    mlp_ends = [0, *layers, depth]
+    attention_ends = [0, *(each + (place == "inside") for each in layers), depth]
+    attentions, mlps = (
+        [after - before for before, after in itertools.pairwise(ends)]
+        for ends in (attention_ends, mlp_ends)
+    )
+    return list(zip(attentions, mlps, strict=True))

@@ -5,6 +5,7 @@ What needs no GPU of a bundle's README is run as it stands there, with its own w
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -33,14 +34,14 @@ import simprune_deploy as sd
 from simprune_deploy.cli import app
 from simprune_deploy.common.errors import RequirementError
 from simprune_deploy.common.files import sha256
-from simprune_deploy.common.versions import version_numbers
-from simprune_deploy.deploy.bundle import library, own_wheel
+from simprune_deploy.deploy.bundle import library, own_wheel, texts
 from simprune_deploy.deploy.bundle import packing as device_bundle
 from simprune_deploy.deploy.bundle.packing import DeviceBundle, make_bundle
-from simprune_deploy.engine import flavours, libraries
+from simprune_deploy.engine import libraries
 from simprune_deploy.engine.plugin.build import source_files
-from simprune_deploy.engine.targets import Release, find_targets, load_targets
+from simprune_deploy.engine.targets import Release, find_targets
 from simprune_deploy.onnx.exported_folder import read_manifest
+from simprune_deploy.onnx.metadata import read_metadata, write_metadata
 from simprune_deploy.onnx.variants import prune_nodes, with_function
 from simprune_deploy.parity import golden
 from simprune_deploy.pruning.kernel_library import read_info
@@ -150,19 +151,13 @@ class TestClaims:
             assert after[name] == before[name]
         assert (before["format"], after["format"]) == (1, 2)
 
-    def test_each_release_gets_the_model_that_its_tensorrt_needs(self, made: DeviceBundle) -> None:
+    def test_every_release_gets_the_model_without_the_function(self, made: DeviceBundle) -> None:
         targets = {each["name"]: each for each in made.manifest["bundle"]["targets"]}
         assert set(targets) == {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"}
-        first = version_numbers(load_targets().plugin_replaces_function_from.value)
-        assert first == flavours.PLUGIN_BEFORE_FUNCTION  # as `build` on the device decides
         agx = targets["jetson-agx-orin"]
         assert (agx["sm"], agx["cpu"]) == ("87", "aarch64")
         taken = {each["tensorrt"]: each["model"] for each in agx["releases"]}
-        assert taken == {
-            "10.3": "model-plugin.onnx",
-            "10.16 or later": "model.onnx",
-            "11.4.1": "model.onnx",
-        }
+        assert taken == dict.fromkeys(["10.3", "10.16.2", "11.4.1"], "model-plugin.onnx")
         assert all(each["library"] is None for each in agx["releases"])
 
     def test_the_stripped_model_is_the_model_without_its_function(self, unpacked: Path) -> None:
@@ -234,16 +229,24 @@ class TestClaims:
             )
             assert entry.isfile() or entry.isdir()
 
-    def test_a_target_with_a_newer_tensorrt_gets_one_model(
+    def test_a_target_with_a_newer_tensorrt_gets_it_too(
         self, exported: Path, tmp_path: Path
     ) -> None:
         made = make_bundle(exported, find_targets("igx-thor"), output=tmp_path / "thor")
-        assert not (made.folder / "model-plugin.onnx").exists()
+        assert (made.folder / "model-plugin.onnx").is_file()
         (target,) = made.manifest["bundle"]["targets"]
-        assert [each["model"] for each in target["releases"]] == ["model.onnx"]
+        assert [each["model"] for each in target["releases"]] == ["model-plugin.onnx"]
         readme = (made.folder / "README.md").read_text(encoding="utf-8")
-        assert "model-plugin.onnx" not in readme
-        assert re.findall("--onnx=(.*?) ", readme) == ["model.onnx"]
+        assert re.findall("--onnx=(.*?) ", readme) == ["model-plugin.onnx"]
+
+    def test_a_graph_of_one_batch_has_no_shapes_in_trtexecs_line(self, exported: Path) -> None:
+        graph = onnx.load(exported / "model.onnx")
+        metadata = read_metadata(graph)
+        assert "Shapes" in texts._trtexec(graph, "model.onnx", plugin=True)
+        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        export = {**metadata.export, "batch": [2, 2]}
+        write_metadata(graph, dataclasses.replace(metadata, export=export))
+        assert "Shapes" not in texts._trtexec(graph, "model.onnx", plugin=True)
 
     def test_a_system_that_is_too_old_is_told(self, exported: Path, tmp_path: Path) -> None:
         made = make_bundle(exported, find_targets("igx-orin"), output=tmp_path / "igx")
@@ -310,10 +313,17 @@ class TestOnTheDevice:
         assert "pip install -r requirements.txt " in readme
         commands = re.findall(r"^(simprune-deploy [^#\n]*?) *#", readme, re.M)
         assert [command.split()[1] for command in commands] == ["build", "verify", "bench"]
-        lines = re.findall(r"^trtexec .*$", readme, re.M)
-        assert ["--onnx=model-plugin.onnx" in line for line in lines] == [True, False, False]
-        assert ["--stronglyTyped" in line for line in lines] == [True, True, False]
-        assert all("--maxShapes=images:8x1x28x28" in line for line in lines)
+        (line,) = re.findall(r"^trtexec .*$", readme, re.M)
+        for part in (
+            "--onnx=model-plugin.onnx",
+            "--dynamicPlugins=plugin/libsimprune_plugin.so",
+            "--stronglyTyped",
+            "--maxShapes=images:8x1x28x28",
+        ):
+            assert part in line.split()
+        assert (
+            "Nothing counts the plugin layers of this engine: `model-plugin.onnx` leaves" in readme
+        )
         for command in ("--help", "build --help", "verify --help", "bench --help"):
             done = device("simprune-deploy", *command.split())
             assert done.returncode == 0, done.stderr
@@ -664,7 +674,7 @@ class TestCommandLine:
         for text in (
             f"{tmp_path / 'out.tar.gz'} (",
             "JetPack 6.1 or 6.2: model-plugin.onnx, the plugin is compiled there",
-            "JetPack 7.2.2 or later: model.onnx",
+            "JetPack 7.2.2 or later: model-plugin.onnx",
             "verdict          passed",
             "nothing of this bundle was run on a GPU",
             "tar -xzf out.tar.gz, then its README.md",

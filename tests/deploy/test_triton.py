@@ -431,6 +431,8 @@ class TestEngineForm:
             precision="fp32",
             profile={"images": {"min": [1], "opt": [1], "max": [8]}},
             workspace_mib=None,
+            prune_layers=3,
+            plugin_layers=3,
             engine=FileStamp.of(engine),
             status="made up for this test",
             checked="nothing",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import operator_forms
 import pytest
 import running_double
 import tensorrt_double
@@ -33,6 +34,8 @@ from simprune_deploy.engine import cuda, flavours, gpu, libraries
 from simprune_deploy.engine.build import STRIPPED, TIMING_CACHE
 from simprune_deploy.engine.engine_metadata import FileStamp, read_engine_metadata
 from simprune_deploy.engine.folder_engines import build_here
+from simprune_deploy.onnx import variants
+from simprune_deploy.onnx.function_body import DOMAIN, DOMAIN_VERSION
 from simprune_deploy.onnx.metadata import load_graph, read_metadata
 from simprune_deploy.onnx.variants import prune_nodes, with_diagnostics, without_function
 from simprune_deploy.predict import engine_predictor
@@ -40,7 +43,7 @@ from simprune_deploy.predict.onnx_predictor import open_session
 from simprune_deploy.pruning.kernel_library import read_info
 
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
-VERSIONS = ["10.3.0", "10.14.1", "11.4.1"]
+VERSIONS = ["10.3.0", "10.7.0", "10.14.1", "10.16.2", "11.4.1"]
 pytest.importorskip("tensorrt_rtx")
 
 
@@ -48,6 +51,16 @@ def export(folder: Path, **options: Any) -> Path:
     pruned = sd.prune(sd.load(str(DEMO)), threshold=0.9, layers=[1, 3, 4])
     sd.export(pruned, folder, sd.ExportOptions(**options))
     return folder
+
+
+def write_model(folder: Path, graph: onnx.ModelProto) -> None:
+    """Put another model into an exported folder, as if it had been exported so."""
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    entry = manifest["files"]["model.onnx"]
+    entry["sha256"] = sha256(folder / "model.onnx")
+    entry["bytes"] = (folder / "model.onnx").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +143,7 @@ class TestBuild:
         assert (metadata.gpu, metadata.cuda) == ("GPU double", "13.0")
         assert (metadata.compute_capabilities, metadata.targets) == (("8.7",), ())
         assert metadata.plugin == FileStamp.of(plugin_library)
+        assert (metadata.prune_layers, metadata.plugin_layers) == (3, 3)
         assert metadata.onnx == FileStamp.of(folder / "model.onnx")
         assert metadata.profile == {
             "images": {"min": [2, 1, 28, 28], "opt": [4, 1, 28, 28], "max": [4, 1, 28, 28]},
@@ -138,11 +152,12 @@ class TestBuild:
         assert metadata.status == "built, not run"
         assert metadata.workspace_mib == 64
 
-    def test_before_10_7_the_function_leaves_the_file(
-        self, machine: Machine, folder: Path, plugin_library: Path
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_the_parser_gets_the_file_without_the_function(
+        self, machine: Machine, folder: Path, plugin_library: Path, version: str
     ) -> None:
         """It stays in ``engines``, so that trtexec can be given it."""
-        machine("10.3.0")
+        machine(version)
         engine = build_here(folder, plugin=plugin_library)
         left = onnx.load(folder / "engines" / STRIPPED)
         assert left == without_function(load_graph(folder / "model.onnx"))
@@ -151,7 +166,7 @@ class TestBuild:
     def test_a_folder_that_brings_that_file(
         self, machine: Machine, folder: Path, plugin_library: Path
     ) -> None:
-        machine("10.3.0")
+        machine("10.16.2")
         (folder / STRIPPED).write_bytes(
             without_function(load_graph(folder / "model.onnx")).SerializeToString()
         )
@@ -163,15 +178,17 @@ class TestBuild:
     def test_a_folder_that_brings_another_models_file(
         self, machine: Machine, folder: Path, plugin_library: Path
     ) -> None:
-        """The engine is of model.onnx, as its metadata says, and not of what lies there."""
-        machine("10.3.0")
+        machine("10.16.2")
         graph = load_graph(folder / "model.onnx")
-        right = without_function(graph)
-        graph.graph.initializer[0].name += "x"
+        graph.graph.initializer[0].raw_data = bytes(len(graph.graph.initializer[0].raw_data))
         (folder / STRIPPED).write_bytes(without_function(graph).SerializeToString())
-        engine = build_here(folder, plugin=plugin_library)
-        assert f"--onnx={folder / 'engines' / STRIPPED}" in str(engine.trtexec)
-        assert onnx.load(folder / "engines" / STRIPPED) == right
+        before = names_in(folder)
+        says = f"{folder / STRIPPED} is not model.onnx without its function, so the two are of "
+        refused(
+            f"{says}different exports: copy the bundle again",
+            *("build", folder, "--plugin", plugin_library),
+        )
+        assert names_in(folder) == before
 
     def test_the_library_that_came_along(
         self, machine: Machine, folder: Path, plugin_library: Path
@@ -189,7 +206,9 @@ class TestBuild:
         path = folder / "engines" / "model-trt-sm87.engine"
         assert read_record(path)["operator"] == "function"
         assert read_record(path)["plugins"] == []
-        assert read_engine_metadata(path).plugin is None
+        metadata = read_engine_metadata(path)
+        assert (metadata.plugin, metadata.prune_layers, metadata.plugin_layers) == (None, 3, 0)
+        assert "0 of 3 prune layers, as counted in the parsed network" in result.stdout
         assert "--dynamicPlugins" not in result.stdout
 
     def test_the_unpruned_model(self, machine: Machine, folder: Path) -> None:
@@ -201,6 +220,7 @@ class TestBuild:
         assert (asked["operator"], asked["plugins"]) == ("none", [])
         assert asked["inputs"] == {"images": ["FLOAT", -1, 1, 28, 28]}
         assert (engine.metadata.of, engine.metadata.plugin, engine.trtexec) == ("dense", None, None)
+        assert engine.metadata.counted == "0 of 0 prune layers"
         assert not list((folder / "engines").glob("*.onnx"))
 
     def test_the_timing_cache_is_kept_and_used(
@@ -220,6 +240,7 @@ class TestBuild:
         assert names_in(folder / "engines") == {
             "model-trt-sm87.engine",
             "model-trt-sm87.engine.json",
+            STRIPPED,
             TIMING_CACHE,
         }
 
@@ -257,7 +278,7 @@ class TestTrtexec:
         engines = folder / "engines"
         assert self.line(folder, plugin_library, workspace_mib=512, opt_batch=2) == [
             "trtexec",
-            f"--onnx={folder / 'model.onnx'}",
+            f"--onnx={engines / STRIPPED}",
             f"--saveEngine={engines / 'model-trt-sm87.engine'}",
             f"--dynamicPlugins={plugin_library}",
             "--stronglyTyped",
@@ -278,8 +299,151 @@ class TestTrtexec:
         assert "--stronglyTyped" not in line
         assert not any("memPoolSize" in each for each in line)
 
+    def test_a_batch_of_one_size_where_the_graph_takes_several(
+        self, machine: Machine, folder: Path, plugin_library: Path
+    ) -> None:
+        """trtexec takes 1 for what it is not told."""
+        machine("10.14.1")
+        line = self.line(folder, plugin_library, batch=(4, 4))
+        for which, most in (("min", 1), ("opt", 1), ("max", 4)):
+            assert f"--{which}Shapes=images:4x1x28x28,threshold:{most}" in line
+
+    def test_a_graph_of_one_batch_has_no_profile(
+        self, machine: Machine, tmp_path: Path, plugin_library: Path
+    ) -> None:
+        """trtexec refuses shapes for a graph whose inputs have no free dimension."""
+        machine("10.14.1")
+        line = self.line(export(tmp_path / "fixed", batch=(2, 2)), plugin_library)
+        assert not any("Shapes" in each for each in line)
+
+
+class TestMisread:
+    """Files that a parser would take otherwise than was asked: none of them becomes an engine."""
+
+    def given(self, folder: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
+        write_model(folder, change(load_graph(folder / "model.onnx")))
+
+    @pytest.fixture
+    def as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the build give the parser the file with the function."""
+        monkeypatch.setattr(variants, "without_function", lambda graph: graph)
+
+    def refused(self, folder: Path, says: str, *arguments: object) -> None:
+        before = names_in(folder)
+        refused(says, "build", folder, *arguments)
+        assert names_in(folder) == before
+
+    @pytest.mark.usefixtures("as_it_is")
+    @pytest.mark.parametrize("version", ["10.3.0", "10.16.2", "11.4.1"])
+    def test_the_function_in_the_plugins_place(
+        self, machine: Machine, folder: Path, plugin_library: Path, version: str
+    ) -> None:
+        machine(version)
+        self.given(folder, operator_forms.unmarked)
+        self.refused(
+            folder,
+            f"the ONNX parser of TensorRT {version} made 0 plugin layers of the 3 prune layers in "
+            "model-plugin.onnx, so no engine was built: update simprune-deploy, or compile the "
+            "function in place of the plugin (--no-plugin)",
+            *("--plugin", plugin_library),
+        )
+
+    @pytest.mark.usefixtures("as_it_is")
+    @pytest.mark.parametrize("version", ["10.7.0", "10.14.1", "10.16.2", "11.4.1"])
+    def test_a_marked_node_is_the_plugin_all_the_same(
+        self, machine: Machine, folder: Path, plugin_library: Path, version: str
+    ) -> None:
+        machine(version)
+        assert build_here(folder, plugin=plugin_library).metadata.plugin_layers == 3
+
+    @pytest.mark.parametrize("version", ["10.7.0", "10.14.1", "10.16.2", "11.4.1"])
+    def test_a_node_that_does_not_name_every_output(
+        self, machine: Machine, folder: Path, plugin_library: Path, version: str
+    ) -> None:
+        machine(version)
+        self.given(folder, operator_forms.uncounted)
+        self.refused(
+            folder,
+            "expected output size is 5, actual output size is 4.; the file is of another version "
+            "of the operator: export the model again",
+            *("--plugin", plugin_library),
+        )
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_a_version_that_the_library_has_not(
+        self, machine: Machine, folder: Path, plugin_library: Path, version: str
+    ) -> None:
+        """As the node of an earlier export looks for it."""
+        machine(version)
+        self.given(folder, operator_forms.unversioned)
+        self.refused(
+            folder,
+            'Plugin not found, are the plugin name, version, and namespace correct?"; no library '
+            "with SimilarityPrune, version 2, is loaded: make one with `simprune-deploy plugin "
+            "build` and name it (--plugin)",
+            *("--plugin", plugin_library),
+        )
+
+    def test_more_plugin_layers_than_prune_layers(
+        self, machine: Machine, folder: Path, plugin_library: Path
+    ) -> None:
+        """The function was asked for, and a library had registered its plugin by itself."""
+        machine("11.4.1")
+        place = Path(sys.path[0]) / "tensorrt.py"
+        registers = f"get_plugin_registry().load_library({str(plugin_library)!r})\n"
+        place.write_text(place.read_text(encoding="utf-8") + registers, encoding="utf-8")
+        self.refused(
+            folder,
+            "made plugin layers (3) of model.onnx, whose function was to be compiled, so no engine "
+            "was built: unset SIMPRUNE_REGISTER",
+            "--no-plugin",
+        )
+
+    def test_a_library_of_another_version_of_the_operator(
+        self, machine: Machine, folder: Path, plugin_library: Path, tmp_path: Path
+    ) -> None:
+        machine("10.14.1")
+        data = plugin_library.read_bytes()
+        other = tmp_path / "other.so"
+        other.write_bytes(data.replace(b'"operator_version": "2"', b'"operator_version": "9"'))
+        assert other.read_bytes() != data
+        self.refused(
+            folder,
+            f"does not take the plugin of {other}, or it is not SimilarityPrune, version 2: build "
+            "it here with `simprune-deploy plugin build`",
+            *("--plugin", other),
+        )
+
+    def test_a_file_from_before_this_version(
+        self, machine: Machine, folder: Path, plugin_library: Path
+    ) -> None:
+        machine("10.14.1")
+        self.given(folder, before_this_version)
+        says = f"the ONNX model was exported before version {DOMAIN_VERSION} of the operator: "
+        self.refused(folder, f"{says}export the model again", "--plugin", plugin_library)
+        refused(says, "inspect", folder)
+
+
+def before_this_version(graph: onnx.ModelProto) -> onnx.ModelProto:
+    for entry in graph.opset_import:
+        if entry.domain == DOMAIN:
+            entry.version = DOMAIN_VERSION - 1
+    return graph
+
 
 class TestRefused:
+    @pytest.mark.parametrize("version", ["unknown", "", None])
+    def test_a_tensorrt_whose_version_is_not_known(
+        self, machine: Machine, folder: Path, version: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machine("10.3.0")
+        import tensorrt  # type: ignore[import-not-found,unused-ignore]
+
+        monkeypatch.setattr(tensorrt, "__version__", version)
+        refused(
+            f"tensorrt has no version that is known (it says {str(version)!r})", "build", folder
+        )
+
     def test_no_tensorrt(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
         refused("tensorrt, which builds and runs the engines, is not installed", "build", folder)
@@ -403,13 +567,10 @@ class TestRefused:
         machine("10.14.1")
         graph = load_graph(exported / "model.onnx")
         graph.graph.node[-1].op_type = "NoSuchOperator"
-        (folder / "model.onnx").write_bytes(graph.SerializeToString())
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        manifest["files"]["model.onnx"]["sha256"] = sha256(folder / "model.onnx")
-        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        write_model(folder, graph)
         before = names_in(folder)
         refused(
-            "TensorRT cannot build model.onnx for SM 8.7: ",
+            "TensorRT cannot build model-plugin.onnx for SM 8.7: ",
             "build",
             folder,
             "--plugin",
@@ -609,7 +770,7 @@ class TestVerify:
             "diagnosis_1/tokens",
             "diagnosis_4/assignment",
         }
-        assert not list((built / "engines").glob("*.onnx"))
+        assert [each.name for each in (built / "engines").glob("*.onnx")] == [STRIPPED]
 
     def test_an_engine_by_its_name(self, built: Path, run_by_onnxruntime: dict[str, Any]) -> None:
         engine = built / "engines" / "model-trt-sm87.engine"
@@ -718,8 +879,11 @@ class TestVerify:
             "10.14.1",
         )
         assert (metadata["fits_this_machine"], metadata["problem"]) == (True, None)
+        assert (metadata["plugin_layers"], metadata["prune_layers"]) == (3, 3)
         folder = json.loads(call("inspect", built, "--json").stdout)
-        assert folder["engines"] == {engine.name: "fits this machine"}
+        assert folder["engines"] == {
+            engine.name: "fits this machine; the plugin runs 3 of 3 prune layers"
+        }
         monkeypatch.setattr(gpu, "DRIVER", str(driver(tmp_path, (8, 9))))
         metadata = json.loads(call("inspect", engine, "--json").stdout)
         assert metadata["fits_this_machine"] is False

@@ -63,14 +63,17 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("number", "says"),
-        [(3, "has format 3, .* update simprune-deploy"), (1, "format 1, .*build the engine again")],
+        [
+            (4, "has format 4, .* update simprune-deploy"),
+            (2, "built before version 2 of the operator: export the model again, and build"),
+        ],
     )
     def test_another_format(self, engine: Path, number: int, says: str) -> None:
         metadata_path(engine).write_text(json.dumps({"format": number}), encoding="utf-8")
         self.refused(engine, says)
 
     @pytest.mark.parametrize(
-        "text", ["", "[1", "[]", "null", '{"format": 2}', '{"format": "x"}', "[" * 100_000]
+        "text", ["", "[1", "[]", "null", '{"format": 3}', '{"format": "x"}', "[" * 100_000]
     )
     def test_no_json_of_ours(self, engine: Path, text: str) -> None:
         metadata_path(engine).write_text(text, encoding="utf-8")
@@ -109,6 +112,9 @@ class TestRefused:
             ("versions", {"polygraphy": "\x1b[2J"}),
             ("versions", 5),
             ("workspace_mib", "64"),
+            ("prune_layers", -1),
+            ("plugin_layers", None),
+            ("plugin_layers", True),
             ("seconds", None),
         ],
     )

@@ -89,6 +89,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
 ANSWER = """
 open(request["output"], "wb").write(os.urandom(64))
 answer = {"status": "built by a script", "checked": "nothing", "polygraphy": "0"}
+answer["plugin_layers"] = request["plugin_layers"]
 print("simprune:answer", json.dumps(answer))
 """
 
@@ -113,6 +114,7 @@ class TestRealBuilds:
             "fp32",
         )
         assert (metadata.gpu, metadata.cuda, metadata.plugin, portable.trtexec) == (None,) * 4
+        assert (metadata.prune_layers, metadata.plugin_layers) == (3, 0)
         assert metadata.profile == {
             "images": {"min": [1, 1, 28, 28], "opt": [1, 1, 28, 28], "max": [8, 1, 28, 28]}
         }

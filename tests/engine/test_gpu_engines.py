@@ -82,6 +82,8 @@ def build(
                 pytest.skip(f"tensorrt_rtx {trt.__version__} does not know SM {gpu.sm}")
             builder = Builder(flavour, str(trt.__version__), (gpu.compute_capability,))
         built = build_engine(folder / "model.onnx", builder)
+        counted = len(LAYERS) if plugin is not None else 0
+        assert (built.metadata.plugin_layers, built.metadata.prune_layers) == (counted, len(LAYERS))
         made[key] = Built(folder, built.path, plugin)
         return made[key]
 

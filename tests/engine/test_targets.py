@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib import resources
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -67,7 +68,7 @@ def test_what_is_built_here_is_of_tensorrt_rtx_and_has_a_capability(target) -> N
 
 
 def test_sources_are_documents_and_all_are_used() -> None:
-    stated = [RAW["plugin_replaces_function_from"]]
+    stated: list[Any] = []
     for entry in RAW["targets"]:
         stated += [*entry["facts"].values(), *entry.get("releases", ())]
     used = {source for each in stated for source in each["source"]}
@@ -93,13 +94,19 @@ def test_releases_are_what_the_facts_say(target) -> None:
     assert versions == sorted(versions)
 
 
-def test_the_oldest_tensorrt_decides_which_model_a_device_needs() -> None:
-    known = {target.name: target.oldest_tensorrt for target in TARGETS}
-    assert known["jetson-orin-nano"] == known["jetson-agx-orin"] == (10, 3)
-    assert known["igx-thor"] == (10, 13, 3)
-    assert known["jetson-agx-thor"] is None  # one of its releases is unknown
-    assert known["rtx-turing"] is None
-    assert load_targets().plugin_replaces_function_from.value == "10.7"
+def test_what_each_jetpack_carries() -> None:
+    known = {
+        (target.name, release.system): (release.cuda, release.tensorrt)
+        for target in TARGETS
+        for release in target.releases
+    }
+    for name in ("jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"):
+        assert known[name, "JetPack 6.1 or 6.2"] == ("12.6", "10.3")
+        assert known[name, "JetPack 7.2"] == ("13.2", "10.16.2")
+    assert known["jetson-agx-thor", "JetPack 7.1"] == ("13.0", "10.13")
+
+
+def test_versions_are_read_from_texts() -> None:
     assert version_numbers("10.16 or later") == (10, 16)
     with pytest.raises(ValueError, match="is no version"):
         version_numbers("latest")

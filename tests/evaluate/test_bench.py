@@ -48,7 +48,7 @@ from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.onnx.variants import dense
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.predict.source import source_of_export
-from simprune_deploy.pruning.cost import BlockShape, allowed_speedup, block_flops
+from simprune_deploy.pruning.cost import BlockShape, BlockTokens, allowed_speedup, block_flops, mlp_flops
 from simprune_deploy.reports.bench import print_benchmark
 
 DEMO = ROOT / "examples" / "fashion_mnist"
@@ -165,10 +165,15 @@ def test_percentiles_are_over_all_runs() -> None:
 
 def test_allowed_is_a_ratio_of_flops() -> None:
     shape = BlockShape(8, 32)
-    assert allowed_speedup(shape, 10, [10, 10], 100.0) == 1
-    dense, half = block_flops(shape, 10), block_flops(shape, 5)
-    found = allowed_speedup(shape, 10, [10, 5], 100.0)
-    assert found == pytest.approx((100 + 2 * dense) / (100 + dense + half))
+    whole, half = BlockTokens(10, 10), BlockTokens(5, 5)
+    assert allowed_speedup(shape, 10, [whole, whole], 100.0) == 1
+    dense, less = block_flops(shape, 10), block_flops(shape, 5)
+    found = allowed_speedup(shape, 10, [whole, half], 100.0)
+    assert found == pytest.approx((100 + 2 * dense) / (100 + dense + less))
+    # a layer inside a block spares its MLP alone
+    saved = mlp_flops(shape, 10) - mlp_flops(shape, 5)
+    found = allowed_speedup(shape, 10, [BlockTokens(10, 5)], 100.0)
+    assert found == pytest.approx((100 + dense) / (100 + dense - saved))
 
 
 @pytest.mark.parametrize(("count", "batch"), [(4, 1), (4, 2), (4, 3), (4, 8), (3, 3), (1, 4)])
@@ -454,6 +459,7 @@ def test_engines_are_timed_beside_a_dense_one_like_them(
         assert row["memory_bytes"]["scratch"] == 4096
         assert row["memory_bytes"]["engine file"] > 1_000_000
     assert report["environment"]["tuned_for"] == "batch 2"
+    assert report["environment"]["plugin_layers"] == "3 of 3 prune layers"
     assert report["environment"]["cuda_graphs"] == "none"
     first, second = report["trtexec"]
     engine = folder / "engines" / "model-trt-sm87.engine"

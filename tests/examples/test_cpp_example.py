@@ -99,8 +99,8 @@ def test_what_does_not_fit_is_refused_before_tensorrt_sees_it(
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"format": "x"}', "is damaged"),
-        ('{"format": 3}', "has format 3, and this program reads 2"),
-        ('{"format": 2, "flavour": 1}', "is damaged"),
+        ('{"format": 2}', "has format 2, and this program reads 3"),
+        ('{"format": 3, "flavour": 1}', "is damaged"),
         (" " * 2_000_000, "is damaged"),
     ],
 )

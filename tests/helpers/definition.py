@@ -19,7 +19,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 PAD = -1e4
-SELECTIONS = ("cover", "redundancy")
+SELECTIONS = ("pairs", "redundancy")
 REDUCTIONS = ("merge", "drop")
 EXACT_THRESHOLDS = (-1.0, -0.5, -0.25, 0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0, 1.5, 2.0)
 
@@ -36,16 +36,17 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The operator's inputs (float32) and attributes."""
+    """The operator's inputs (float32) and attributes. Without features the tokens are compared."""
 
     tokens: Array
     log_size: Array
     threshold: Array
     prefix: int
-    selection: str = "cover"
+    selection: str = "pairs"
     reduction: str = "merge"
     capacity: int = 0
     multiple_of: int = 1
+    features: Array | None = None
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -57,12 +58,20 @@ class Case:
             "multiple_of": self.multiple_of,
         }
 
+    @property
+    def compared(self) -> Array:
+        """What is compared: float32[B, N, F]."""
+        return self.tokens if self.features is None else self.features
+
     def image(self, index: int) -> Case:
         """The same image in a batch of its own."""
         one = slice(index, index + 1)
-        limit = self.threshold if len(self.threshold) == 1 else self.threshold[one]
         return dataclasses.replace(
-            self, tokens=self.tokens[one], log_size=self.log_size[one], threshold=limit
+            self,
+            tokens=self.tokens[one],
+            features=None if self.features is None else self.features[one],
+            log_size=self.log_size[one],
+            threshold=self.threshold if len(self.threshold) == 1 else self.threshold[one],
         )
 
     def expected(self) -> Result:
@@ -71,23 +80,23 @@ class Case:
 
 
 def similarity_prune(case: Case) -> Result:
-    """Steps 1 to 6 of the definition, for a batch."""
+    """Steps 1 to 7 of the definition, for a batch."""
     prefix, num_tokens = case.prefix, case.tokens.shape[1]
+    least, most = capacities_of(num_tokens - prefix, case.selection)
+    assert case.capacity == 0 or least <= case.capacity <= most
+    choose = pairs if case.selection == "pairs" else redundancy
     valid_sets: list[list[int]] = []
-    kept_sets: list[list[int]] = []
-    similarities: list[Array] = []
+    gone_sets: list[dict[int, int]] = []
     for image in range(len(case.tokens)):
         limit = case.threshold[image] if len(case.threshold) > 1 else case.threshold[0]
-        patches = case.tokens[image, prefix:]
-        similarity = similarity_of(patches)
-        valid = [i for i in range(len(patches)) if case.log_size[image, prefix + i] > PAD / 2]
-        choose = cover if case.selection == "cover" else redundancy
-        kept = choose(similarity, valid, np.float32(limit))
-        if case.capacity:
-            kept = give_up(similarity, kept, case.capacity)
+        unit = unit_features(case.compared[image, prefix:])
+        valid = [i for i in range(len(unit)) if case.log_size[image, prefix + i] > PAD / 2]
         valid_sets.append(valid)
-        kept_sets.append(kept)
-        similarities.append(similarity)
+        gone_sets.append(choose(unit, valid, np.float32(limit), case.capacity))
+    kept_sets = [
+        [i for i in valid if i not in gone]
+        for valid, gone in zip(valid_sets, gone_sets, strict=True)
+    ]
 
     if case.capacity:
         num_slots = prefix + case.capacity
@@ -99,76 +108,92 @@ def similarity_prune(case: Case) -> Result:
     kept_index = np.zeros((len(case.tokens), num_slots), np.int64)
     assignment = np.full(case.log_size.shape, -1, np.int64)
     kept_index[:, :prefix] = assignment[:, :prefix] = np.arange(prefix)
-    for image, (valid, kept) in enumerate(zip(valid_sets, kept_sets, strict=True)):
+    for image, (kept, gone) in enumerate(zip(kept_sets, gone_sets, strict=True)):
         for slot, patch in enumerate(kept):
             kept_index[image, prefix + slot] = prefix + patch
-        for patch in valid:
-            head = patch if patch in kept else most_similar(similarities[image], patch, kept)
+            assignment[image, prefix + patch] = prefix + slot
+        for patch, head in gone.items():
             assignment[image, prefix + patch] = prefix + kept.index(head)
     return reduce_tokens(case.tokens, case.log_size, kept_index, assignment, case.reduction, prefix)
 
 
-def similarity_of(patches: Array) -> Array:
-    """Step 1, in float32."""
-    patches = patches.astype(np.float32)
-    count = len(patches)
-    features = np.zeros_like(patches)
-    for i in range(count):
-        norm = np.float32(math.sqrt(sum(float(x) ** 2 for x in patches[i])))
-        features[i] = patches[i] / np.maximum(norm, np.float32(1e-12))
+def capacities_of(patches: int, selection: str) -> tuple[int, int]:
+    """The smallest and the largest capacity that the definition has for that many patches."""
+    return (max(1, patches // 2) if selection == "pairs" else 1), patches
+
+
+def unit_features(features: Array) -> Array:
+    """Step 1's f, in float32."""
+    features = features.astype(np.float32)
+    unit = np.zeros_like(features)
+    for i in range(len(features)):
+        norm = np.float32(math.sqrt(sum(float(x) ** 2 for x in features[i].tolist())))
+        unit[i] = features[i] / np.maximum(norm, np.float32(1e-12))
+    return unit
+
+
+def alike(unit: Array, i: int, j: int) -> np.float32:
+    """Step 1's s_ij, in float32."""
+    return np.float32((unit[i] * unit[j]).sum(dtype=np.float32))
+
+
+def similarity_of(features: Array) -> Array:
+    """Step 1's s of all, in float32."""
+    unit, count = unit_features(features), len(features)
     similarity = np.zeros((count, count), np.float32)
     for i in range(count):
         for j in range(count):
-            similarity[i, j] = (features[i] * features[j]).sum(dtype=np.float32)
+            similarity[i, j] = alike(unit, i, j)
     return similarity
 
 
-def cover(similarity: Array, valid: list[int], limit: np.float32) -> list[int]:
-    """Step 2."""
-    kept: list[int] = []
+def pairs(unit: Array, valid: list[int], limit: np.float32, capacity: int) -> dict[int, int]:
+    """Steps 2, 3 and 6: the patches that go, and the patch that each goes to."""
+    partner: dict[int, int] = {}
+    likeness: dict[int, np.float32] = {}
     for i in valid:
-        if not any(similarity[i, j] >= limit for j in kept):
-            kept.append(i)
-    return kept
+        if i % 2 == 1:
+            continue
+        for j in valid:
+            if j % 2 == 1:
+                s = alike(unit, i, j)
+                if i not in partner or s > likeness[i]:
+                    partner[i], likeness[i] = j, s
+    if capacity:
+        going = most_alike_first(likeness)[: max(0, len(valid) - capacity)]
+    else:
+        going = [i for i in partner if likeness[i] >= limit]
+    return {i: partner[i] for i in going}
 
 
-def redundancy(similarity: Array, valid: list[int], limit: np.float32) -> list[int]:
-    """Step 2 of "redundancy"."""
+def redundancy(unit: Array, valid: list[int], limit: np.float32, capacity: int) -> dict[int, int]:
+    """Step 7: the patches that go, and the patch that each goes to."""
     score: dict[int, np.float32] = {}
     for i in valid:
         total = np.float32(0)
         for j in valid:
             if j != i:
-                total += similarity[i, j]
+                total += alike(unit, i, j)
         score[i] = total / np.float32(max(len(valid) - 1, 1))
-    kept = [i for i in valid if not score[i] >= limit]
-    if not kept and valid:
-        kept = [min(valid, key=lambda i: (score[i], i))]
-    return kept
+    if capacity:
+        going = most_alike_first(score)[: max(0, len(valid) - capacity)]
+    else:
+        going = [i for i in valid if score[i] >= limit]
+        if going == valid and valid:
+            going.remove(min(valid, key=lambda i: (score[i], i)))
+    staying = [i for i in valid if i not in going]
+    head: dict[int, int] = {}
+    for i in going:
+        head[i] = staying[0]
+        for j in staying:
+            if alike(unit, i, j) > alike(unit, i, head[i]):
+                head[i] = j
+    return head
 
 
-def most_similar(similarity: Array, patch: int, kept: list[int]) -> int:
-    """Step 3: the kept patch with the largest similarity, the lowest index on a tie."""
-    best = kept[0]
-    for j in kept:
-        if similarity[patch, j] > similarity[patch, best]:
-            best = j
-    return best
-
-
-def give_up(similarity: Array, kept: list[int], capacity: int) -> list[int]:
-    """Step 6."""
-    closest = {
-        i: max((similarity[i, j] for j in kept if j < i), default=np.float32(-np.inf)) for i in kept
-    }
-    staying = list(kept)
-    while len(staying) > capacity:
-        leaver = staying[0]
-        for i in staying:
-            if closest[i] > closest[leaver]:
-                leaver = i
-        staying.remove(leaver)
-    return staying
+def most_alike_first(score: dict[int, np.float32]) -> list[int]:
+    """Patches by their score, the largest first, the lower number first on a tie."""
+    return sorted(score, key=lambda i: (-score[i], i))
 
 
 def reduce_tokens(
@@ -238,24 +263,40 @@ def sizes_and_padding(
 ) -> Array:
     """log_size float32[B, P + M]: of ones or of small numbers, with padding or without.
 
-    `padding` is "none", "tail" (as an earlier layer leaves it), "holes" (anywhere), "all" (some
-    images hold nothing else), or "mixed", any of these by image.
+    `padding` is "none", "tail" (as an earlier layer leaves it), "all" (some images hold nothing
+    else), or "mixed", any of these by image. "holes" (anywhere) is outside the definition: for
+    tests of what must hold even so.
     """
+    if padding not in ("none", "tail", "all", "mixed", "holes"):
+        raise ValueError(f"padding {padding!r}")
     number = np.ones if sizes == "ones" else lambda shape: rng.integers(1, 10, shape)
     log_size = np.log(number((batch, prefix + patches))).astype(np.float32)
     log_size[:, :prefix] = 0
     for image in range(batch):
         how = padding
         if padding == "mixed":
-            how = str(rng.choice(["none", "tail", "holes", "all"]))
+            how = str(rng.choice(["none", "tail", "tail", "all"]))
         if how == "tail":
             log_size[image, prefix + int(rng.integers(patches + 1)) :] = PAD
         elif how == "holes":
-            holes = np.flatnonzero(rng.random(patches) < 0.3)
-            log_size[image, prefix + holes] = PAD
+            log_size[image, prefix + np.flatnonzero(rng.random(patches) < 0.3)] = PAD
         elif how == "all" and (padding == "mixed" or image % 2 == 0):
             log_size[image, prefix:] = PAD
+    if prefix == 0 and (log_size <= PAD / 2).all():
+        log_size[0, 0] = 0
     return log_size
+
+
+def fitting(capacity: int, patches: int, selection: str) -> int:
+    """The capacity that the definition has and that is nearest to a wished one; 0 stays 0."""
+    least, most = capacities_of(patches, selection)
+    return min(max(capacity, least), most) if capacity else 0
+
+
+def thresholds(drawn: Array, batch: int, per_image: bool, given: float | None) -> Array:
+    """float32[B] or [1]: the given one for all, else as drawn."""
+    count = batch if per_image else 1
+    return np.asarray(drawn[:count] if given is None else np.full(count, given), np.float32)
 
 
 def exact_case(
@@ -263,7 +304,7 @@ def exact_case(
     batch: int = 2,
     patches: int = 12,
     prefix: int = 1,
-    selection: str = "cover",
+    selection: str = "pairs",
     reduction: str = "merge",
     capacity: int = 0,
     multiple_of: int = 1,
@@ -272,32 +313,33 @@ def exact_case(
     per_image_threshold: bool = True,
     threshold: float | None = None,
     dim: int = 16,
+    feature_dim: int | None = None,
 ) -> Case:
     """A batch of images on which float32 is exact; without `threshold` one that may tie is drawn.
 
-    Padding slots hold zeros or, which must not matter, anything. Without a prefix one patch of the
-    batch at least is valid.
+    Without `feature_dim` the tokens are compared, else features of that width. Padding slots hold
+    zeros or, which must not matter, anything. Without a prefix one patch of the batch at least is
+    valid. A capacity that the definition does not have becomes the nearest that it has.
     """
     rng = np.random.default_rng(seed)
     tokens = np.stack([exact_image(rng, prefix + patches, dim) for _ in range(batch)])
+    features = None
+    if feature_dim is not None:
+        features = np.stack([exact_image(rng, prefix + patches, feature_dim) for _ in range(batch)])
     log_size = sizes_and_padding(rng, batch, patches, prefix, sizes, padding)
-    if prefix == 0 and (log_size <= PAD / 2).all():
-        log_size[0, 0] = 0
     if rng.random() < 0.5:
         tokens[log_size <= PAD / 2] = 0
-    if threshold is None:
-        limits = rng.choice(EXACT_THRESHOLDS, batch if per_image_threshold else 1)
-    else:
-        limits = np.full(batch if per_image_threshold else 1, threshold)
+    limits = thresholds(rng.choice(EXACT_THRESHOLDS, batch), batch, per_image_threshold, threshold)
     return Case(
         tokens,
         log_size,
-        limits.astype(np.float32),
+        limits,
         prefix,
         selection,
         reduction,
-        min(capacity, patches),
+        fitting(capacity, patches, selection),
         multiple_of,
+        features,
     )
 
 
@@ -306,7 +348,7 @@ def random_case(
     batch: int = 2,
     patches: int = 20,
     prefix: int = 1,
-    selection: str = "cover",
+    selection: str = "pairs",
     reduction: str = "merge",
     capacity: int = 0,
     multiple_of: int = 1,
@@ -315,30 +357,43 @@ def random_case(
     per_image_threshold: bool = True,
     threshold: float | None = None,
     dim: int = 24,
+    feature_dim: int | None = None,
 ) -> Case:
-    """A batch of Gaussian patches around a few centres, `spread` apart, of any length."""
+    """A batch of Gaussian patches around a few centres, `spread` apart, of any length.
+
+    Without `feature_dim` the tokens are compared, else features of that width. A capacity that the
+    definition does not have becomes the nearest that it has.
+    """
     rng = np.random.default_rng(seed)
-    num_centres = 1 + int(rng.integers(patches))
-    centres = rng.standard_normal((batch, num_centres, dim))
-    chosen = rng.integers(num_centres, size=(batch, prefix + patches))
-    tokens = np.take_along_axis(centres, chosen[:, :, None], 1)
-    tokens = tokens + spread * rng.standard_normal(tokens.shape)
-    tokens *= np.exp(rng.standard_normal((batch, prefix + patches, 1)))
+    shape = (batch, prefix + patches)
+    tokens = gaussian_images(rng, *shape, dim, spread)
+    features = None
+    if feature_dim is not None:
+        features = gaussian_images(rng, *shape, feature_dim, spread)
     log_size = sizes_and_padding(rng, batch, patches, prefix, "several", padding)
-    if prefix == 0 and (log_size <= PAD / 2).all():
-        log_size[0, 0] = 0
     tokens[log_size <= PAD / 2] = 0
-    if threshold is None:
-        limits = rng.uniform(-0.2, 1.05, batch if per_image_threshold else 1)
-    else:
-        limits = np.full(batch if per_image_threshold else 1, threshold)
+    limits = thresholds(rng.uniform(-0.2, 1.05, batch), batch, per_image_threshold, threshold)
     return Case(
-        tokens.astype(np.float32),
+        tokens,
         log_size,
-        limits.astype(np.float32),
+        limits,
         prefix,
         selection,
         reduction,
-        min(capacity, patches),
+        fitting(capacity, patches, selection),
         multiple_of,
+        features,
     )
+
+
+def gaussian_images(
+    rng: np.random.Generator, batch: int, count: int, dim: int, spread: float
+) -> Array:
+    """float32[B, count, dim]: vectors around a few centres, `spread` apart, of any length."""
+    num_centres = 1 + int(rng.integers(count))
+    centres = rng.standard_normal((batch, num_centres, dim))
+    chosen = rng.integers(num_centres, size=(batch, count))
+    vectors = np.take_along_axis(centres, chosen[:, :, None], 1)
+    vectors = vectors + spread * rng.standard_normal(vectors.shape)
+    vectors *= np.exp(rng.standard_normal((batch, count, 1)))
+    return np.asarray(vectors, np.float32)

@@ -39,6 +39,7 @@ class _Shape(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("feature_dim", ctypes.c_int64),
         ("num_thresholds", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
     )
@@ -67,9 +68,9 @@ def _cuda_include() -> Path:
     raise ShimError(f"no cuda_runtime_api.h beside {nvcc}: install the CUDA runtime's headers")
 
 
-def shape_of(tokens: torch.Tensor, threshold: torch.Tensor) -> _Shape:
+def shape_of(tokens: torch.Tensor, features: torch.Tensor, threshold: torch.Tensor) -> _Shape:
     batch, num_tokens, dim = tokens.shape
-    return _Shape(batch, num_tokens, dim, len(threshold), DTYPES[tokens.dtype])
+    return _Shape(batch, num_tokens, dim, features.shape[2], len(threshold), DTYPES[tokens.dtype])
 
 
 class Plugin:
@@ -100,7 +101,7 @@ class Plugin:
             ctypes.c_void_p,
         ]
         given = _Attributes(
-            attributes.get("selection", "cover").encode(),
+            attributes.get("selection", "pairs").encode(),
             attributes.get("reduction", "merge").encode(),
             attributes.get("num_prefix_tokens", 0),
             attributes.get("capacity", 0),
@@ -113,11 +114,12 @@ class Plugin:
             raise self._error()
         self.num_outputs = int(self._shim.shim_outputs(self._plugin))
 
-    def workspace_bytes(self, tokens: torch.Tensor, threshold: torch.Tensor) -> int:
+    def workspace_bytes(
+        self, tokens: torch.Tensor, features: torch.Tensor, threshold: torch.Tensor
+    ) -> int:
         """Return what `getWorkspaceSize` asks for shapes up to these tensors'."""
-        size = int(
-            self._shim.shim_workspace(self._plugin, ctypes.byref(shape_of(tokens, threshold)))
-        )
+        shape = shape_of(tokens, features, threshold)
+        size = int(self._shim.shim_workspace(self._plugin, ctypes.byref(shape)))
         if size < 0:
             raise self._error()
         return size
@@ -129,9 +131,17 @@ class Plugin:
         workspace: torch.Tensor,
         stream: int = 0,
     ) -> None:
-        """Put the layer on the stream, reading and writing the tensors' memory."""
+        """Put the layer on the stream, reading and writing the tensors' memory.
+
+        Args:
+            inputs: Tokens, features, log-sizes and thresholds.
+            outputs: Room for the node's outputs, the number of tokens kept behind them.
+            workspace: Of the bytes that `workspace_bytes` says.
+            stream: A CUDA stream.
+        """
         assert len(outputs) == self.num_outputs
-        shape = shape_of(inputs[0], inputs[2])
+        tokens, features, _, threshold = inputs
+        shape = shape_of(tokens, features, threshold)
         status = self._shim.shim_enqueue(
             self._plugin,
             ctypes.byref(shape),

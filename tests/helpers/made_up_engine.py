@@ -26,6 +26,8 @@ def metadata_of(path: Path, **changes: Any) -> EngineMetadata:
         precision="fp16",
         profile={"images": {"min": [1, 3, 8, 8], "opt": [1, 3, 8, 8], "max": [8, 3, 8, 8]}},
         workspace_mib=512,
+        prune_layers=3,
+        plugin_layers=3,
         engine=FileStamp.of(path),
         status="built, not run",
         checked="nothing",

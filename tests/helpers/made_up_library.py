@@ -12,9 +12,9 @@ from simprune_deploy.pruning.kernel_library import MARK
 FACTS: dict[str, Any] = {
     "kind": "plugin",
     "version": "0.1.0",
-    "abi": 1,
+    "abi": 2,
     "operator": "SimilarityPrune",
-    "operator_version": "1",
+    "operator_version": "2",
     "namespace": "",
     "cuda": "13.0.88",
     "architectures": "87,110",

@@ -58,7 +58,7 @@ def main() -> None:
         "cases": {},
     }
     if handle is not None:
-        creator = registry.get_creator("SimilarityPrune", "1", "")
+        creator = registry.get_creator("SimilarityPrune", "2", "")
         result["creator"] = describe_creator(creator)
         describe = description_of(request["description"])
         for phase in ("BUILD", "RUNTIME"):

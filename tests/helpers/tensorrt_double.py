@@ -8,13 +8,13 @@ What is not, and so is never shown by a test that uses it: the builder's work (a
 of what the builder was asked), whether TensorRT itself takes the graph, the plugin or its shapes,
 tactics and their timings, loading and running an engine. The plugin is not loaded: with it in
 place TensorRT-RTX's parser aborts the process. What TensorRT's parser does with a node that has a
-plugin, a function or both is played as NVIDIA documented it for 10.7, which is false from 10.15 on
-and says nothing of the parse error of dynamic counts from 10.6 to 10.14 (docs/engines.md): a test
-that uses this shows which file `build` hands over, and not what TensorRT makes of it.
+plugin, a function or both is played by the rules in parser_rules.py; a node that becomes a plugin
+is parsed with its function, which the real parser needs for the shapes behind it, and the network
+shows one plugin layer more for it.
 
-:func:`double` gives the module of a version. The differences between versions that it plays: a
-function in the file is looked at before the plugins until 10.7; the network is told to be strongly
-typed by a flag, which 11 takes and ignores; a timing cache of another version is not taken.
+:func:`double` gives the module of a version. The differences between versions that it plays: those
+of the parser's rules; the network is told to be strongly typed by a flag, which 11 takes and
+ignores; a timing cache of another version is not taken.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ import json
 import types
 from pathlib import Path
 from typing import Any
+
+import onnx
+import parser_rules
+
+from simprune_deploy.onnx.function_body import OP_TYPE
+from simprune_deploy.onnx.variants import with_function
 
 MARK = b"double of an engine "
 
@@ -53,6 +59,7 @@ def double(version: str) -> types.ModuleType:
 
     numbers = tuple(int(each) for each in version.split(".")[:2])
     loaded: list[str] = []
+    creators: set[parser_rules.Creator] = set()
     module = types.ModuleType("tensorrt")
     public = {name: value for name, value in vars(real).items() if not name.startswith("__")}
     vars(module).update(public)
@@ -61,7 +68,7 @@ def double(version: str) -> types.ModuleType:
     class Builder(real.Builder):  # type: ignore[misc,name-defined]
         def create_network(self, flags: int = 0) -> Any:
             self.flags = flags
-            return super().create_network(flags)
+            return Network(super().create_network(flags))
 
         def build_serialized_network(self, network: Any, config: Any) -> bytes:
             asked = {
@@ -69,7 +76,7 @@ def double(version: str) -> types.ModuleType:
                 "strong_typing_flag": bool(
                     self.flags >> int(real.NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1
                 ),
-                "operator": OnnxParser.operator,
+                "operator": network.operator,
                 "plugins": loaded,
                 "inputs": _tensors(network.get_input, network.num_inputs),
                 "outputs": _tensors(network.get_output, network.num_outputs),
@@ -87,24 +94,69 @@ def double(version: str) -> types.ModuleType:
         def create_builder_config(self) -> Any:
             return Config(super().create_builder_config())
 
+    class Network:
+        """The real network, which has no plugin layers, and those that TensorRT's would have."""
+
+        def __init__(self, network: Any) -> None:
+            self.real = network
+            self.plugins: list[str] = []
+            self.operator = "none"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def __iter__(self) -> Any:
+            return iter(self.real)
+
+        @property
+        def num_layers(self) -> int:
+            return int(self.real.num_layers) + len(self.plugins)
+
+        def get_layer(self, index: int) -> Any:
+            if index < self.real.num_layers:
+                return self.real.get_layer(index)
+            name = self.plugins[index - self.real.num_layers]
+            return types.SimpleNamespace(name=name, type=real.LayerType.PLUGIN_V3)
+
     class OnnxParser(real.OnnxParser):  # type: ignore[misc,name-defined]
-        operator = "none"
+        def __init__(self, network: Network, logger: Any) -> None:
+            super().__init__(network.real, logger)
+            self.network = network
+            self.refused: list[str] = []
 
         def parse_from_file(self, path: str) -> bool:
             return bool(self.parse(Path(path).read_bytes()))
 
         def parse(self, data: bytes) -> bool:
-            import onnx
-
-            from simprune_deploy.onnx.variants import prune_nodes, with_function
-
             graph = onnx.load_from_string(data)
-            if prune_nodes(graph):
-                takes_plugin = bool(loaded) and (not graph.functions or numbers >= (10, 7))
-                OnnxParser.operator = "plugin" if takes_plugin else "function"
-                if takes_plugin:  # the real parser needs something to give shapes
-                    data = with_function(graph).SerializeToString()
+            functions = {each.name: len(each.output) for each in graph.functions}
+            override = numbers >= (10, 15) and self.get_flag(
+                real.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE
+            )
+            for number, node in enumerate(graph.graph.node):
+                if node.op_type != OP_TYPE:
+                    continue
+                try:
+                    found = parser_rules.taken(node, functions, numbers, creators, override)
+                except parser_rules.ParseError as error:
+                    where = f"node {number} with name: {node.name} and operator: {OP_TYPE}"
+                    self.refused.append(f"In {where} {error}")
+                    return False
+                self.network.operator = found
+                if found == parser_rules.PLUGIN:
+                    self.network.plugins.append(node.name)
+            if self.network.operator != "none":
+                # the real parser has the newest rules, and no plugin layers
+                whole = graph if graph.functions else with_function(graph)
+                data = whole.SerializeToString()
             return bool(super().parse(data))
+
+        @property
+        def num_errors(self) -> int:
+            return len(self.refused) or int(super().num_errors)
+
+        def get_error(self, index: int) -> Any:
+            return self.refused[index] if self.refused else super().get_error(index)
 
     class TimingCache:
         """TensorRT-RTX's timing caches do nothing; one here is the bytes that it was made of."""
@@ -151,12 +203,13 @@ def double(version: str) -> types.ModuleType:
         def load_library(self, path: str) -> Any:
             from simprune_deploy.pruning.kernel_library import read_info
 
-            loaded.append(read_info(path).sha256)
+            info = read_info(path)
+            loaded.append(info.sha256)
+            creators.add((info.operator, info.operator_version, info.namespace))
             return object()
 
         def get_creator(self, name: str, plugin_version: str, namespace: str) -> Any:
-            found = (name, plugin_version, namespace) == ("SimilarityPrune", "1", "")
-            return object() if loaded and found else None
+            return object() if (name, plugin_version, namespace) in creators else None
 
     def get_plugin_registry() -> Any:
         return Registry()

@@ -246,7 +246,8 @@ def test_redundancy_keeps_what_the_operator_keeps(seed: int) -> None:
     log_size[:, 1] = 0.0  # no image is padding only
     tokens = torch.from_numpy(case.tokens)
     attributes = {**case.attributes, "reduction": "drop"}
-    ours = similarity_prune(tokens, log_size, torch.from_numpy(case.threshold), **attributes)
+    limit = torch.from_numpy(case.threshold)
+    ours = similarity_prune(tokens, tokens, log_size, limit, **attributes)
     kept = ours[3].amax(1) + 1 - case.prefix
     found = Problem(tokens, log_size, kept, case.prefix).solve("redundancy")
     assert torch.equal(found[2], ours[2])

@@ -63,7 +63,12 @@ def install(stand_in: Cuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             graph = onnx.load(request["model"])
             graph.doc_string = f"build {len(asked)}"  # a builder's bytes are others each time
             onnx.save(graph, request["output"])
-            return {"status": "built, not run", "checked": "nothing", "polygraphy": "0"}
+            return {
+                "status": "built, not run",
+                "checked": "nothing",
+                "plugin_layers": request["plugin_layers"],
+                "polygraphy": "0",
+            }
 
         monkeypatch.setattr(build, "run_worker", work)
         monkeypatch.setitem(sys.modules, "tensorrt", running_double.tensorrt(stand_in, profile))

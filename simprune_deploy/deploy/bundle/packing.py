@@ -30,7 +30,6 @@ from simprune_deploy.common.files import (
 )
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import request_of
-from simprune_deploy.common.versions import version_numbers
 from simprune_deploy.deploy.bundle.archive import write_archive
 from simprune_deploy.deploy.bundle.library import check_library, fit, sm_of
 from simprune_deploy.deploy.bundle.own_wheel import write_own_wheel
@@ -39,12 +38,7 @@ from simprune_deploy.engine import libraries
 from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.plugin.build import source_files
 from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
-from simprune_deploy.engine.targets import (
-    Target,
-    find_targets,
-    load_targets,
-    short_names,
-)
+from simprune_deploy.engine.targets import Target, find_targets, short_names
 from simprune_deploy.onnx.exported_folder import (
     DEVICE_FORMAT,
     FORMAT,
@@ -249,7 +243,7 @@ def make_bundle(
         for name in exported["files"]:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, staging / name)
-        stripped = _write_stripped(graph, staging / STRIPPED, targets)
+        stripped = _write_stripped(graph, staging / STRIPPED)
         _copy_plugin(staging, library)
         wheel = write_own_wheel(staging)
         about = _about(exported, folder, targets, library, stripped, wheel.name)
@@ -290,19 +284,11 @@ def _too_old(version: tuple[int, ...] | None) -> bool:
     return version is not None and version < OLDEST_TENSORRT
 
 
-def _function_in_the_way(version: tuple[int, ...] | None) -> bool:
-    """Whether a TensorRT may take the file's function although there is a plugin."""
-    first = version_numbers(load_targets().plugin_replaces_function_from.value)
-    return version is None or version < first
-
-
-def _write_stripped(graph: onnx.ModelProto, path: Path, targets: Sequence[Target]) -> bool:
-    """Write the model without its function, if a target may need it so; say whether."""
+def _write_stripped(graph: onnx.ModelProto, path: Path) -> bool:
+    """Write the model without its function, for TensorRT; say whether it has one."""
     from simprune_deploy.onnx.variants import with_function, without_function
 
-    if not graph.functions or not any(
-        _function_in_the_way(target.oldest_tensorrt) for target in targets
-    ):
+    if not graph.functions:
         return False
     stripped = without_function(graph)
     if with_function(stripped).SerializeToString() != graph.SerializeToString():
@@ -376,7 +362,7 @@ def _describe(target: Target, library: LibraryInfo | None, stripped: bool) -> di
     for release in target.releases:
         version = release.oldest_tensorrt
         usable = not _too_old(version)
-        model = STRIPPED if stripped and _function_in_the_way(version) else MODEL
+        model = STRIPPED if stripped else MODEL
         runs = fit(library, release) if library is not None else None
         releases.append(
             {

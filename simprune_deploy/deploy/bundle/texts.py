@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simprune_deploy.common.errors import RequirementError
-from simprune_deploy.common.versions import __version__, version_numbers
+from simprune_deploy.common.versions import __version__
 from simprune_deploy.deploy.bundle.own_wheel import EXTRAS
 from simprune_deploy.engine.build import STRIPPED
 from simprune_deploy.engine.libraries import LIBRARY, PLUGIN_FOLDER
-from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
-from simprune_deploy.engine.targets import load_targets
 from simprune_deploy.onnx.exported_folder import MODEL
 
 if TYPE_CHECKING:
@@ -50,10 +48,10 @@ def write_texts(folder: Path, name: str, graph: onnx.ModelProto, about: dict[str
         "precision": metadata.precision,
         "titles": [target["title"] for target in about["targets"]],
         "stripped": stripped,
-        "replaces_from": load_targets().plugin_replaces_function_from.value,
         # one that is unknown is among all that nvcc knows
         "architectures": "" if None in architectures else ",".join(sorted(architectures, key=int)),
-        "trtexec": _trtexec_lines(graph, about["targets"], STRIPPED if stripped else MODEL),
+        "model": STRIPPED if stripped else MODEL,
+        "trtexec": _trtexec(graph, STRIPPED if stripped else MODEL, stripped),
     }
     (folder / README).write_text(_render("README.md.jinja", values), encoding="utf-8")
     (folder / BUILD).write_text(_render("build.sh.jinja", values), encoding="utf-8")
@@ -78,37 +76,17 @@ def _render(template: str, values: dict[str, Any]) -> str:
     return environment.from_string(text).render(values)
 
 
-def _trtexec_lines(
-    graph: onnx.ModelProto, targets: list[dict[str, Any]], early: str
-) -> list[dict[str, str]]:
-    """Return the ``trtexec`` lines for the TensorRT versions that the targets may have.
-
-    `early` is the model for those that look at a file's functions before their plugins.
-    """
-    from simprune_deploy.engine.profile import optimization_profile
+def _trtexec(graph: onnx.ModelProto, model: str, plugin: bool) -> str:
+    """Return the ``trtexec`` line of a bundle; one does for TensorRT 10 and 11."""
+    from simprune_deploy.engine.profile import free_inputs, optimization_profile
     from simprune_deploy.engine.trtexec import trtexec_line
     from simprune_deploy.onnx.metadata import read_metadata
 
-    first = load_targets().plugin_replaces_function_from.value
-    versions: set[tuple[int, ...] | None] = set()
-    for target in targets:
-        found = [release["tensorrt"] for release in target["releases"]] or [None]
-        versions |= {version_numbers(each) if each else None for each in found}
-    versions = {each for each in versions if each is None or each >= OLDEST_TENSORRT}
-    profile = optimization_profile(graph, read_metadata(graph).batch)
-    lines = []
-    for title, model, version, end in (
-        (f"Before TensorRT {first}", early, "10.0", version_numbers(first)),
-        (f"TensorRT {first} and later 10", MODEL, first, (11,)),
-        ("TensorRT 11", MODEL, "11.0", (12,)),
-    ):
-        if any(each is None or version_numbers(version) <= each < end for each in versions):
-            line = trtexec_line(
-                version,
-                Path(model),
-                Path("model.plan"),
-                profile,
-                plugin=Path(PLUGIN_FOLDER, LIBRARY),
-            )
-            lines.append({"title": title, "line": line})
-    return lines
+    return trtexec_line(
+        None,
+        Path(model),
+        Path("model.plan"),
+        optimization_profile(graph, read_metadata(graph).batch),
+        free_inputs(graph),
+        plugin=Path(PLUGIN_FOLDER, LIBRARY) if plugin else None,
+    )

@@ -95,7 +95,7 @@ def count_tokens(source: ModelSource, batches: Sequence[Array], threshold: float
     Counted where decisions can be seen, in ONNX Runtime on the CPU, and as they run: a batch is
     padded to its largest image.
     """
-    from simprune_deploy.pruning.cost import allowed_speedup, spread_over_blocks
+    from simprune_deploy.pruning.cost import allowed_speedup, spread_over_blocks, tokens_share
 
     metadata = source.metadata
     height, width = metadata.image_size
@@ -110,10 +110,12 @@ def count_tokens(source: ModelSource, batches: Sequence[Array], threshold: float
                 )
                 records = found.records or {}
                 counts = [float(len(records[layer][0].kept_index)) for layer in layers]
-                by_block = spread_over_blocks(metadata.num_tokens, layers, counts, metadata.depth)
+                place = metadata.pruning.place
+                total, depth = metadata.num_tokens, metadata.depth
+                by_block = spread_over_blocks(total, layers, counts, depth, place)
                 kept.append(counts)
-                shares.append(sum(by_block) / metadata.depth / metadata.num_tokens)
-                allowed = allowed_speedup(metadata.block, metadata.num_tokens, by_block, embed)
+                shares.append(tokens_share(total, by_block))
+                allowed = allowed_speedup(metadata.block, total, by_block, embed)
                 costs.append(1 / allowed)
     except RequirementError:
         return {"unknown": "tokens are counted in ONNX Runtime: pip install onnxruntime"}

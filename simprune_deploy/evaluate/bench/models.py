@@ -19,6 +19,7 @@ from simprune_deploy.engine.folder_engines import build_here
 from simprune_deploy.engine.gpu import find_gpu
 from simprune_deploy.engine.inventory import pruned_engine_in
 from simprune_deploy.engine.libraries import find_library
+from simprune_deploy.engine.profile import free_inputs
 from simprune_deploy.evaluate.bench.machine import usable_cores
 from simprune_deploy.evaluate.memory import MemoryRun, probe
 from simprune_deploy.evaluate.timing import Runner
@@ -155,6 +156,7 @@ def _in_engines(
     """
     folder, metadata = source.folder, source.metadata
     assert folder is not None
+    assert source.graph is not None
     path, built = _pruned_engine(folder, request, len(batches[0]), progress)
     library = find_library(folder, as_path(request.plugin)) if built.plugin is not None else None
     dense = build_engine(
@@ -183,12 +185,14 @@ def _in_engines(
         "run_by": f"{built.title}, through its Python runtime",
         "engines": [path.name, dense.path.name],
         "plugin": f"{built.plugin.file} {built.plugin.sha256[:12]}" if built.plugin else "none",
+        "plugin_layers": built.counted,
         "tuned_for": f"batch {built.profile['images']['opt'][0]}",
         "cuda_graphs": [name for name, used in graphs.items() if used] or "none",
     }
     feed = predictors[1].prepare(batches[0], thresholds[0])
+    free = free_inputs(source.graph)
     lines = tuple(
-        _trtexec(each, known, library, feed)
+        _trtexec(each, known, library, feed, free)
         for each, known in {path: built, dense.path: dense.metadata}.items()
         if known.flavour == TENSORRT
     )
@@ -226,16 +230,20 @@ def _memory(predictor: EnginePredictor) -> dict[str, int]:
 
 
 def _trtexec(
-    path: Path, metadata: EngineMetadata, library: Path | None, feed: dict[str, Array]
+    path: Path,
+    metadata: EngineMetadata,
+    library: Path | None,
+    feed: dict[str, Array],
+    free: set[str],
 ) -> str:
     """Return the line that times an engine with NVIDIA's own program, on given images.
 
     Without --loadInputs trtexec runs on noise, of which other counts of tokens stay.
     """
     shapes, files = [], []
-    for name, profile in metadata.profile.items():
+    for name in metadata.profile:
         array: Any = feed[name]
-        if profile["min"] != profile["max"]:
+        if name in free:  # also where the engine takes one batch of several that the graph takes
             shapes.append(f"{name}:{'x'.join(map(str, array.shape))}")
         files.append(f"{name}:{name}.raw")
     parts = ["trtexec", f"--loadEngine={path}"]

@@ -105,7 +105,7 @@ def test_an_arm_processor_loads_the_library_for_jetson(
     )
     assert (creator["name"], creator["version"], creator["namespace"]) == (
         "SimilarityPrune",
-        "1",
+        "2",
         "",
     )
     assert creator["fields"] == info.fields
@@ -118,6 +118,6 @@ def test_the_plugin_is_the_node_by_name_and_fields(plugin_library: Path) -> None
     info = read_info(plugin_library)
     assert info.operator == OP_TYPE
     assert sorted(info.fields) == sorted(ATTRIBUTES)
-    defaults = {"selection": "cover", "reduction": "merge"}
+    assert info.operator_version == "2"
     for name, kind in info.fields.items():
-        assert kind == ("string" if name in defaults else "int32")
+        assert kind == ("string" if name in ("selection", "reduction") else "int32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ FIELDS = {
 }
 DEFAULTS = {
     "num_prefix_tokens": 1,
-    "selection": "cover",
+    "selection": "pairs",
     "reduction": "merge",
     "capacity": 0,
     "multiple_of": 1,
@@ -47,7 +48,7 @@ GOOD: dict[str, tuple[list[Any], dict[str, Any]]] = {
         [ONE_PREFIX, ["selection", "CHAR", "redundancy\0"], ["reduction", "CHAR", "drop\0"]],
         {**DEFAULTS, "selection": "redundancy", "reduction": "drop"},
     ),
-    "the node's names": ([ONE_PREFIX, ["plugin_version", "CHAR", "1"]], DEFAULTS),
+    "the node's names": ([ONE_PREFIX, ["plugin_version", "CHAR", "2"]], DEFAULTS),
     "all": (
         [
             ["num_prefix_tokens", "INT32", 5],
@@ -84,10 +85,13 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "multiple_of": ([ONE_PREFIX, ["multiple_of", "INT32", 0]], "multiple_of 0 is outside [1, "),
     "unknown field": ([ONE_PREFIX, ["treshold", "FLOAT32", 0.9]], 'field "treshold" is not known'),
     "twice": ([ONE_PREFIX, ONE_PREFIX], "num_prefix_tokens is given twice"),
+    "version 1": ([ONE_PREFIX, ["plugin_version", "CHAR", "1"]], "is from before version 2"),
+    "cover": ([ONE_PREFIX, ["selection", "CHAR", "cover\0"]], "is from before version 2"),
 }
 
 LINEAR = [
     ["float32", "float16", "bfloat16"],  # tokens
+    ["float32"],  # features, where the tokens are float32
     ["float32"],  # log_size
     ["float32"],  # threshold
     ["float32"],  # kept_tokens, where the tokens are float32
@@ -158,9 +162,9 @@ def test_the_registry_is_the_one_that_is_meant(registry: Registry, answer: dict[
 def test_it_loads_the_library_and_lists_the_creator(answer: dict[str, Any]) -> None:
     assert answer["loaded"], answer["said_when_loaded"]
     assert answer["said_when_loaded"] == []
-    assert answer["new"] == ["SimilarityPrune 1 ''"]
+    assert answer["new"] == ["SimilarityPrune 2 ''"]
     creator = answer["creator"]
-    assert (creator["name"], creator["version"]) == ("SimilarityPrune", "1")
+    assert (creator["name"], creator["version"]) == ("SimilarityPrune", "2")
     assert creator["namespace"] == ""
     assert creator["interface"] == "PLUGIN CREATOR_V3ONE"
     assert creator["fields"] == FIELDS
@@ -179,7 +183,7 @@ def test_it_creates_plugins_from_good_fields(answer: dict[str, Any], name: str, 
     outputs = 5 if fields["capacity"] == 0 else 4
 
     plugin = case["plugin"]
-    assert (plugin["name"], plugin["version"]) == ("SimilarityPrune", "1")
+    assert (plugin["name"], plugin["version"]) == ("SimilarityPrune", "2")
     assert plugin["namespace"] == ""
     assert plugin["num_outputs"] == outputs
     assert plugin["interfaces"] == [
@@ -194,7 +198,7 @@ def test_it_creates_plugins_from_good_fields(answer: dict[str, Any], name: str, 
     assert in_cpp["timing_cache_id"] == plugin["timing_cache_id"]
     assert in_cpp["num_outputs"] == outputs
     assert in_cpp["serialized"] == fields
-    assert in_cpp["formats"] == [{"linear": types, "others": 0} for types in LINEAR[: 3 + outputs]]
+    assert in_cpp["formats"] == [{"linear": types, "others": 0} for types in LINEAR[: 4 + outputs]]
     assert in_cpp["output_types"].pop("int8") is None
     assert set(in_cpp["output_types"]) == {"float32", "float16", "bfloat16"}
     for tokens, types in in_cpp["output_types"].items():
@@ -235,14 +239,122 @@ def test_a_program_may_load_several_engines_with_the_plugin(
     assert done.returncode == 0, done.stderr
 
 
+TWICE = """
+import gc, importlib, os, sys
+import numpy as np
+sys.path.insert(0, {folder!r} or sys.path[0])
+trt = importlib.import_module({module!r})
+registry = trt.get_plugin_registry()
+
+def creates():
+    found = registry.get_creator("SimilarityPrune", "2", "")
+    field = trt.PluginField("num_prefix_tokens", np.int32([1]), trt.PluginFieldType.INT32)
+    fields = trt.PluginFieldCollection([field])
+    return found.create_plugin("layer", fields, trt.TensorRTPhase.BUILD) is not None
+
+first = registry.load_library({library!r})
+again = registry.load_library({library!r})
+second = registry.load_library({copy!r})
+names = sorted(one.plugin_version for one in registry.all_creators if "Similarity" in one.name)
+print(first is None, again is None, second is None, names, creates(), flush=True)
+gc.collect()
+registry.deregister_library(first)
+print(registry.load_library({copy!r}) is None, creates(), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_library_is_registered_once(registry: Registry, library: Path, tmp_path: Path) -> None:
+    """TensorRT refuses it the second time, and a copy of it, and goes on with the first."""
+    copy = shutil.copy(library, tmp_path / "libcopy.so")
+    folder = str(registry.folder) if registry.folder else ""
+    code = TWICE.format(folder=folder, module=registry.module, library=str(library), copy=str(copy))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["False True True ['2'] True", "False True"]
+
+
+LOADED = """
+import importlib, os, sys
+from pathlib import Path
+from simprune_deploy.common.errors import ArtifactError
+from simprune_deploy.engine.flavours import load_plugin
+sys.path.insert(0, {folder!r} or sys.path[0])
+trt = importlib.import_module({module!r})
+try:
+    for library in {libraries!r}:
+        load_plugin(trt, "tensorrt", Path(library))
+        print("loaded", flush=True)
+except ArtifactError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+def said_when_loading(
+    registry: Registry, libraries: list[Path], **environment: str
+) -> tuple[list[str], list[str]]:
+    """Return what our loader and our library say of libraries that are loaded in turn."""
+    folder = str(registry.folder) if registry.folder else ""
+    paths = [str(path) for path in libraries]
+    code = LOADED.format(folder=folder, module=registry.module, libraries=paths)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("simprune: ")]
+    return done.stdout.splitlines(), ours
+
+
+def test_two_libraries_with_the_plugin_are_an_error_that_says_so(
+    registry: Registry, host_library: Path, tmp_path: Path
+) -> None:
+    if registry.folder is None:
+        pytest.skip("TensorRT-RTX takes no plugins")
+    copy = Path(shutil.copy(host_library, tmp_path / "libcopy.so"))
+    said, _ = said_when_loading(registry, [host_library, copy])
+    assert said[0] == "loaded"
+    assert said[1:] == [
+        f"TensorRT {said[1].split()[1]} has SimilarityPrune, version 2, of another library in this "
+        f"process, and does not take that of {copy}: load one of them alone"
+    ]
+
+
+def test_a_library_that_registers_itself_may_be_loaded_too(
+    registry: Registry, host_library: Path, tmp_path: Path
+) -> None:
+    """SIMPRUNE_REGISTER is set for Triton, and the tools here load the library as well."""
+    if registry.folder is None:
+        pytest.skip("TensorRT-RTX takes no plugins")
+    said, ours = said_when_loading(registry, [host_library], SIMPRUNE_REGISTER="1")
+    assert said == ["loaded"]
+    if registry.name.startswith("10."):
+        assert ours == []
+        copy = Path(shutil.copy(host_library, tmp_path / "libcopy.so"))
+        said, ours = said_when_loading(registry, [host_library, copy], SIMPRUNE_REGISTER="1")
+        assert said[0] == "loaded"
+        assert "of another library in this process" in said[1]
+        assert ours == [
+            f"simprune: the plugin was not registered: TensorRT has SimilarityPrune 2 of "
+            f"{host_library} already, which it goes on with: load one library alone"
+        ]
+
+
 OPENED = """
 import ctypes, importlib, os, sys
 sys.path.insert(0, {folder!r} or sys.path[0])
 trt = importlib.import_module({module!r})
 registry = trt.get_plugin_registry()
 ctypes.CDLL({library!r}, mode=os.RTLD_NOW | os.RTLD_LOCAL)  # as Triton's backend opens it
-creator = registry.get_creator("SimilarityPrune", "1", "")
-print("none" if creator is None else f"{{creator.name}} {{creator.plugin_version}}", flush=True)
+for version in ("2", "1"):
+    creator = registry.get_creator("SimilarityPrune", version, "")
+    print(version, creator is not None and creator.plugin_version, flush=True)
+if creator is not None:
+    print(creator.create_plugin("layer", trt.PluginFieldCollection([]), trt.TensorRTPhase.RUNTIME))
+sys.stdout.flush()
 os._exit(0)
 """
 
@@ -260,11 +372,18 @@ def test_an_opened_library_registers_itself_if_it_is_told_to(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    ours = [line for line in done.stderr.splitlines() if line.startswith("simprune: ")]
+    ours = [line for line in done.stderr.splitlines() if "simprune" in line]
+    if wish == "1" and registry.name.startswith("10."):
+        # what an engine from before version 2 asks for is there to say so
+        assert done.stdout.splitlines() == ["2 2", "1 1", "None"]
+        assert ours == [
+            '[simprune] SimilarityPrune: plugin_version is "1": the file is from before version 2 '
+            "of this operator: export the model and build its engine again"
+        ]
+        return
+    assert done.stdout.splitlines() == ["2 False", "1 False"]
     if wish != "1":
-        assert (done.stdout.strip(), ours) == ("none", [])
-    elif registry.name.startswith("10."):
-        assert (done.stdout.strip(), ours) == ("SimilarityPrune 1", [])
+        assert ours == []
     else:
         why = (
             "no TensorRT is loaded in this process"
@@ -272,7 +391,6 @@ def test_an_opened_library_registers_itself_if_it_is_told_to(
             else "it was compiled with the headers of TensorRT 10, and this is 11: build it with "
             "this version's"
         )
-        assert done.stdout.strip() == "none"
         assert ours == [f"simprune: the plugin was not registered: {why}"]
 
 
