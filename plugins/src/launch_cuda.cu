@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMeansThreads) means(const __grid_constant__ J
 }
 
 template <class T>
-__global__ void __launch_bounds__(SmallTile::kThreads) match(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(SmallTile::kThreads, sizeof(T) == 2 ? 4 : 1) match(const __grid_constant__ Job job) {
     __shared__ MatchShared<SmallTile> shared;
     match_kernel<T, SmallTile, has_tensor_cores<T>(kArchitecture)>(this_block(), job, shared);
 }
@@ -35,8 +35,10 @@ __global__ void __launch_bounds__(SmallTile::kThreads) match(const __grid_consta
 template <class T>
 __global__ void __launch_bounds__(LargeTile::kThreads) match_large(const __grid_constant__ Job job) {
     extern __shared__ uint4 memory[];
-    auto& shared = *reinterpret_cast<MatchShared<LargeTile>*>(memory);
-    match_kernel<T, LargeTile, has_tensor_cores<T>(kArchitecture)>(this_block(), job, shared);
+    // Elsewhere it is not launched
+    if constexpr (has_tensor_cores<T>(kArchitecture)) {
+        match_kernel<T, LargeTile, true>(this_block(), job, *reinterpret_cast<MatchShared<LargeTile>*>(memory));
+    }
 }
 constexpr size_t kLargeBytes = sizeof(MatchShared<LargeTile>);
 static_assert(kLargeBytes <= 64 * 1024, "more than a block of SM 7.5 can have");
@@ -46,9 +48,9 @@ __global__ void __launch_bounds__(kMaxCompactThreads) compact(const __grid_const
     compact_kernel(this_block(), job, shared);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kWriteThreads) write(const __grid_constant__ Job job) {
-    write_kernel<T>(this_block(), job);
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kWriteThreads, 4) write(const __grid_constant__ Job job) {
+    write_kernel<T, kAligned>(this_block(), job);
 }
 
 // A CUDA error as a sentence with a way out.
@@ -120,32 +122,40 @@ int start_match(const Job& job, const Grid& grid, cudaStream_t stream) {
 }
 
 template <class T>
+int start_write(const Job& job, const Grid& grid, cudaStream_t stream) {
+    return start(
+        "write", job.tokens_aligned ? write<T, true> : write<T, false>, grid.write, kWriteThreads, job, stream);
+}
+
+template <class T>
 int run(const Job& job, cudaStream_t stream) {
     const Grid grid(job);
     int status = SIMPRUNE_OK;
     if (grid.means > 0) status = start("means", means<T>, grid.means, kMeansThreads, job, stream);
     if (status == SIMPRUNE_OK) status = start_match<T>(job, grid, stream);
     if (status == SIMPRUNE_OK) status = start("compact", compact, grid.compact, grid.compact_threads, job, stream);
-    if (status == SIMPRUNE_OK) status = start("write", write<T>, grid.write, kWriteThreads, job, stream);
+    if (status == SIMPRUNE_OK) status = start_write<T>(job, grid, stream);
     return status;
 }
 
-// Of the current GPU; where that cannot be asked the launch will say why.
-int count_multiprocessors() {
-    int device = 0, count = 0;
+// Where the current GPU cannot be asked, the launch will say why.
+Gpu current_gpu() {
+    int device = 0, multiprocessors = 0, major = 0, minor = 0;
     if (cudaGetDevice(&device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0) {
-        return count;
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess) {
+        return {major * 10 + minor, multiprocessors};
     }
     cudaGetLastError();
-    return 1;
+    return {0, 1};
 }
 
 }  // namespace
 
 int launch(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, void* stream) {
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const Job job = make_job(problem, buffers, workspace, count_multiprocessors());
+    const Job job = make_job(problem, buffers, workspace, current_gpu());
     switch (problem.dtype) {
         case SIMPRUNE_FLOAT32:
             return run<float>(job, cuda_stream);

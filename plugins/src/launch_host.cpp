@@ -60,14 +60,19 @@ void run(const Job& job) {
         compact_kernel(block, job, shared);
     });
     in_scheduled_order(static_cast<int>(grid.write), [&](int index) {
-        write_kernel<T>(Block{index, kWriteThreads}, job);
+        const Block block{index, kWriteThreads};
+        if (job.tokens_aligned) {
+            write_kernel<T, true>(block, job);
+        } else {
+            write_kernel<T, false>(block, job);
+        }
     });
 }
 
 }  // namespace
 
 int launch(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, void*) {
-    const Job job = make_job(problem, buffers, workspace, host_schedule.multiprocessors);
+    const Job job = make_job(problem, buffers, workspace, {host_schedule.sm, host_schedule.multiprocessors});
     switch (problem.dtype) {
         case SIMPRUNE_FLOAT32:
             run<float>(job);

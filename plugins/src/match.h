@@ -258,17 +258,42 @@ private:
     // Holds the finished sums against the best so far, in ascending order of the destinations.
     SIMPRUNE_FN void compare(
         const Warp& warp, int lane, const Shared& shared, int tile, const Sums& sums, BestOfRows& best) const {
+        float of_row[kRowsOfThread], of_column[kColumnsOfThread];
+        bool plain = true;
 #pragma unroll
         for (int r = 0; r < kRowsOfThread; ++r) {
-            const float of_row = shared.source_inverse[row_of(warp, lane, r)];
+            of_row[r] = shared.source_inverse[row_of(warp, lane, r)];
+            plain = plain && of_row[r] != 0.0f;
+        }
 #pragma unroll
-            for (int c = 0; c < kColumnsOfThread; ++c) {
-                const int column = column_of(warp, lane, c);
-                const float score =
-                    similarity(sums.value[sum_of(r, c)], of_row, shared.destination_inverse[tile % 2][column]);
+        for (int c = 0; c < kColumnsOfThread; ++c) {
+            of_column[c] = shared.destination_inverse[tile % 2][column_of(warp, lane, c)];
+            plain = plain && of_column[c] != 0.0f;
+        }
+        const int first = (first_tile_ + tile) * Tile::kColumns;
+        if (plain) {
+            compare_with(warp, lane, first, best, [&](int r, int c) {
+                return similarity(sums.value[sum_of(r, c)], of_row[r], of_column[c]);
+            });
+        } else {
+            compare_with(warp, lane, first, best, [&](int r, int c) {
+                const bool nothing = of_row[r] == 0.0f || of_column[c] == 0.0f;
+                return similarity(nothing ? 0.0f : sums.value[sum_of(r, c)], of_row[r], of_column[c]);
+            });
+        }
+    }
+
+    template <class Score>
+    SIMPRUNE_FN static void compare_with(const Warp& warp, int lane, int first, BestOfRows& best, Score score_of) {
+#pragma unroll
+        for (int c = 0; c < kColumnsOfThread; ++c) {
+            const int destination = first + column_of(warp, lane, c);
+#pragma unroll
+            for (int r = 0; r < kRowsOfThread; ++r) {
+                const float score = score_of(r, c);
                 if (score > best.score[r]) {  // not where it is NaN
                     best.score[r] = score;
-                    best.destination[r] = (first_tile_ + tile) * Tile::kColumns + column;
+                    best.destination[r] = destination;
                 }
             }
         }

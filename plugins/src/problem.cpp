@@ -25,6 +25,11 @@ size_t element_size(int32_t dtype) {
     return dtype == SIMPRUNE_FLOAT32 ? 4 : 2;
 }
 
+// As in tensor_core.h
+bool has_tensor_cores(int32_t dtype, int sm) {
+    return dtype != SIMPRUNE_FLOAT32 && (sm >= 80 || (sm == 75 && dtype == SIMPRUNE_FLOAT16));
+}
+
 bool on_bytes(const void* pointer, size_t bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
@@ -167,7 +172,7 @@ Layout::Layout(const simprune_problem& problem) {
     total = sum + (redundancy ? aligned(batch * static_cast<size_t>(problem.feature_dim) * sizeof(float)) : 0);
 }
 
-Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, int multiprocessors) {
+Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, const Gpu& gpu) {
     const size_t feature_bytes = static_cast<size_t>(problem.feature_dim) * element_size(problem.dtype);
     Job job{};
     job.batch = problem.batch;
@@ -199,16 +204,18 @@ Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, v
     job.sources = job.redundancy ? job.num_patches : (job.num_patches + 1) / 2;
     job.destinations = job.redundancy ? job.num_patches : job.num_patches / 2;
     const auto tiles = [](int count, int tile) { return (count + tile - 1) / tile; };
-    // Wide 16-bit features are limited by the bytes of tiles, where there are enough tiles
-    job.large_tiles = problem.dtype != SIMPRUNE_FLOAT32 && feature_bytes > kNarrow &&
-                      job.batch * tiles(job.sources, kLarge) * tiles(job.destinations, kLarge) >= multiprocessors;
+    // Wide features are limited by the bytes of tiles, where there are enough tiles
+    const int64_t large = job.batch * tiles(job.sources, kLarge) * tiles(job.destinations, kLarge);
+    job.large_tiles =
+        has_tensor_cores(problem.dtype, gpu.sm) && feature_bytes > kNarrow && large >= gpu.multiprocessors;
     const int tile = job.large_tiles ? kLarge : kSmall;
     job.source_tiles = tiles(job.sources, tile);
     job.destination_tiles = tiles(job.destinations, tile);
-    // Two blocks a multiprocessor or more, each with as many tiles of destinations as the others
-    const int64_t blocks = job.batch * job.source_tiles, wanted = int64_t{2} * multiprocessors;
+    // Three blocks a multiprocessor where there are so many tiles, and no more than four tiles a block
+    const int64_t blocks = job.batch * job.source_tiles, wanted = int64_t{3} * gpu.multiprocessors;
     const int most = std::max(1, std::min(job.destination_tiles, kMaxSplits));
-    const int splits = static_cast<int>(std::min<int64_t>(most, (wanted + blocks - 1) / blocks));
+    const int64_t enough = std::max<int64_t>((wanted + blocks - 1) / blocks, tiles(job.destination_tiles, 4));
+    const int splits = static_cast<int>(std::min<int64_t>(most, enough));
     job.tiles_per_split = std::max(1, tiles(job.destination_tiles, splits));
     job.splits = std::max(1, tiles(job.destination_tiles, job.tiles_per_split));
 

@@ -23,8 +23,13 @@ struct Layout {
     explicit Layout(const simprune_problem& problem);
 };
 
-// `multiprocessors`: of the GPU, to divide the work; no result depends on it.
-Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, int multiprocessors);
+struct Gpu {
+    int sm;  // 80 for 8.0
+    int multiprocessors;
+};
+
+// How the work is divided depends on the GPU; no result does.
+Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, const Gpu& gpu);
 
 // How many blocks each kernel has, and how many threads compact has in one.
 struct Grid {

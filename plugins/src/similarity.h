@@ -33,15 +33,13 @@ SIMPRUNE_FN float inverse_norm(float square) {
     return 1.0f / (norm < kNormFloor ? kNormFloor : norm);
 }
 
-// s_ij from a dot product and two inverse norms. An inverse of 0 (a norm beyond float32) makes it 0
-// whatever the dot product came to; an inverse that is NaN makes it NaN. Never -0, which as a key
-// would be less than 0.
+// s_ij from a dot product and two inverse norms; the sum takes the sign from a zero. Where an inverse
+// is 0 (a norm beyond float32) the dot product may be anything: then give 0 for it.
 SIMPRUNE_FN float similarity(float dot, float inverse_i, float inverse_j) {
-    const bool nothing = inverse_i == 0.0f || inverse_j == 0.0f;
-    return (nothing ? inverse_i * inverse_j : dot * inverse_j * inverse_i) + 0.0f;
+    return multiply_add(dot * inverse_j, inverse_i, 0.0f);
 }
 
-// Numbers in the order of the floats; 0 is less than all of them. No float here is -0 or NaN.
+// Numbers in the order of the floats, which are not NaN; 0 is less than all of them.
 SIMPRUNE_FN uint32_t orderable(float x) {
     const uint32_t bits = bits_of(x);
     return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;

@@ -11,9 +11,10 @@ namespace simprune {
 struct Members {
     int count;
     Lanes<int> token;
+    Lanes<float> size;  // relative to the head's
 };
 
-// A warp's part of a merge: 1024 columns a pass, kVector of them together in a lane.
+// What a warp does for a slot: kColumns of it a pass, kVector of them together in a lane.
 template <class T, int kVector>
 class SlotMerge {
 public:
@@ -50,11 +51,13 @@ public:
     SIMPRUNE_FN float others(const Warp& warp, Members& members) const {
         Lanes<Sum> sum;
         warp.each([&](int lane) {
-            sum[lane].value = 0.0f;
+            members.size[lane] = 0.0f;
             if (members.count <= kWarp) {
-                if (lane < members.count) sum[lane].value = relative_size(members.token[lane]);
+                if (lane < members.count) members.size[lane] = relative_size(members.token[lane]);
+                sum[lane].value = members.size[lane];
                 return;
             }
+            sum[lane].value = 0.0f;
             for (int token = job_.prefix + lane; token < job_.num_tokens; token += kWarp) {
                 if (went_here(token)) sum[lane].value += relative_size(token);
             }
@@ -64,19 +67,83 @@ public:
 
     // Weights are divided before they are summed: a mean of large tokens must not overflow.
     SIMPRUNE_FN void merge(const Warp& warp, Members& members, float size, T* out) const {
+        if (members.count <= kWarp) {
+            merge_members<true>(warp, members, size, out);
+        } else {
+            merge_members<false>(warp, members, size, out);
+        }
+    }
+
+    SIMPRUNE_FN void copy(const Warp& warp, T* out) const {
+        const T* in = tokens_ + int64_t{head_} * job_.dim;
+        warp.each([&](int lane) {
+            for (int first = lane * kVector; first < job_.dim; first += kCopied * kWarp * kVector) {
+                Vector x[kCopied];  // all loads before the first store
+#pragma unroll
+                for (int v = 0; v < kCopied; ++v) {
+                    const int column = first + v * kWarp * kVector;
+                    if (column < job_.dim) x[v] = *reinterpret_cast<const Vector*>(in + column);
+                }
+#pragma unroll
+                for (int v = 0; v < kCopied; ++v) {
+                    const int column = first + v * kWarp * kVector;
+                    if (column < job_.dim) *reinterpret_cast<Vector*>(out + column) = x[v];
+                }
+            }
+        });
+    }
+
+    SIMPRUNE_FN void clear(const Warp& warp, T* out) const {
+        warp.each([&](int lane) {
+            Vector zero;
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) zero.value[e] = from_float<T>(0.0f);
+            for (int column = lane * kVector; column < job_.dim; column += kWarp * kVector) {
+                *reinterpret_cast<Vector*>(out + column) = zero;
+            }
+        });
+    }
+
+private:
+    static constexpr int kCopied = 4;                      // vectors of a lane on their way at once
+    static constexpr int kVectors = kVector == 1 ? 8 : 2;  // of a lane in a pass of a merge
+    static constexpr int kTogether = 2;                    // members whose rows are on their way at once
+    static constexpr int kColumns = kVectors * kWarp * kVector;
+
+    struct alignas(kVector * sizeof(T)) Vector {
+        T value[kVector];
+    };
+    struct Accumulator {
+        float value[kVectors][kVector];
+    };
+
+    struct Some {
+        bool present[kTogether];  // the first ones
+        int token[kTogether];
+        float weight[kTogether];
+    };
+
+    // Listed: the members are those in the lanes.
+    template <bool kListed>
+    SIMPRUNE_FN void merge_members(const Warp& warp, Members& members, float size, T* out) const {
         for (int first = 0; first < job_.dim; first += kColumns) {
             Lanes<Accumulator> sum;
             warp.each([&](int lane) { start_with_head(lane, first, 1.0f / size, sum[lane]); });
-            const bool listed = members.count <= kWarp;
-            const int end = listed ? kWarp : job_.num_tokens;
-            for (int start = listed ? 0 : job_.prefix; start < end; start += kWarp) {
+            const int end = kListed ? kWarp : job_.num_tokens;
+            for (int start = kListed ? 0 : job_.prefix; start < end; start += kWarp) {
                 Lanes<bool> is_member;
                 Lanes<int> token;
                 Lanes<float> weight;
                 warp.each([&](int lane) {
-                    token[lane] = listed ? members.token[lane] : start + lane;
-                    is_member[lane] = listed ? lane < members.count : start + lane < end && went_here(start + lane);
-                    weight[lane] = is_member[lane] ? relative_size(token[lane]) / size : 0.0f;
+                    if (kListed) {
+                        token[lane] = members.token[lane];
+                        is_member[lane] = lane < members.count;
+                        weight[lane] = members.size[lane] / size;
+                    } else {
+                        token[lane] = start + lane;
+                        is_member[lane] = start + lane < end && went_here(start + lane);
+                        weight[lane] = is_member[lane] ? relative_size(start + lane) / size : 0.0f;
+                    }
                 });
                 uint32_t open = warp.ballot(is_member);
                 while (open != 0) {
@@ -106,54 +173,6 @@ public:
             });
         }
     }
-
-    SIMPRUNE_FN void copy(const Warp& warp, T* out) const {
-        const T* in = tokens_ + int64_t{head_} * job_.dim;
-        warp.each([&](int lane) {
-            for (int first = lane * kVector; first < job_.dim; first += kColumns) {
-                Vector x[kVectors];  // all loads before the first store
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    const int column = first + v * kWarp * kVector;
-                    if (column < job_.dim) x[v] = *reinterpret_cast<const Vector*>(in + column);
-                }
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    const int column = first + v * kWarp * kVector;
-                    if (column < job_.dim) *reinterpret_cast<Vector*>(out + column) = x[v];
-                }
-            }
-        });
-    }
-
-    SIMPRUNE_FN void clear(const Warp& warp, T* out) const {
-        warp.each([&](int lane) {
-            Vector zero;
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) zero.value[e] = from_float<T>(0.0f);
-            for (int column = lane * kVector; column < job_.dim; column += kWarp * kVector) {
-                *reinterpret_cast<Vector*>(out + column) = zero;
-            }
-        });
-    }
-
-private:
-    static constexpr int kColumns = 1024;
-    static constexpr int kTogether = 4;
-    static constexpr int kVectors = kColumns / (kWarp * kVector);
-
-    struct alignas(kVector * sizeof(T)) Vector {
-        T value[kVector];
-    };
-    struct Accumulator {
-        float value[kVectors][kVector];
-    };
-
-    struct Some {
-        bool present[kTogether];  // the first ones
-        int token[kTogether];
-        float weight[kTogether];
-    };
 
     SIMPRUNE_FN bool went_here(int token) const {
         return assignment_[token] == slot_ && token != head_;
@@ -258,13 +277,10 @@ SIMPRUNE_FN void write_slots(const Block& block, const Job& job) {
     });
 }
 
-template <class T>
+// Two kernels, by whether rows start on 16 bytes: in one they would take more registers than either.
+template <class T, bool kAligned>
 SIMPRUNE_FN void write_kernel(const Block& block, const Job& job) {
-    if (job.tokens_aligned) {
-        write_slots<T, Pack<T>::kCount>(block, job);
-    } else {
-        write_slots<T, 1>(block, job);
-    }
+    write_slots<T, kAligned ? Pack<T>::kCount : 1>(block, job);
 }
 
 }  // namespace simprune
