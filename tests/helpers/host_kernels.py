@@ -115,10 +115,13 @@ class HostKernels:
             )
         )
 
-    def run(self, case: Case, dtype: str = "float32", misalign: int = 0) -> Result:
+    def run(
+        self, case: Case, dtype: str = "float32", misalign: int = 0, garbage: int = 0xA5
+    ) -> Result:
         """Run a case with its tokens and features as `dtype`; kept tokens come back in float64.
 
-        `misalign` moves them by that many elements from a 256-byte boundary.
+        `misalign` moves them by that many elements from a 256-byte boundary; `garbage` is what every
+        byte of the outputs and the workspace holds before.
         """
         batch, num_tokens, dim = case.tokens.shape
         problem = problem_of(case, dtype)
@@ -141,7 +144,7 @@ class HostKernels:
         assert size > 0, self.error()
         workspace = aligned_empty((size,), np.uint8)
         for output in [*outputs, workspace]:
-            output.view(np.uint8)[...] = 0xA5
+            output.view(np.uint8)[...] = garbage
         buffers = Buffers(*(x.ctypes.data for x in inputs + outputs))
         status = self.enqueue(problem, buffers, workspace.ctypes.data, size)
         assert status == 0, self.error()
@@ -151,7 +154,7 @@ class HostKernels:
         kept_tokens, kept_log_size, kept_index, assignment, _ = outputs
         used = batch * slots
         for unused in (kept_tokens[used:], kept_log_size[used:], kept_index[used:]):
-            assert (np.ascontiguousarray(unused).view(np.uint8) == 0xA5).all(), "wrote behind K"
+            assert (np.ascontiguousarray(unused).view(np.uint8) == garbage).all(), "wrote behind K"
         return Result(
             kept_tokens[:used].reshape(batch, slots, dim).astype(np.float64),
             kept_log_size[:used].reshape(batch, slots).copy(),
