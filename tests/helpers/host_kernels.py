@@ -120,8 +120,8 @@ class HostKernels:
     ) -> Result:
         """Run a case with its tokens and features as `dtype`; kept tokens come back in float64.
 
-        `misalign` moves them by that many elements from a 256-byte boundary; `garbage` is what every
-        byte of the outputs and the workspace holds before.
+        `misalign` moves them by that many elements from a 256-byte boundary; `garbage` is what
+        every byte of the outputs and the workspace holds before.
         """
         batch, num_tokens, dim = case.tokens.shape
         problem = problem_of(case, dtype)

@@ -165,7 +165,9 @@ def assert_right(
         record = PruneRecord(features[image], log_size[image], limit, index[image], slots[image])
         assert broken_structure(record, case.prefix, case.selection) is None
         found = violation(record, config, case.capacity, case.prefix)
-        assert found <= (0.0 if exact else float_noise(features.shape[2])), f"image {image}: violation {found}"
+        assert found <= (0.0 if exact else float_noise(features.shape[2])), (
+            f"image {image}: violation {found}"
+        )
         kept_counts.append(len(record.heads()) - case.prefix)
     wanted = case.prefix + (case.capacity or max(kept_counts))
     if not case.capacity:
@@ -737,9 +739,7 @@ def test_strided_tensors(backend: Backend) -> None:
 
 def test_a_prepared_call_reads_what_its_inputs_hold_at_launch(backend: Backend) -> None:
     first, second = (
-        random_case(
-            seed, 2, 80, dim=32, feature_dim=16, threshold=limit, per_image_threshold=False
-        )
+        random_case(seed, 2, 80, dim=32, feature_dim=16, threshold=limit, per_image_threshold=False)
         for seed, limit in ((1, 0.5), (2, 0.8))
     )
     inputs = backend.inputs(first, torch.float16)
@@ -790,7 +790,11 @@ def test_threads_do_not_disturb_one_another(backend: Backend) -> None:
         ((1, 4098, 1), {}, "4097 patches are more than the 4096"),
         ((1, 5, 3), {"capacity": 5}, r"capacity 5 is outside \[0, 4\]"),
         ((1, 5, 3), {"capacity": -1}, "capacity -1"),
-        ((1, 6, 3), {"capacity": 1}, "capacity 1 is below the 2 of 5 patches that a layer of pairs"),
+        (
+            (1, 6, 3),
+            {"capacity": 1},
+            "capacity 1 is below the 2 of 5 patches that a layer of pairs",
+        ),
         ((1, 5, 3), {"multiple_of": 0}, "multiple_of 0"),
         ((1, 5, 3), {"selection": "random"}, "selection 'random'"),
         ((1, 5, 3), {"reduction": "sum"}, "reduction 'sum'"),

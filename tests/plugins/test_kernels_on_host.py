@@ -112,7 +112,7 @@ def large_cases(end: int) -> list[int]:
 
 
 def test_padding_anywhere_stays_within_the_buffers(kernels: HostKernels) -> None:
-    """Outside the definition; indices are in range nevertheless, and nothing is written elsewhere."""
+    """Outside the definition; indices are in range nevertheless, and all writes in place."""
     for seed in range(60):
         capacity = seed % 3 * 7
         case = random_case(seed, patches=13 + seed % 2, padding="holes", capacity=capacity)
@@ -134,7 +134,9 @@ def test_features_that_are_not_finite_stay_within_the_buffers(
 ) -> None:
     for value in (np.nan, np.inf, -np.inf):
         for share in (0.1, 1.0):
-            case = random_case(8, patches=60, capacity=capacity, selection=selection, padding="tail")
+            case = random_case(
+                8, patches=60, capacity=capacity, selection=selection, padding="tail"
+            )
             features = case.tokens.copy()
             features[np.random.default_rng(1).random(features.shape[:2]) < share] = value
             actual = kernels.run(dataclasses.replace(case, features=features), dtype)

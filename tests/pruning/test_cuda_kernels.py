@@ -271,7 +271,8 @@ def test_mistakes_are_the_same_errors_with_a_library(named_library: Path) -> Non
 def test_the_operator_needs_no_library_code_until_one_is_named() -> None:
     code = (
         "import sys, torch\nfrom simprune_deploy.pruning.operator import similarity_prune_on_gpu\n"
-        "x = torch.ones(1, 3, 2)\nsimilarity_prune_on_gpu(x, x, torch.zeros(1, 3), torch.ones(1), 1)\n"
+        "x = torch.ones(1, 3, 2)\n"
+        "similarity_prune_on_gpu(x, x, torch.zeros(1, 3), torch.ones(1), 1)\n"
         "print([name for name in sys.modules if name.startswith('simprune_deploy.engine.plugin.')])"
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_VARIABLE}
