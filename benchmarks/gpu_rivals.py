@@ -1,10 +1,10 @@
 """What the kernels are compared with: the same operator and ToMe's, both in plain PyTorch.
 
-:func:`vectorised_prune` is the operator of docs/operator.md (selection "cover", reduction "merge")
-as one would write it for a GPU with PyTorch alone: the Gram matrix by cuBLAS from the tokens as
-they are, with float32 sums; the greedy rule as rounds over all patches, with the host asking only
-after every fourth one whether it has settled; the merge by `index_add_`. It is faster than the
-reference (`simprune_deploy/pruning/operator.py`), which is written to be read.
+:func:`vectorised_prune` is the operator of docs/operator.md (selection "pairs", reduction "merge")
+as one would write it for a GPU with PyTorch alone: dot products of even and odd patches by cuBLAS
+from the features as they are, with float32 sums, and the merge by `index_add_`, whose order of sums
+differs from run to run. The reference (`simprune_deploy/pruning/operator.py`) is written to be read
+and to repeat to the bit.
 
 :func:`bipartite_merge` is bipartite soft matching and merging as published in "Token Merging: Your
 ViT But Faster" (Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, ICLR 2023), written here from the
@@ -22,45 +22,54 @@ from simprune_deploy.pruning.config import PAD_LOG_SIZE
 HAS_HALF_GRAM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 """Whether a product of float16 matrices can leave its float32 sums as they are."""
 
-ROUNDS_BETWEEN_QUESTIONS = 4
-
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def vectorised_prune(
     tokens: torch.Tensor,
+    features: torch.Tensor,
     log_size: torch.Tensor,
     threshold: torch.Tensor,
     num_prefix_tokens: int,
     capacity: int = 0,
 ) -> Outputs:
-    """Return what `similarity_prune(..., "cover", "merge", capacity)` returns."""
+    """Return what `similarity_prune(..., "pairs", "merge", capacity)` returns, for M >= 2."""
     prefix, device = num_prefix_tokens, tokens.device
     batch, num_tokens, dim = tokens.shape
     num_patches = num_tokens - prefix
     valid = log_size[:, prefix:] > PAD_LOG_SIZE / 2
-    similarity = _cosines(tokens[:, prefix:])
-
-    kept = _cover(similarity, threshold.view(-1, 1, 1), valid)
+    similarity = _cosines(features[:, prefix:])
+    best, partner = similarity.masked_fill_(~valid[:, None, 1::2], -torch.inf).max(2)
+    candidate = valid[:, ::2] & valid[:, 1:2]  # padding lies behind: the first partner goes last
     if capacity:
-        kept = _give_up(similarity, kept, capacity)
+        order = best.masked_fill(~candidate, -torch.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
+        excess = valid.sum(1, keepdim=True) - capacity
+        first = torch.arange(order.shape[1], device=device) < excess
+        goes = torch.zeros_like(candidate).scatter_(1, order, first) & candidate
         slots = prefix + capacity
     else:
-        slots = prefix + int(kept.sum(1).max())
+        goes = candidate & (best >= threshold.view(-1, 1))
+        slots = 0
+    kept = valid.clone()
+    kept[:, ::2] &= ~goes
+    counts = kept.sum(1, keepdim=True)
+    slots = slots or prefix + int(counts.max())
 
     positions = torch.arange(num_patches, device=device)
-    nearest = similarity.masked_fill_(~kept[:, None, :], -torch.inf).argmax(2)
-    heads = torch.where(kept, positions, nearest)
+    heads = positions.repeat(batch, 1)
+    heads[:, ::2] = torch.where(goes, 2 * partner + 1, heads[:, ::2])
     rank = kept.cumsum(1) - 1
     slot = torch.where(valid, rank.gather(1, heads) + prefix, -1)
-    first = torch.arange(prefix, device=device).expand(batch, -1)
-    assignment = torch.cat([first, slot], 1)
+    ahead = torch.arange(prefix, device=device).expand(batch, -1)
+    assignment = torch.cat([ahead, slot], 1)
 
     # one column more, for what is not kept
     index = torch.zeros(batch, num_patches + 1, dtype=torch.int64, device=device)
     index.scatter_(1, torch.where(kept, rank, num_patches), (positions + prefix).expand(batch, -1))
-    filled = torch.arange(slots, device=device) < prefix + kept.sum(1, keepdim=True)
-    kept_index = torch.cat([first, index[:, :num_patches]], 1)[:, :slots] * filled
+    filled = torch.arange(slots, device=device) < prefix + counts
+    kept_index = torch.cat([ahead, index[:, :num_patches]], 1)[:, :slots] * filled
 
     head_log_size = log_size.gather(1, kept_index)
     target = assignment.clamp_min(0)
@@ -80,39 +89,14 @@ def vectorised_prune(
 
 
 def _cosines(patches: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities float32[B, M, M], with float32 sums of exact products."""
+    """Cosine similarities float32[B, even, odd], with float32 sums of exact products."""
+    even, odd = patches[:, ::2], patches[:, 1::2]
     if HAS_HALF_GRAM and patches.is_cuda and patches.dtype != torch.float32:
-        gram = torch.bmm(patches, patches.mT, out_dtype=torch.float32)
+        dots = torch.bmm(even, odd.mT, out_dtype=torch.float32)
     else:
-        gram = torch.bmm(patches.float(), patches.float().mT)
-    inverse = gram.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-12).reciprocal()
-    return gram * (inverse[:, :, None] * inverse[:, None, :])
-
-
-def _cover(similarity: torch.Tensor, limit: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Step 2: rounds of "kept iff no earlier kept one is alike", until nothing changes."""
-    # half precision counts are wrong above 2048 and still more than one half
-    kind = torch.float16 if similarity.is_cuda else torch.float32
-    earlier = (similarity >= limit).tril_(-1).to(kind)
-    kept = valid
-    while True:
-        for _ in range(ROUNDS_BETWEEN_QUESTIONS):
-            before = kept
-            conflict = torch.bmm(earlier, before.to(kind).unsqueeze(2)).squeeze(2) > 0.5
-            kept = valid & ~conflict
-        if torch.equal(kept, before):
-            return kept
-
-
-def _give_up(similarity: torch.Tensor, kept: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Step 6: the kept patches nearest to an earlier kept one go, until `capacity` stay."""
-    size = kept.shape[1]
-    before = torch.ones(size, size, dtype=torch.bool, device=kept.device).tril_(-1)
-    closest = similarity.masked_fill(~(before & kept[:, None, :]), -4.0).amax(2)
-    order = closest.masked_fill_(~kept, -8.0).argsort(dim=1, descending=True, stable=True)
-    excess = kept.sum(1, keepdim=True) - capacity
-    stays = torch.arange(size, device=kept.device) >= excess
-    return kept & torch.zeros_like(kept).scatter_(1, order, stays)
+        dots = torch.bmm(even.float(), odd.float().mT)
+    inverse = patches.float().square().sum(2).sqrt().clamp_min(1e-12).reciprocal()
+    return dots * inverse[:, ::2, None] * inverse[:, None, 1::2]
 
 
 def bipartite_merge(

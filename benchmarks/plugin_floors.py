@@ -1,18 +1,18 @@
 """The floor of the operator on paper: bytes that must move, FLOPs that must be done, on four GPUs.
 
-    python benchmarks/plugin_floors.py [--dtype float16] [--kept-share 0.7]
+    python benchmarks/plugin_floors.py [--dtype float16] [--kept-share 0.7] [--features 64]
 
 Nothing here is measured. No implementation of the operator can take less than
 
     max(bytes / peak memory bandwidth, FLOPs / peak arithmetic)
 
-when its data comes from memory. Bytes: tokens, log_size and threshold are read once; the kept
-tokens (a stated share of the patches), their log_size and index, the assignment and the number of
-slots are written once. FLOPs: the Gram matrix of the patches, a multiply-add counted as two, and of
-the symmetric matrix only the half above the diagonal, ``M (M - 1) D`` an image; computing all of it
-costs ``2 M^2 D``. Norms, the greedy rule and the merge (``2 N D``) are left out: they are small
-beside it. The time to launch kernels is not in it either, though at batch 1 it is what counts:
-gpu_kernels.py measures it. Data that still lies in the L2 cache can beat the bandwidth's part.
+when its data comes from memory. Bytes: tokens, features (unless the tokens are compared), log_size
+and threshold are read once; the kept tokens (a stated share of the patches), their log_size and
+index, the assignment and the number of slots are written once. FLOPs: "pairs" compares the patches
+with even numbers with those with odd ones, a multiply-add counted as two: ``2 (M / 2)^2 F`` an
+image. Norms and the merge (``2 N (F + D)``) are left out: they are small beside it. The time to
+launch kernels is not in it either, though at batch 1 it is what counts: gpu_kernels.py measures it.
+Data that still lies in the L2 cache can beat the bandwidth's part.
 
 Peaks are of the vendor's data sheets, without sparsity. A chip reaches less: gpu_kernels.py also
 measures a large copy and a large matrix product.
@@ -112,6 +112,7 @@ class Shape:
         dtype: Type of the tokens. Default "float16".
         prefix: P, tokens that are never pruned. Default 1.
         kept_share: Share of the patches that stays. Default 0.7.
+        features: F, the width of the features; None (the default) compares the tokens themselves.
     """
 
     batch: int
@@ -120,6 +121,12 @@ class Shape:
     dtype: str = "float16"
     prefix: int = 1
     kept_share: float = 0.7
+    features: int | None = None
+
+    @property
+    def width(self) -> int:
+        """F, the channels that are compared."""
+        return self.dim if self.features is None else self.features
 
     @property
     def patches(self) -> int:
@@ -128,8 +135,8 @@ class Shape:
 
     @property
     def kept_patches(self) -> int:
-        """The patches of an image that stay: at least one."""
-        return max(1, round(self.kept_share * self.patches))
+        """The patches of an image that stay: with pairs at least half."""
+        return max(1, self.patches // 2, round(self.kept_share * self.patches))
 
     @property
     def slots(self) -> int:
@@ -138,9 +145,10 @@ class Shape:
 
 
 def bytes_read(shape: Shape) -> int:
-    """Return the bytes of tokens, log_size and one threshold."""
+    """Return the bytes of tokens, features, log_size and one threshold."""
     tokens = shape.batch * shape.tokens
-    return tokens * (shape.dim * ELEMENT_BYTES[shape.dtype] + 4) + 4
+    channels = shape.dim + (shape.features or 0)
+    return tokens * (channels * ELEMENT_BYTES[shape.dtype] + 4) + 4
 
 
 def bytes_written(shape: Shape) -> int:
@@ -155,19 +163,15 @@ def bytes_moved(shape: Shape) -> int:
     return bytes_read(shape) + bytes_written(shape)
 
 
-def gram_flops(shape: Shape) -> int:
-    """Return the FLOPs of the Gram matrix above its diagonal: what cannot be avoided."""
-    return shape.batch * shape.patches * (shape.patches - 1) * shape.dim
-
-
-def full_gram_flops(shape: Shape) -> int:
-    """Return the FLOPs of the whole Gram matrix."""
-    return 2 * shape.batch * shape.patches**2 * shape.dim
+def pair_flops(shape: Shape) -> int:
+    """Return the FLOPs of the dot products of even and odd patches."""
+    odd = shape.patches // 2
+    return 2 * shape.batch * (shape.patches - odd) * odd * shape.width
 
 
 def floor_seconds(shape: Shape, bandwidth: float, flops: float) -> float:
     """Return the least time of the operator at the given bytes and FLOPs a second."""
-    return max(bytes_moved(shape) / bandwidth, gram_flops(shape) / flops)
+    return max(bytes_moved(shape) / bandwidth, pair_flops(shape) / flops)
 
 
 def paper_floor(shape: Shape, peak: Peak) -> float:
@@ -178,7 +182,7 @@ def paper_floor(shape: Shape, peak: Peak) -> float:
 def bound_by(shape: Shape, peak: Peak) -> str:
     """Return which term of the floor is the larger: "bytes" or "FLOPs"."""
     moving = bytes_moved(shape) / peak.bandwidth
-    return "bytes" if moving >= gram_flops(shape) / peak.flops(shape.dtype) else "FLOPs"
+    return "bytes" if moving >= pair_flops(shape) / peak.flops(shape.dtype) else "FLOPs"
 
 
 def peak_of(device: str, multiprocessors: int) -> Peak | None:
@@ -189,10 +193,10 @@ def peak_of(device: str, multiprocessors: int) -> Peak | None:
     return None
 
 
-def table_shapes(dtype: str, kept_share: float) -> list[Shape]:
+def table_shapes(dtype: str, kept_share: float, features: int | None = None) -> list[Shape]:
     """Return the shapes of the table, smallest batch first."""
     return [
-        Shape(batch, tokens, dim, dtype, kept_share=kept_share)
+        Shape(batch, tokens, dim, dtype, kept_share=kept_share, features=features)
         for batch in BATCHES
         for tokens in TOKEN_COUNTS
         for dim in DIMS
@@ -206,14 +210,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def floors_table(dtype: str = "float16", kept_share: float = 0.7) -> str:
+def floors_table(
+    dtype: str = "float16", kept_share: float = 0.7, features: int | None = None
+) -> str:
     """Return the floors as Markdown: microseconds, with the term that bounds them."""
-    header = ["B", "N", "D", "MB moved", "GFLOP (half)", "GFLOP (all)"]
+    header = ["B", "N", "D", "MB moved", "GFLOP"]
     rows = []
-    for shape in table_shapes(dtype, kept_share):
+    for shape in table_shapes(dtype, kept_share, features):
         row = [str(shape.batch), str(shape.tokens), str(shape.dim)]
-        row.append(f"{bytes_moved(shape) / 1e6:.2f}")
-        row += [f"{count / 1e9:.3f}" for count in (gram_flops(shape), full_gram_flops(shape))]
+        row += [f"{bytes_moved(shape) / 1e6:.2f}", f"{pair_flops(shape) / 1e9:.3f}"]
         for peak in PEAKS:
             row.append(f"{paper_floor(shape, peak) * 1e6:.2f} {bound_by(shape, peak)}")
         rows.append(row)
@@ -246,9 +251,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", choices=sorted(ELEMENT_BYTES), default="float16")
     parser.add_argument("--kept-share", type=share, default=0.7)
+    parser.add_argument("--features", type=int, help="F of separate features; else the tokens")
     args = parser.parse_args()
-    print(f"Floors for {args.dtype} tokens, {args.kept_share:.0%} of the patches kept, P = 1.\n")
-    print(floors_table(args.dtype, args.kept_share))
+    compared = f"features of {args.features} channels" if args.features else "tokens"
+    print(
+        f"Floors for {args.dtype}, {compared} compared, {args.kept_share:.0%} of the patches kept, "
+        "P = 1.\n"
+    )
+    print(floors_table(args.dtype, args.kept_share, args.features))
     print(peaks_table(), end="")
 
 

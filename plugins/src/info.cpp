@@ -9,7 +9,7 @@ namespace {
 const char marked[] =
     "simprune-library-info:"
     "{\"kind\": \"" SIMPRUNE_KIND "\", \"version\": \"" SIMPRUNE_VERSION "\", \"abi\": " TEXT(SIMPRUNE_ABI_VERSION)
-    ", \"operator\": \"SimilarityPrune\", \"operator_version\": \"1\", \"namespace\": \"\""
+    ", \"operator\": \"SimilarityPrune\", \"operator_version\": \"2\", \"namespace\": \"\""
     ", \"cuda\": \"" SIMPRUNE_CUDA_VERSION "\", \"architectures\": \"" SIMPRUNE_ARCHITECTURES "\""
     ", \"tensorrt_headers\": \"" SIMPRUNE_TENSORRT_VERSION "\""
     ", \"fields\": {\"num_prefix_tokens\": \"int32\", \"selection\": \"string\", \"reduction\": \"string\""

@@ -8,48 +8,55 @@
 namespace simprune {
 
 constexpr int kWarp = 32;
-constexpr int kSmallPatches = 256;  // up to here one block does an image's rows, selection and assignment
-constexpr int kMaxWords = SIMPRUNE_MAX_PATCHES / kWarp;
-constexpr int kTile = 64;  // rows and columns of a block of the gram kernel
-constexpr int kGramThreads = 128;
-constexpr int kRowThreads = 256;  // rows and assign kernels: one warp a patch
-constexpr int kRowsPerBlock = kRowThreads / kWarp;
-constexpr int kSelectThreads = 1024;
+constexpr int kMaxWords = SIMPRUNE_MAX_PATCHES / kWarp;  // bit masks have one bit a patch
+constexpr int kMaxSplits = 16;
+constexpr int kMeansThreads = 1024;
+constexpr int kMaxCompactThreads = 1024;
 constexpr int kWriteThreads = 256;  // one warp a slot
 constexpr int kSlotsPerBlock = kWriteThreads / kWarp;
-constexpr int kUndecided = -2;  // in `assignment`: left to the assign kernel
+
+// What compact leaves for write about one slot behind the prefix.
+struct alignas(8) Slot {
+    uint16_t patch;    // that heads it
+    uint16_t first;    // of the patches that went to it, in `order`
+    uint16_t members;  // how many those are
+};
 
 struct Job {
     // The problem; M = N - P patches
     int64_t batch;
-    int num_tokens, num_patches, dim, prefix, capacity;
-    int words;  // M / 32 rounded up: bit masks have one bit a patch
+    int num_tokens, num_patches, dim, feature_dim, prefix, capacity;
+    int words;  // M / 32 rounded up
     int64_t multiple_of;
     bool redundancy, merge, threshold_per_image;
-    bool aligned;  // rows of tokens and kept_tokens start on 16 bytes
+    bool tokens_aligned;    // rows of tokens and kept_tokens start on 16 bytes
+    bool features_aligned;  // rows of features do
 
     const void* tokens;
+    const void* features;
     const float* log_size;
     const float* threshold;
     void* kept_tokens;
     float* kept_log_size;
     int64_t* kept_index;
     int64_t* assignment;
-    int32_t* num_slots;
+    int32_t* num_kept;
 
-    // Workspace of the whole batch
+    // How match is divided. Sources look for the most similar destination. With pairs they are the
+    // patches with even and with odd numbers, with redundancy both are all patches.
+    int sources, destinations;
+    bool large_tiles;
+    int source_tiles, destination_tiles;
+    int splits, tiles_per_split;  // blocks that share the destinations of a tile of sources
+
+    // Workspace. Nothing in it outlives a call: what is read was written in the same call.
     int32_t* most_kept;  // [1] largest number of kept patches of an image
-    int32_t* num_kept;   // [B]
-    int32_t* heads;      // [B, M] the kept patches of an image, ascending
-
-    // Workspace of the images [first_image, first_image + num_images) that are in work
-    int64_t first_image;
-    int num_images;
-    int gram_stride;      // row length of gram: M rounded up to 32
-    float* gram;          // [num_images, M, gram_stride] dot products of patches
-    float* inverse_norm;  // [num_images, gram_stride]
-    uint32_t* earlier;    // [num_images, M, words] cover: bit j of row i: j < i is alike. If M > kSmallPatches
-    float* score;         // [num_images, gram_stride] redundancy: mean similarity. If M > kSmallPatches
+    int32_t* kept;       // [B] kept patches
+    Slot* slots;         // [B, M]
+    uint16_t* order;     // [B, M] the patches that go, those of one slot together
+    uint64_t* best;      // [B, splits, sources] the most similar destination as a key (similarity.h)
+    uint8_t* stays;      // [B, M] redundancy: valid, and not to go
+    float* sum;          // [B, F] redundancy: of the features
 };
 
 }  // namespace simprune

@@ -16,26 +16,30 @@ int check_problem(const simprune_problem* problem);
 int check_buffers(
     const simprune_problem& problem, const simprune_buffers* buffers, const void* workspace, size_t workspace_bytes);
 
-// Offsets in bytes. The dot products of the whole batch may be large: images are worked on in groups
-// that fit into kWorkBytes, or one by one. The total does not shrink when a size grows.
+// Offsets in bytes. The total does not shrink when a size grows.
 struct Layout {
-    size_t most_kept, num_kept, heads, work, total;
-    size_t gram, rows;  // inside the work space, behind the inverse norms
-    int64_t images_in_work;
+    size_t most_kept, kept, slots, order, best, stays, sum, total;
 
     explicit Layout(const simprune_problem& problem);
 };
 
-Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, const Layout& layout);
+struct Gpu {
+    int sm;  // 80 for 8.0
+    int multiprocessors;
+};
 
-// How many blocks each kernel has for one image.
+// How the work is divided depends on the GPU; no result does.
+Job make_job(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, const Gpu& gpu);
+
+// How many blocks each kernel has, and how many threads compact has in one.
 struct Grid {
-    int gram, rows, write;
+    int64_t means, match, compact, write;
+    int compact_threads;
 
     explicit Grid(const Job& job);
 };
 
-// Runs a job, group by group; in launch_cuda.cu and launch_host.cpp.
-int launch(int32_t dtype, Job job, const Layout& layout, void* stream);
+// Runs the problem; in launch_cuda.cu and launch_host.cpp.
+int launch(const simprune_problem& problem, const simprune_buffers& buffers, void* workspace, void* stream);
 
 }  // namespace simprune

@@ -1,10 +1,15 @@
-// The first line of the definition: which patches are valid, and how alike two of them are.
+// The words of the definition that several kernels share.
 #pragma once
+
+#include <limits>
 
 #include "job.h"
 #include "simt.h"
 
 namespace simprune {
+
+constexpr float kNormFloor = 1e-12f;
+constexpr float kNotANumber = std::numeric_limits<float>::quiet_NaN();
 
 SIMPRUNE_FN float limit_of(const Job& job, int64_t image) {
     return job.threshold[job.threshold_per_image ? image : 0];
@@ -22,23 +27,82 @@ SIMPRUNE_FN int64_t num_slots(const Job& job) {
     return rounded < job.num_tokens ? rounded : job.num_tokens;
 }
 
-// The similarities of one image, from its dot products.
-struct Similarity {
-    const float* gram;
-    const float* inverse_norm;
-    int stride;
+// 1 / max(|x|, 1e-12). The norm of finite numbers can be infinite in float32: then f = x / inf = 0.
+SIMPRUNE_FN float inverse_norm(float square) {
+    const float norm = square_root(square);
+    return 1.0f / (norm < kNormFloor ? kNormFloor : norm);
+}
 
-    SIMPRUNE_FN Similarity(const Job& job, int image_in_work)
-        : gram(job.gram + int64_t{image_in_work} * job.num_patches * job.gram_stride),
-          inverse_norm(job.inverse_norm + int64_t{image_in_work} * job.gram_stride),
-          stride(job.gram_stride) {}
+// s_ij from a dot product and two inverse norms; the sum takes the sign from a zero. Where an inverse
+// is 0 (a norm beyond float32) the dot product may be anything: then give 0 for it.
+SIMPRUNE_FN float similarity(float dot, float inverse_i, float inverse_j) {
+    return multiply_add(dot * inverse_j, inverse_i, 0.0f);
+}
 
-    // s_ij; the same bits as s_ji. A norm too large for float32 has the inverse 0, and as in the
-    // definition such a patch is like nothing: its dot products (infinite) do not count.
-    SIMPRUNE_FN float operator()(int i, int j) const {
-        const float scale = inverse_norm[i] * inverse_norm[j];
-        return scale == 0.0f ? 0.0f : gram[int64_t{i} * stride + j] * scale;
-    }
-};
+// Numbers in the order of the floats, which are not NaN; 0 is less than all of them.
+SIMPRUNE_FN uint32_t orderable(float x) {
+    const uint32_t bits = bits_of(x);
+    return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+SIMPRUNE_FN float from_orderable(uint32_t x) {
+    return float_of((x & 0x80000000u) != 0 ? x & 0x7fffffffu : ~x);
+}
+
+// The similarity of a source and a destination, and which: the larger one is the better one, on a
+// tie that with the lower number. 0: there is none.
+constexpr uint64_t kNoKey = 0;
+SIMPRUNE_FN uint64_t key_of(float score, int destination) {
+    return uint64_t{orderable(score)} << 32 | (0xffffffffu - static_cast<uint32_t>(destination));
+}
+SIMPRUNE_FN uint32_t score_of_key(uint64_t key) {
+    return static_cast<uint32_t>(key >> 32);
+}
+SIMPRUNE_FN int destination_of_key(uint64_t key) {
+    return static_cast<int>(0xffffffffu - static_cast<uint32_t>(key));
+}
+
+// ---- bit masks, one bit a number
+
+SIMPRUNE_FN bool has_bit(const uint32_t* bits, int number) {
+    return (bits[number / kWarp] >> number % kWarp & 1) != 0;
+}
+SIMPRUNE_FN uint32_t bits_below(int number) {
+    return (1u << number % kWarp) - 1;
+}
+
+// How many bits are set; every lane gets it.
+SIMPRUNE_FN int count_bits(const Warp& warp, const uint32_t* bits, int words) {
+    Lanes<Count> count;
+    warp.each([&](int lane) {
+        count[lane].value = 0;
+        for (int word = lane; word < words; word += kWarp) count[lane].value += popcount(bits[word]);
+    });
+    return warp_sum(warp, count);
+}
+
+// How many bits are set in earlier words, for every word. The first warp of a block does this.
+SIMPRUNE_FN void count_before(const Warp& warp, const uint32_t* bits, int words, int32_t* before) {
+    if (warp.index != 0) return;
+    constexpr int kEach = kMaxWords / kWarp;
+    Lanes<int> sum, mine;
+    warp.each([&](int lane) {
+        sum[lane] = 0;
+        for (int i = 0; i < kEach; ++i) {
+            const int word = lane * kEach + i;
+            if (word < words) sum[lane] += popcount(bits[word]);
+        }
+        mine[lane] = sum[lane];
+    });
+    warp.add_up(sum);
+    warp.each([&](int lane) {
+        int count = sum[lane] - mine[lane];
+        for (int i = 0; i < kEach; ++i) {
+            const int word = lane * kEach + i;
+            if (word >= words) break;
+            before[word] = count;
+            count += popcount(bits[word]);
+        }
+    });
+}
 
 }  // namespace simprune

@@ -19,6 +19,5 @@ int simprune_enqueue(
     int status = check_problem(problem);
     if (status == SIMPRUNE_OK) status = check_buffers(*problem, buffers, workspace, workspace_bytes);
     if (status != SIMPRUNE_OK) return status;
-    const Layout layout(*problem);
-    return launch(problem->dtype, make_job(*problem, *buffers, workspace, layout), layout, stream);
+    return launch(*problem, *buffers, workspace, stream);
 }

@@ -31,9 +31,10 @@ namespace simprune {
 
 // The order in which the CPU runs blocks, warps and lanes, and the GPU whose code path it takes.
 struct Schedule {
-    int order = 0;          // 0 forward, 1 backward, otherwise a seed to shuffle with
-    int sm = 80;            // 80: mma.m16n8k16; 75: mma.m16n8k8 for float16; 0: no tensor cores
-    bool truncates = true;  // sums of tensor cores are rounded towards zero, as real ones do
+    int order = 0;              // 0 forward, 1 backward, otherwise a seed to shuffle with
+    int sm = 80;                // 80: mma.m16n8k16; 75: mma.m16n8k8 for float16; 0: no tensor cores
+    bool truncates = true;      // sums of tensor cores are rounded towards zero, as real ones do
+    int multiprocessors = 132;  // of the GPU: how the work is divided
 };
 extern Schedule host_schedule;
 
@@ -84,6 +85,14 @@ struct Warp {
         return value[lane];
     }
 
+    // What lanes wrote to memory before, others may read or write over after.
+    void sync() const {}
+
+    // Every lane gets the sum of the values up to its own.
+    void add_up(Lanes<int>& value) const {
+        for (int lane = 1; lane < kWarp; ++lane) value[lane] += value[lane - 1];
+    }
+
     // Butterfly reduction: every lane combines with the lane `step` away, as on the GPU, so that
     // sums round alike.
     template <class T, class Combine>
@@ -126,6 +135,22 @@ private:
 
 inline void atomic_max(int32_t* address, int32_t value) {
     if (value > *address) *address = value;
+}
+// What was there before
+inline int32_t atomic_add(int32_t* address, int32_t value) {
+    const int32_t before = *address;
+    *address += value;
+    return before;
+}
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
 }
 inline int popcount(uint32_t bits) {
     return __builtin_popcount(bits);
@@ -172,6 +197,16 @@ struct Warp {
         return __shfl_sync(~0u, value[0], lane);
     }
 
+    SIMPRUNE_FN void sync() const { __syncwarp(); }
+
+    SIMPRUNE_FN void add_up(Lanes<int>& value) const {
+#pragma unroll
+        for (int step = 1; step < kWarp; step *= 2) {
+            const int before = __shfl_up_sync(~0u, value[0], step);
+            if (static_cast<int>(threadIdx.x % kWarp) >= step) value[0] += before;
+        }
+    }
+
     template <class T, class Combine>
     SIMPRUNE_FN T reduce(Lanes<T>& value, Combine combine) const {
 #pragma unroll
@@ -214,6 +249,15 @@ private:
 SIMPRUNE_FN void atomic_max(int32_t* address, int32_t value) {
     atomicMax(address, value);
 }
+SIMPRUNE_FN int32_t atomic_add(int32_t* address, int32_t value) {
+    return atomicAdd(address, value);
+}
+SIMPRUNE_FN uint32_t bits_of(float x) {
+    return __float_as_uint(x);
+}
+SIMPRUNE_FN float float_of(uint32_t bits) {
+    return __uint_as_float(bits);
+}
 SIMPRUNE_FN int popcount(uint32_t bits) {
     return __popc(bits);
 }
@@ -235,15 +279,18 @@ SIMPRUNE_FN float logarithm(float x) {
 
 #endif
 
-// A number that warps add up. Its butterfly gives every lane the same bits.
-struct Sum {
-    float value;
+// Numbers that warps add up. The butterfly gives every lane the same bits.
+template <class Number>
+struct SumOf {
+    Number value;
 #if !defined(SIMPRUNE_ON_HOST)
-    SIMPRUNE_FN static Sum shuffled(Sum mine, int step) {
+    SIMPRUNE_FN static SumOf shuffled(SumOf mine, int step) {
         return {__shfl_xor_sync(~0u, mine.value, step)};
     }
 #endif
 };
+using Sum = SumOf<float>;
+using Count = SumOf<int>;
 
 // A candidate and its score: the larger score wins, on a tie the lower index.
 struct Best {
@@ -260,8 +307,10 @@ SIMPRUNE_FN Best better(Best a, Best b) {
     return b.score > a.score || (b.score == a.score && b.index < a.index) ? b : a;
 }
 
-SIMPRUNE_FN float warp_sum(const Warp& warp, Lanes<Sum>& value) {
-    return warp.reduce(value, [](Sum a, Sum b) { return Sum{a.value + b.value}; }).value;
+template <class Number>
+SIMPRUNE_FN Number warp_sum(const Warp& warp, Lanes<SumOf<Number>>& value) {
+    using Each = SumOf<Number>;
+    return warp.reduce(value, [](Each a, Each b) { return Each{a.value + b.value}; }).value;
 }
 
 SIMPRUNE_FN Best warp_best(const Warp& warp, Lanes<Best>& value) {
@@ -275,36 +324,92 @@ struct alignas(16) Pack {
     T value[kCount];
 };
 
-// Copies 16 bytes from global to shared memory, or clears them. The copy may still be on its way until
-// wait_for_copies(); `anywhere` is a readable address for a GPU that wants one even for no bytes.
+// Copies 16 bytes from global to shared memory, or clears them, in the background. A thread's copies
+// since its last commit() are a group; wait<n>() waits until no more than the n newest of its groups
+// are on their way. `anywhere` is a readable address for a GPU that wants one
+// even for no bytes.
 #if defined(SIMPRUNE_ON_HOST)
 
-template <class T>
-void copy_or_clear(Pack<T>* target, const T* source, bool copy, const T*) {
-    *target = copy ? *reinterpret_cast<const Pack<T>*>(source) : Pack<T>{};
-}
-inline void wait_for_copies() {}
+// The copies are done when they are waited for, and no earlier.
+class CopiesUnderWay {
+public:
+    void begin(int thread, void* target, const void* source) {
+        std::memset(target, 0x5A, 16);
+        of(thread).back().push_back({target, source});
+    }
+    void commit(int thread) { of(thread).emplace_back(); }
+    void wait(int thread, size_t newest) {
+        auto& groups = of(thread);
+        while (groups.size() > newest + 1) {  // the last one is not committed
+            for (const Copy& copy : groups.front()) {
+                if (copy.source != nullptr) {
+                    std::memcpy(copy.target, copy.source, 16);
+                } else {
+                    std::memset(copy.target, 0, 16);
+                }
+            }
+            groups.erase(groups.begin());
+        }
+    }
+
+private:
+    struct Copy {
+        void* target;
+        const void* source;
+    };
+    using Groups = std::vector<std::vector<Copy>>;
+
+    Groups& of(int thread) {
+        const auto index = static_cast<size_t>(thread);
+        if (threads_.size() <= index) threads_.resize(index + 1, Groups(1));
+        return threads_[index];
+    }
+
+    std::vector<Groups> threads_;
+};
+
+struct Copies {
+    CopiesUnderWay under_way;
+
+    template <class T>
+    void copy_or_clear(int thread, void* target, const T* source, bool copy, const T*) {
+        under_way.begin(thread, target, copy ? source : nullptr);
+    }
+    void commit(int thread) { under_way.commit(thread); }
+    template <int kNewest>
+    void wait(int thread) {
+        under_way.wait(thread, kNewest);
+    }
+};
 
 #else
 
-template <class T>
-SIMPRUNE_FN void copy_or_clear(Pack<T>* target, const T* source, bool copy, [[maybe_unused]] const T* anywhere) {
+struct Copies {
+    template <class T>
+    SIMPRUNE_FN void copy_or_clear(
+        int, void* target, const T* source, bool copy, [[maybe_unused]] const T* anywhere) const {
 #if __CUDA_ARCH__ >= 800
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(copy ? source : anywhere),
-                 "r"(copy ? 16 : 0)
-                 : "memory");
+        const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(copy ? source : anywhere),
+                     "r"(copy ? 16 : 0)
+                     : "memory");
 #else
-    const uint4 zero = {0, 0, 0, 0};
-    *reinterpret_cast<uint4*>(target) = copy ? *reinterpret_cast<const uint4*>(source) : zero;
+        const uint4 zero = {0, 0, 0, 0};
+        *static_cast<uint4*>(target) = copy ? *reinterpret_cast<const uint4*>(source) : zero;
 #endif
-}
-
-SIMPRUNE_FN void wait_for_copies() {
+    }
+    SIMPRUNE_FN void commit(int) const {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
-}
+    }
+    template <int kNewest>
+    SIMPRUNE_FN void wait(int) const {
+#if __CUDA_ARCH__ >= 800
+        asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#endif
+    }
+};
 
 #endif
 

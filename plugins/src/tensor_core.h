@@ -44,11 +44,9 @@ SIMPRUNE_FN __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-struct FragmentA {
+// One fragment of a, or two of b beside one another (columns 0 to 7 in words 0 and 1).
+struct Fragment {
     uint32_t word[4];
-};
-struct FragmentB {
-    uint32_t word[2];
 };
 
 // Which GPUs have an instruction for the type: m16n8k16 from SM 8.0 on, m16n8k8 for float16 on 7.5.
@@ -87,9 +85,21 @@ inline float truncated_sum(const float* addend, int count) {
     return static_cast<float>(std::ldexp(std::trunc(std::ldexp(sum, -shift)), shift + largest - 24));
 }
 
-// The instruction, element by element. `c(lane)` points to the lane's four sums.
+// Four matrices of 8 rows of 16 bytes from shared memory: row r of matrix m lies at row(8 m + r). A lane
+// gets word lane % 4 of row lane / 4 of each.
+template <class Row>
+void load_matrices(const Warp&, Lanes<Fragment>& fragment, Row row) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+        for (int m = 0; m < 4; ++m) {
+            std::memcpy(&fragment[lane].word[m], row(8 * m + lane / 4) + lane % 4 * 4, 4);
+        }
+    }
+}
+
+// The instruction, element by element. `c(lane)` points to the lane's four sums; `which` of the two
+// fragments of b.
 template <class T, class C>
-void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& a, Lanes<FragmentB>& b) {
+void multiply_accumulate(const Warp&, C c, Lanes<Fragment>& a, Lanes<Fragment>& b, int which) {
     for (int row = 0; row < 16; ++row) {
         for (int column = 0; column < 8; ++column) {
             float& sum = c((row % 8) * 4 + column / 2)[2 * (row / 8) + column % 2];
@@ -98,7 +108,7 @@ void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& a, Lanes<FragmentB>
                 for (int k = 0; k < 8; ++k) {
                     const int lane_a = (row % 8) * 4 + k / 2, lane_b = column * 4 + k / 2;
                     const float x = half_of<T>(a[lane_a].word[2 * half + row / 8], k % 2);
-                    const float y = half_of<T>(b[lane_b].word[half], k % 2);
+                    const float y = half_of<T>(b[lane_b].word[2 * which + half], k % 2);
                     addend[k + 1] = x * y;  // exact, but for the ends of bfloat16's range
                     if (!host_schedule.truncates) sum = multiply_add(x, y, sum);
                 }
@@ -110,11 +120,22 @@ void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& a, Lanes<FragmentB>
 
 #else
 
+template <class Row>
+SIMPRUNE_FN void load_matrices(const Warp&, Lanes<Fragment>& fragment, Row row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row(static_cast<int>(threadIdx.x % kWarp))));
+    uint32_t(&word)[4] = fragment[0].word;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 template <class T, class C>
-SIMPRUNE_FN void multiply_accumulate(const Warp&, C c, Lanes<FragmentA>& fragment_a, Lanes<FragmentB>& fragment_b) {
+SIMPRUNE_FN void multiply_accumulate(
+    const Warp&, C c, Lanes<Fragment>& fragment_a, Lanes<Fragment>& fragment_b, int which) {
     [[maybe_unused]] float* sum = c(0);
     [[maybe_unused]] const uint32_t(&a)[4] = fragment_a[0].word;
-    [[maybe_unused]] const uint32_t(&b)[2] = fragment_b[0].word;
+    [[maybe_unused]] const uint32_t* b = fragment_b[0].word + 2 * which;
 #if __CUDA_ARCH__ >= 800
     if constexpr (std::is_same<T, __half>::value) {
         asm volatile(

@@ -2,7 +2,7 @@
 
 >>> kernels = Kernels("simprune-plugin/libsimprune_plugin.so")              # doctest: +SKIP
 >>> kept, log_size, index, assignment = kernels.similarity_prune(            # doctest: +SKIP
-...     tokens, log_size, threshold, num_prefix_tokens=1
+...     tokens, features, log_size, threshold, num_prefix_tokens=1
 ... )
 """
 
@@ -39,6 +39,7 @@ class _Problem(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("feature_dim", ctypes.c_int64),
         ("num_thresholds", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
         ("multiple_of", ctypes.c_int64),
@@ -55,8 +56,8 @@ class _Buffers(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
         for name in (
-            *("tokens", "log_size", "threshold"),
-            *("kept_tokens", "kept_log_size", "kept_index", "assignment", "num_slots"),
+            *("tokens", "features", "log_size", "threshold"),
+            *("kept_tokens", "kept_log_size", "kept_index", "assignment", "num_kept"),
         )
     )
 
@@ -113,10 +114,11 @@ class Kernels:
     def similarity_prune(
         self,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         threshold: torch.Tensor,
         num_prefix_tokens: int,
-        selection: str = "cover",
+        selection: str = "pairs",
         reduction: str = "merge",
         capacity: int = 0,
         multiple_of: int = 1,
@@ -132,6 +134,7 @@ class Kernels:
         """
         prepared = self.prepare(
             tokens,
+            features,
             log_size,
             threshold,
             num_prefix_tokens,
@@ -146,10 +149,11 @@ class Kernels:
     def prepare(
         self,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         threshold: torch.Tensor,
         num_prefix_tokens: int,
-        selection: str = "cover",
+        selection: str = "pairs",
         reduction: str = "merge",
         capacity: int = 0,
         multiple_of: int = 1,
@@ -158,12 +162,13 @@ class Kernels:
 
         Args and errors: as :meth:`similarity_prune`.
         """
-        self._check_tensors(tokens, log_size, threshold)
+        self._check_tensors(tokens, features, log_size, threshold)
         batch, num_tokens, dim = tokens.shape
         problem = _Problem(
             batch=batch,
             num_tokens=num_tokens,
             dim=dim,
+            feature_dim=features.shape[2],
             num_thresholds=len(threshold),
             capacity=_int32("capacity", capacity),
             multiple_of=_int32("multiple_of", multiple_of),
@@ -173,15 +178,16 @@ class Kernels:
             reduction=_position("reduction", reduction, REDUCTIONS),
         )
         self._raise_unless_ok(self._check(problem))
-        return Prepared(self, problem, tokens, log_size, threshold)
+        return Prepared(self, problem, tokens, features, log_size, threshold)
 
-    def schedule(self, order: int, sm: int) -> None:
+    def schedule(self, order: int, sm: int, multiprocessors: int = 132) -> None:
         """Choose how libsimprune_host.so runs from now on, everywhere in this process.
 
         Args:
             order: Threads, warps and blocks forward (0), backward (1) or shuffled with a seed (2
                 and more).
             sm: The GPU whose code it takes: 80, 75 or 0 (no tensor cores).
+            multiprocessors: How many it has; the work is divided accordingly. Default 132.
 
         Raises:
             SimpruneError: this is a library for GPUs.
@@ -191,10 +197,14 @@ class Kernels:
                 f"{self.info.path} runs on a GPU, which orders its threads itself: only "
                 "libsimprune_host.so has a schedule"
             )
-        self._library.simprune_host_schedule(order, sm)
+        self._library.simprune_host_schedule(order, sm, multiprocessors)
 
     def _check_tensors(
-        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        log_size: torch.Tensor,
+        threshold: torch.Tensor,
     ) -> None:
         """Check what the C interface cannot see, since it is given numbers and pointers."""
         if tokens.dtype not in DTYPES:
@@ -204,6 +214,12 @@ class Kernels:
         if tokens.ndim != 3:
             raise InvalidArgumentError(f"tokens must be [B, N, D], not {_describe(tokens)}")
         batch, num_tokens, _ = tokens.shape
+        if features.dtype != tokens.dtype or tuple(features.shape[:-1]) != (batch, num_tokens):
+            kind = _describe(tokens).split("[")[0]
+            raise InvalidArgumentError(
+                f"features must be {kind}[{batch}, {num_tokens}, F] as the tokens are, not "
+                f"{_describe(features)}"
+            )
         if log_size.dtype != torch.float32 or tuple(log_size.shape) != (batch, num_tokens):
             raise InvalidArgumentError(
                 f"log_size must be float32[{batch}, {num_tokens}], not {_describe(log_size)}"
@@ -212,7 +228,13 @@ class Kernels:
             raise InvalidArgumentError(
                 f"threshold must be float32[1] or [{batch}], not {_describe(threshold)}"
             )
-        for name, tensor in (("tokens", tokens), ("log_size", log_size), ("threshold", threshold)):
+        given = {
+            "tokens": tokens,
+            "features": features,
+            "log_size": log_size,
+            "threshold": threshold,
+        }
+        for name, tensor in given.items():
             if tensor.device.type != self.device_type:
                 raise InvalidArgumentError(
                     f"{name} is on {tensor.device}: {self.info.path.name} takes "
@@ -236,6 +258,7 @@ class Prepared:
     Attributes:
         tokens: The tensor that is read: the one given, or a copy if that was not contiguous. Write
             into it to launch with other values.
+        features: Likewise; the very tensor `tokens` where that was given for both.
         log_size: Likewise.
         threshold: Likewise.
     """
@@ -245,6 +268,7 @@ class Prepared:
         kernels: Kernels,
         problem: _Problem,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         threshold: torch.Tensor,
     ) -> None:
@@ -253,6 +277,7 @@ class Prepared:
         self.tokens, self.log_size, self.threshold = (
             tensor.detach().contiguous() for tensor in (tokens, log_size, threshold)
         )
+        self.features = self.tokens if features is tokens else features.detach().contiguous()
         batch, num_tokens, dim = tokens.shape
         slots = problem.num_prefix_tokens + problem.capacity if problem.capacity else num_tokens
         device = tokens.device
@@ -260,7 +285,7 @@ class Prepared:
         self._kept_log_size = torch.empty(batch * slots, dtype=torch.float32, device=device)
         self._kept_index = torch.empty(batch * slots, dtype=torch.int64, device=device)
         self._assignment = torch.empty(batch, num_tokens, dtype=torch.int64, device=device)
-        self._num_slots = torch.full((), -1, dtype=torch.int32, device=device)
+        self._num_kept = torch.full((), -1, dtype=torch.int32, device=device)
 
         needed = kernels._workspace_bytes(problem)
         self._workspace = torch.empty(
@@ -271,13 +296,14 @@ class Prepared:
             problem,
             _Buffers(
                 self.tokens.data_ptr(),
+                self.features.data_ptr(),
                 self.log_size.data_ptr(),
                 self.threshold.data_ptr(),
                 self._kept_tokens.data_ptr(),
                 self._kept_log_size.data_ptr(),
                 self._kept_index.data_ptr(),
                 self._assignment.data_ptr(),
-                self._num_slots.data_ptr(),
+                self._num_kept.data_ptr(),
             ),
             start + -start % _WORKSPACE_ALIGNMENT,
             needed,
@@ -309,7 +335,7 @@ class Prepared:
         if self._problem.capacity:
             slots = self._problem.num_prefix_tokens + self._problem.capacity
         else:
-            slots = int(self._num_slots.item())
+            slots = int(self._num_kept.item())
             if not 0 <= slots <= num_tokens:
                 raise InvalidArgumentError(
                     f"there are {slots} slots: call launch() before outputs()"

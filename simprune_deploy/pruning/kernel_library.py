@@ -20,7 +20,7 @@ from simprune_deploy.common.errors import ArtifactError, SimpruneError
 LIBRARY_VARIABLE = "SIMPRUNE_LIBRARY"
 """The environment variable that names the library whose kernels take torch's CUDA tensors."""
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The version of the C interface (``plugins/include/simprune.h``) that this package speaks."""
 
 MARK = b"simprune-library-info:"

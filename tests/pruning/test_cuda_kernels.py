@@ -34,11 +34,10 @@ def host(host_library: Path) -> Kernels:
     return Kernels(host_library)
 
 
-def tensors(
-    case: Case, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tensors(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return (
         torch.from_numpy(case.tokens).to(dtype),
+        torch.from_numpy(case.compared).to(dtype),
         torch.from_numpy(case.log_size),
         torch.from_numpy(case.threshold),
     )
@@ -68,16 +67,24 @@ def test_the_results_are_the_packed_front_of_their_buffers(host: Kernels) -> Non
 
 
 def test_a_fixed_capacity_reads_nothing_back(host: Kernels) -> None:
-    case = random_case(3, capacity=5)
+    case = random_case(3, capacity=12)
     prepared = host.prepare(*tensors(case), **case.attributes)
-    assert prepared.outputs()[0].shape[1] == case.prefix + 5
+    assert prepared.outputs()[0].shape[1] == case.prefix + 12
+
+
+def test_compared_tokens_are_held_once(host: Kernels) -> None:
+    tokens = torch.ones(2, 5, 3).transpose(1, 2)  # not contiguous, so a copy is read
+    values = {**inputs_with(), "tokens": tokens, "features": tokens}
+    values.update(log_size=torch.zeros(2, 3))
+    prepared = host.prepare(**values)
+    assert prepared.features is prepared.tokens is not tokens
 
 
 @pytest.mark.parametrize(("order", "sm"), [(0, 80), (1, 80), (5, 80), (0, 75), (0, 0)])
 def test_schedules_change_nothing(host: Kernels, order: int, sm: int) -> None:
-    case = exact_case(4, padding="holes", capacity=4)
+    case = exact_case(4, padding="tail", capacity=8, feature_dim=24)
     try:
-        host.schedule(order, sm)
+        host.schedule(order, sm, multiprocessors=3)
         for dtype in kernels.DTYPES:
             inputs = tensors(case, dtype)
             outputs = host.similarity_prune(*inputs, **case.attributes)
@@ -89,6 +96,7 @@ def test_schedules_change_nothing(host: Kernels, order: int, sm: int) -> None:
 def inputs_with(**changes: Any) -> dict[str, Any]:
     values = {
         "tokens": torch.zeros(2, 5, 3),
+        "features": torch.zeros(2, 5, 6),
         "log_size": torch.zeros(2, 5),
         "threshold": torch.tensor([0.5]),
         "num_prefix_tokens": 1,
@@ -96,16 +104,25 @@ def inputs_with(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
-BIG = {"tokens": torch.zeros(1, 4098, 1), "log_size": torch.zeros(1, 4098)}
+BIG = {
+    "tokens": torch.zeros(1, 4098, 1),
+    "features": torch.zeros(1, 4098, 1),
+    "log_size": torch.zeros(1, 4098),
+}
+DOUBLE = {"tokens": torch.zeros(2, 5, 3).double(), "features": torch.zeros(2, 5, 6).double()}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": torch.zeros(2, 5, 3).double()}, r"tokens are float64\[2, 5, 3\]"),
+        (DOUBLE, r"tokens are float64\[2, 5, 3\]"),
         ({"tokens": torch.zeros(2, 5, 3, dtype=torch.int64)}, "take float32, float16 and bfloat16"),
         ({"tokens": torch.zeros(5, 3)}, r"tokens must be \[B, N, D\], not float32\[5, 3\]"),
         ({"tokens": torch.zeros(2, 5, 3, device="meta")}, "tokens is on meta"),
+        ({"features": torch.zeros(2, 5, 6, device="meta")}, "features is on meta: .* cpu tensors"),
+        ({"features": torch.zeros(2, 4, 6)}, r"features must be float32\[2, 5, F\] as the tokens"),
+        ({"features": torch.zeros(2, 5)}, r"as the tokens are, not float32\[2, 5\]"),
+        ({"features": torch.zeros(2, 5, 6).half()}, r"not float16\[2, 5, 6\]"),
         ({"log_size": torch.zeros(2, 5, device="meta")}, "log_size is on meta: .* cpu tensors"),
         ({"log_size": torch.zeros(2, 4)}, r"log_size must be float32\[2, 5\]"),
         ({"log_size": torch.zeros(2, 5).half()}, r"not float16\[2, 5\]"),
@@ -150,8 +167,8 @@ def test_the_binding_is_that_of_the_header() -> None:
 
 def test_libraries_that_do_not_fit_are_refused(host_library: Path, tmp_path: Path) -> None:
     data = host_library.read_bytes()
-    other_abi = written(tmp_path / "abi.so", data.replace(b'"abi": 1', b'"abi": 9'))
-    with pytest.raises(SimpruneError, match="C interface 9, and this version speaks 1"):
+    other_abi = written(tmp_path / "abi.so", data.replace(b'"abi": 2', b'"abi": 9'))
+    with pytest.raises(SimpruneError, match="C interface 9, and this version speaks 2"):
         Kernels(other_abi)
     other_machine = written(tmp_path / "machine.so", data[:18] + b"\xf3\x00" + data[20:])
     with pytest.raises(SimpruneError, match=f"is for ELF machine 243.*{platform.machine()}"):
@@ -201,7 +218,7 @@ def test_the_library_that_is_named_runs(
         return run_kernels(self, *arguments)
 
     monkeypatch.setattr(Kernels, "similarity_prune", spy)
-    case = exact_case(5, padding="holes", selection="redundancy", reduction="drop", capacity=3)
+    case = exact_case(5, padding="tail", selection="redundancy", reduction="drop", capacity=3)
     inputs = tensors(case)
     expected = similarity_prune(*inputs, **case.attributes)
     assert called == []  # CPU tensors stay with PyTorch
@@ -246,7 +263,7 @@ def test_mistakes_are_the_same_errors_with_a_library(named_library: Path) -> Non
                 operator(**inputs_with(**changes))
             messages.append(str(error.value))
         assert messages[0] == messages[1]
-    for changes in ({"tokens": torch.zeros(2, 5, 3).double()}, BIG):
+    for changes in (DOUBLE, BIG):
         with pytest.raises(SimpruneError, match=r"kernels"):
             similarity_prune_on_gpu(**inputs_with(**changes))
 
@@ -254,7 +271,8 @@ def test_mistakes_are_the_same_errors_with_a_library(named_library: Path) -> Non
 def test_the_operator_needs_no_library_code_until_one_is_named() -> None:
     code = (
         "import sys, torch\nfrom simprune_deploy.pruning.operator import similarity_prune_on_gpu\n"
-        "similarity_prune_on_gpu(torch.ones(1, 3, 2), torch.zeros(1, 3), torch.ones(1), 1)\n"
+        "x = torch.ones(1, 3, 2)\n"
+        "similarity_prune_on_gpu(x, x, torch.zeros(1, 3), torch.ones(1), 1)\n"
         "print([name for name in sys.modules if name.startswith('simprune_deploy.engine.plugin.')])"
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_VARIABLE}
