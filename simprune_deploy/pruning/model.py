@@ -343,12 +343,10 @@ def _check_inside(vit: VisionTransformer, layer: int, features: str) -> None:
     kind = type(block).__name__
     if not has_two_halves(block):
         remedy = {"place": "before", **({} if features == "tokens" else {"features": "tokens"})}
-        what = f"it is a {kind}, which is not attention and then MLP"
+        what = f"it is a {kind}, which does not run as attention and then MLP"
     elif features != "tokens" and not has_keys(block):
         remedy = {"features": "tokens"}
-        what = (
-            f"it is a {kind} with {type(block.attn).__name__}, whose keys are not one vector each"
-        )
+        what = f"it is a {kind} with {type(block.attn).__name__}, whose keys are not at hand"
     else:
         return
     raise UnsupportedModelError(
