@@ -326,15 +326,12 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     return program.model_proto
 
 
-def _onnx_operator(traced: bool) -> Any:
-    """Return the onnxscript operator that becomes our node, its attributes in schema order."""
-    import onnxscript
-
+def _schema() -> onnx.defs.OpSchema:
     formal = onnx.defs.OpSchema.FormalParameter
     attribute = onnx.defs.OpSchema.Attribute
     kinds = onnx.defs.OpSchema.AttrType
     strings = ("reduction", "selection")
-    schema = onnx.defs.OpSchema(
+    return onnx.defs.OpSchema(
         OP_TYPE,
         DOMAIN,
         DOMAIN_VERSION,
@@ -357,8 +354,14 @@ def _onnx_operator(traced: bool) -> Any:
             attribute(name, kinds.STRING if name in strings else kinds.INT) for name in ATTRIBUTES
         ],
     )
+
+
+def _onnx_operator(traced: bool) -> Any:
+    """Return the onnxscript operator that becomes our node, its attributes in schema order."""
+    import onnxscript
+
     domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
-    operator = onnxscript.values.Op(domain, OP_TYPE, op_schema=schema)
+    operator = onnxscript.values.Op(domain, OP_TYPE, op_schema=_schema())
 
     def translate(
         tokens: Any,

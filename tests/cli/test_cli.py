@@ -568,9 +568,9 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("output", "index", "name"),
         [
-            ("slot_tokens_f", 0, "slot_tokens_read"),  # drop in place of merge
-            ("slot_log_size", 1, "slot_log_size_read"),  # sizes do not grow
-            ("slot_index", 0, "slot_patch_row"),  # the prefix is left out of the index
+            ("merged", 1, "odd"),  # an odd patch takes in itself, not those that went to it
+            ("stays", 0, "even_valid"),  # what goes is kept as well
+            ("slot_rows", 2, "dest"),  # slots are filled with other tokens
         ],
     )
     def test_changed_body_fails(self, copy: Path, output: str, index: int, name: str) -> None:
@@ -663,7 +663,7 @@ def decisions_in_padded_batches_shuffled(graph: onnx.ModelProto) -> None:
         main.initializer.append(numpy_helper.from_array(np.int64(value), f"shuffle_{name}"))
     main.initializer.append(numpy_helper.from_array(np.int64([2]), "shuffle_two"))
     main.initializer.append(numpy_helper.from_array(np.int64([99999]), "shuffle_stop"))
-    main.initializer.append(numpy_helper.from_array(np.int64([0]), "shuffle_zero"))
+    main.initializer.append(numpy_helper.from_array(np.float32([-1e4]), "shuffle_pad"))
     prune = next(node for node in main.node if node.name == "prune_before_block_1")
     at = list(main.node).index(prune) + 1
     tokens, prune.output[0] = prune.output[0], "shuffle_tokens"
@@ -675,10 +675,10 @@ def decisions_in_padded_batches_shuffled(graph: onnx.ModelProto) -> None:
         ),
         helper.make_node(
             "Slice",
-            [prune.output[2], "shuffle_last", "shuffle_stop", "shuffle_along"],
-            ["shuffle_last_index"],
+            [prune.output[1], "shuffle_last", "shuffle_stop", "shuffle_along"],
+            ["shuffle_last_size"],
         ),
-        helper.make_node("Equal", ["shuffle_last_index", "shuffle_zero"], ["shuffle_flat"]),
+        helper.make_node("Equal", ["shuffle_last_size", "shuffle_pad"], ["shuffle_flat"]),
         helper.make_node("Unsqueeze", ["shuffle_flat", "shuffle_two"], ["shuffle_padded"]),
         helper.make_node("Where", ["shuffle_padded", "shuffle_turned", "shuffle_tokens"], [tokens]),
     ]
@@ -716,8 +716,8 @@ class TestVerdict:
             elif change == "multiple":
                 attributes["multiple_of"].i = 4
             elif change == "comparison":
-                node = next(n for n in graph.functions[0].node if "alike" in n.output)
-                node.op_type = "Greater"
+                node = next(n for n in graph.functions[0].node if "below" in n.output)
+                node.op_type = "LessOrEqual"
             else:
                 change_weight(graph, "threshold", lambda value: value + 1e-6)
 

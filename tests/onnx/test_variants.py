@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from simprune_deploy.cli import app
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
-from simprune_deploy.onnx.function_body import ATTRIBUTES, DOMAIN, BodyVariant, build_function
+from simprune_deploy.onnx.function_body import ATTRIBUTES, DOMAIN, NAMING_ATTRIBUTES
 from simprune_deploy.onnx.metadata import METADATA_KEY, read_metadata, write_metadata
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
+    function_of,
     prune_nodes,
     with_diagnostics,
     with_function,
@@ -43,7 +44,7 @@ every_form = pytest.mark.parametrize(
     [
         (tokens, selection, reduction)
         for tokens in (DYNAMIC, FIXED)
-        for selection in ("cover", "redundancy")
+        for selection in ("pairs", "redundancy")
         for reduction in ("merge", "drop")
     ],
 )
@@ -55,9 +56,9 @@ class SimilarityPrune(OpRun):
     op_domain = DOMAIN
 
     def _run(
-        self, tokens: Any, log_size: Any, threshold: Any, **attributes: Any
+        self, tokens: Any, features: Any, log_size: Any, threshold: Any, **attributes: Any
     ) -> tuple[Any, ...]:
-        assert sorted(attributes) == list(ATTRIBUTES)
+        assert sorted(attributes) == sorted([*ATTRIBUTES, *NAMING_ATTRIBUTES])
         case = Case(
             tokens.astype(np.float32),
             log_size,
@@ -67,6 +68,7 @@ class SimilarityPrune(OpRun):
             attributes["reduction"],
             attributes["capacity"],
             attributes["multiple_of"],
+            features.astype(np.float32),
         )
         result = similarity_prune(case)
         return (
@@ -74,6 +76,7 @@ class SimilarityPrune(OpRun):
             result.kept_log_size.astype(np.float32),
             result.kept_index,
             result.assignment,
+            *([] if case.capacity else [np.array(result.kept_index.shape[1])]),
         )
 
 
@@ -111,10 +114,10 @@ def in_form(
         for attribute in node.attribute:
             if attribute.name in ("selection", "reduction"):
                 attribute.s = str(getattr(config, attribute.name)).encode()
+    metadata = dataclasses.replace(metadata, pruning=config)
     del graph.functions[:]
-    variant = BodyVariant.of(config, metadata.num_prefix_tokens)
-    graph.functions.append(build_function(variant, metadata.export["opset"]))
-    write_metadata(graph, dataclasses.replace(metadata, pruning=config))
+    graph.functions.append(function_of(metadata))
+    write_metadata(graph, metadata)
     return graph
 
 
@@ -155,7 +158,7 @@ def test_a_stripped_file_with_the_operator_supplied_gives_the_same(
     assert len(whole.functions) == 1
     assert not stripped.functions
     onnx.checker.check_model(stripped, full_check=True)
-    limits = {"cover": [0.8, 0.7, 0.9], "redundancy": [0.5, 0.6, 0.4]}[selection]
+    limits = {"pairs": [0.8, 0.7, 0.9], "redundancy": [0.5, 0.6, 0.4]}[selection]
     pixels = photographs(pruned(CLASS_TOKEN), 4).pixels[1:]
     feed = {"images": pixels, "threshold": np.array(limits, np.float32)}
     expected = run(with_diagnostics(whole), feed)
