@@ -92,7 +92,10 @@ def traced(tokens: str, precision: str) -> onnx.ModelProto:
         metadata = read_metadata(wide)
         graph, _ = with_precision(wide, precision)
         export = {**metadata.export, "precision": precision}
-        write_metadata(graph, dataclasses.replace(metadata, export=export))
+        metadata = dataclasses.replace(metadata, export=export)
+        write_metadata(graph, metadata)
+        del graph.functions[:]
+        graph.functions.append(function_of(metadata))
         return graph
     model = pruned(CLASS_TOKEN, tokens=40 if tokens == FIXED else None)
     return export_onnx(model, ExportOptions(batch=(1, 4), runtime_threshold=True))
