@@ -271,7 +271,7 @@ class Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         first, *rest = self.engine.outputs[name]["shape"]
-        batch = self.shapes["images"][0] if isinstance(first, str) else first
+        batch = first if isinstance(first, int) else self.shapes["images"][0]
         return (batch, *(size if isinstance(size, int) else -1 for size in rest))
 
     def get_max_output_size(self, name: str) -> int:
