@@ -6,7 +6,7 @@
 ``selection`` varies what goes, what becomes of it and the attention; ``layers`` the blocks before
 which it happens; ``spread`` adds a term that keeps patches spread over the image (variants.py).
 
-Every variant is compared with the default (cover, merge, layers "auto", proportional attention)
+Every variant is compared with the default (pairs, merge, layers "auto", proportional attention)
 where both process the same mean share of tokens. The thresholds for about those shares are found on
 some of the images, all images are run at them, and between them, and the unpruned model, quality is
 interpolated. The 95 % interval is that of a bootstrap which draws the same images for both.
@@ -92,13 +92,13 @@ def variants(track: str, group: str) -> list[Variant]:
     """Return the default, then every variant of a group."""
     found = [Variant(DEFAULT)]
     if group == "selection":
-        pairs = [("cover", "drop"), ("redundancy", "merge"), ("redundancy", "drop")]
+        pairs = [("pairs", "drop"), ("redundancy", "merge"), ("redundancy", "drop")]
         for selection, reduction in pairs:
             options = {"selection": selection, "reduction": reduction}
             found.append(Variant(f"{selection} + {reduction}", options))
         for reduction in ("merge", "drop"):
             options = {"reduction": reduction, "proportional_attention": False}
-            found.append(Variant(f"cover + {reduction}, plain attention", options))
+            found.append(Variant(f"pairs + {reduction}, plain attention", options))
     elif group == "layers":
         for layers in LAYERS[track]:
             blocks = [int(layer) for layer in layers.split(",")]

@@ -3,7 +3,7 @@
     python experiments/curves.py fashion
     python experiments/curves.py photographs --weights real-weights
 
-At every threshold ours (cover, merge, layers "auto") says how many patches each image keeps after
+At every threshold ours (pairs, merge, layers "auto") says how many patches each image keeps after
 each prune layer, and every baseline keeps just as many of the same image at the same layer. Only
 "tome, fixed" and "ours, fixed" keep as many of every image, the mean of ours at each layer. Writes
 ``curves-TRACK.csv`` and ``curves-TRACK.svg`` into docs/method, or the folder of ``-o``.

@@ -15,7 +15,7 @@ import torch
 
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT
-from simprune_deploy.pruning.operator import reduce_tokens, similarity_prune
+from simprune_deploy.pruning.operator import similarity_prune
 
 
 def place_features(rows: int, columns: int, reach: float) -> torch.Tensor:
@@ -53,6 +53,7 @@ class SpreadViT(PrunedViT):
     def _operator(
         self,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         threshold: torch.Tensor,
         **values: Any,
@@ -60,12 +61,11 @@ class SpreadViT(PrunedViT):
         prefix = values["num_prefix_tokens"]
         if self.now is None:  # the place of every patch: the first prune layer sees them all
             self.now = torch.arange(len(self.places)).expand(len(tokens), -1)
-        content = torch.nn.functional.normalize(tokens.float(), dim=2)
+        content = torch.nn.functional.normalize(features.float(), dim=2)
         place = torch.zeros(*tokens.shape[:2], self.places.shape[1])
         place[:, prefix:] = self.places[self.now]
         mixed = [math.sqrt(1 - self.weight) * content, math.sqrt(self.weight) * place]
-        *_, index, assignment = similarity_prune(torch.cat(mixed, 2), log_size, threshold, **values)
-        reduction = values["reduction"]
-        kept = reduce_tokens(tokens, log_size, index, assignment, reduction, prefix)
-        self.now = self.now.gather(1, (index[:, prefix:] - prefix).clamp_min(0))
-        return (*kept, index, assignment)
+        compared = torch.cat(mixed, 2).to(tokens.dtype)
+        found = similarity_prune(tokens, compared, log_size, threshold, **values)
+        self.now = self.now.gather(1, (found[2][:, prefix:] - prefix).clamp_min(0))
+        return found

@@ -18,7 +18,7 @@ from simprune_deploy.cli import app
 from simprune_deploy.cli import export as export_command
 from simprune_deploy.onnx.metadata import InputForm
 from simprune_deploy.onnx.precision import Precision
-from simprune_deploy.pruning.config import Reduction, Selection
+from simprune_deploy.pruning.config import Features, Place, Reduction, Selection
 
 PACKAGE = ROOT / "simprune_deploy"
 MOST_LINES = 60
@@ -138,6 +138,8 @@ def test_the_command_lines_choices_are_the_librarys() -> None:
     for mine, theirs in (
         (export_command.Selection, Selection),
         (export_command.Reduction, Reduction),
+        (export_command.Place, Place),
+        (export_command.Features, Features),
         (export_command.Precision, Precision),
         (export_command.InputForm, InputForm),
     ):

@@ -122,8 +122,8 @@ def test_one_batch_size_is_a_range(deciding_demo: Path) -> None:
 def test_one_set_of_a_sweep_may_be_given_as_it_is(tmp_path: Path) -> None:
     from simprune_deploy.tuning.grid import Grid
 
-    one = Grid(0.9, [1, 3, 4], "cover", "drop", 10)  # type: ignore[arg-type]
-    several = Grid((0.9,), ((1, 3, 4),), ("cover",), ("drop",), (10,))
+    one = Grid(0.9, [1, 3, 4], "pairs", "drop", 10)  # type: ignore[arg-type]
+    several = Grid((0.9,), ((1, 3, 4),), ("pairs",), ("drop",), (10,))
     assert one.settings(6, 49) == several.settings(6, 49)
     auto = Grid((0.9,), "auto")
     assert auto.settings(12, 196) == Grid((0.9,), ("auto",)).settings(12, 196)

@@ -26,8 +26,28 @@ if TYPE_CHECKING:
 # the library's own, in modules that --help does not wait for; a test holds them to those
 Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
+Place = Literal["before", "inside"]
+Features = Literal["tokens", "keys", "mean-keys"]
 Precision = Literal["fp32", "fp16", "bf16"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
+
+PlaceChoice = Annotated[
+    Place | None,
+    typer.Option(
+        "--place",
+        help="Prune before those blocks, or inside them, between attention and MLP.  "
+        "[default: the model's, or before]",
+        show_default=False,
+    ),
+]
+FeaturesChoice = Annotated[
+    Features | None,
+    typer.Option(
+        "--features",
+        help="What is compared; keys want --place inside.  [default: the model's, or tokens]",
+        show_default=False,
+    ),
+]
 
 
 @takes_checkpoint()
@@ -47,10 +67,12 @@ def export(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="'auto', or the blocks before which to prune: 3,6,9.  [default: auto]",
+            help="'auto', or the blocks to prune at: 3,6,9.  [default: auto]",
             show_default=False,
         ),
     ] = None,
+    place: PlaceChoice = None,
+    features: FeaturesChoice = None,
     selection: Annotated[
         Selection | None,
         typer.Option(help="How patches are chosen.  [default: pairs]", show_default=False),
@@ -166,6 +188,8 @@ def export(
             proportional_attention=proportional_attention,
             tokens=_parse_tokens(tokens),
             multiple_of=multiple_of,
+            place=place,
+            features=features,
             config=config,
             images=images,
             verify=not no_verify,

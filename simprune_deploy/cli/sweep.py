@@ -17,6 +17,7 @@ from simprune_deploy.cli.common import (
     parse_share,
     print_json,
 )
+from simprune_deploy.cli.export import FeaturesChoice, PlaceChoice
 from simprune_deploy.cli.grids import parse_layer_sets, parse_thresholds, parse_token_sets
 from simprune_deploy.evaluate import class_order
 
@@ -81,9 +82,11 @@ def sweep(
             help="'auto', or sets of blocks: 3,6,9;2,5,8.  [default: the model's, or auto]"
         ),
     ] = None,
+    place: PlaceChoice = None,
+    features: FeaturesChoice = None,
     selection: Annotated[
         str | None,
-        typer.Option(help="cover, redundancy, or both: cover,redundancy.  [default: cover]"),
+        typer.Option(help="pairs, redundancy, or both: pairs,redundancy.  [default: pairs]"),
     ] = None,
     reduction: Annotated[
         str | None,
@@ -138,6 +141,8 @@ def sweep(
             reductions=None if reduction is None else tuple(reduction.split(",")),
             tokens=None if tokens is None else parse_token_sets(tokens),
             backend=backend,
+            place=place,
+            features=features,
             compare=compare,
             limit=limit,
             classes=classes,

@@ -15,7 +15,7 @@ from simprune_deploy.cli.common import (
     parse_share,
     print_json,
 )
-from simprune_deploy.cli.export import Reduction, Selection
+from simprune_deploy.cli.export import FeaturesChoice, PlaceChoice, Reduction, Selection
 from simprune_deploy.cli.grids import parse_layer_sets
 from simprune_deploy.cli.sweep import (
     BackendName,
@@ -61,6 +61,8 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    place: PlaceChoice = None,
+    features: FeaturesChoice = None,
     selection: Annotated[Selection, typer.Option(help="How patches are chosen.")] = "pairs",
     reduction: Annotated[Reduction, typer.Option(help="What becomes of them.")] = "merge",
     confidence: Annotated[str, typer.Option(help="Of the interval of the drop.")] = "95%",
@@ -107,6 +109,8 @@ def tune(
             layers=None if layers is None else parse_layer_sets(layers),
             selection=selection,
             reduction=reduction,
+            place=place,
+            features=features,
             confidence=parse_share(confidence),
             overflow=None if overflow is None else parse_share(overflow),
             backend=backend,

@@ -15,6 +15,7 @@ from simprune_deploy.cli.common import (
     parse_layers,
     print_json,
 )
+from simprune_deploy.cli.export import FeaturesChoice, PlaceChoice
 
 
 @takes_checkpoint()
@@ -36,10 +37,11 @@ def visualize(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Prune a checkpoint before these blocks: 'auto' or 3,6,9.  [default: its own, "
-            "or auto]"
+            help="Prune a checkpoint at these blocks: 'auto' or 3,6,9.  [default: its own, or auto]"
         ),
     ] = None,
+    place: PlaceChoice = None,
+    features: FeaturesChoice = None,
     limit: Annotated[
         int, typer.Option(help="The most pictures of one folder or file, spread evenly.")
     ] = 24,
@@ -60,6 +62,8 @@ def visualize(
             output=output,
             threshold=threshold,
             layers=parse_layers(layers),
+            place=place,
+            features=features,
             limit=limit,
             force=force,
             checkpoint=checkpoint,
@@ -79,7 +83,7 @@ def _print(console: Any, folder: Path, numbers: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("picture", overflow="fold")
     for layer in numbers["prune_layers"]:
-        table.add_column(f"kept before block {layer}", justify="right")
+        table.add_column(f"kept {numbers['place']} block {layer}", justify="right")
     table.add_column("largest group", justify="right")
     rows, columns = numbers["grid"]
     for each in numbers["pictures"]:

@@ -49,7 +49,14 @@ from simprune_deploy.onnx.exported_folder import (
     UNVERIFIED,
 )
 from simprune_deploy.onnx.options import ExportOptions
-from simprune_deploy.pruning.config import PruneConfig, Reduction, Selection, check_threshold
+from simprune_deploy.pruning.config import (
+    Features,
+    Place,
+    PruneConfig,
+    Reduction,
+    Selection,
+    check_threshold,
+)
 from simprune_deploy.pruning.tuned_file import read_configuration
 
 if TYPE_CHECKING:
@@ -69,9 +76,9 @@ class ExportRequest:
             :func:`simprune_deploy.prune` gave.
         output: The folder to write. Default None: NAME-pruned.
         options: The graph's form. Default None: :class:`ExportOptions`'s defaults.
-        threshold, layers, selection, reduction, proportional_attention, tokens, multiple_of: As
-            :func:`simprune_deploy.prune` takes them. Default None: the model's own, or its
-            defaults.
+        threshold, layers, selection, reduction, proportional_attention, tokens, multiple_of, place,
+            features: As :func:`simprune_deploy.prune` takes them. Default None: the model's own, or
+            its defaults.
         config: A file of ``tune`` with these; what is given here overrides it.
         images: Folder of pictures for the parity check. Default None: photographs that come along.
         verify: Run the parity check. Default True.
@@ -98,6 +105,8 @@ class ExportRequest:
     proportional_attention: bool | None = None
     tokens: str | int | Sequence[int] | None = None
     multiple_of: int | None = None
+    place: Place | None = None
+    features: Features | None = None
     config: str | Path | None = None
     images: str | Path | None = None
     verify: bool = True
@@ -132,18 +141,21 @@ class ExportRequest:
             SimpruneError: a value is out of its range, or the configuration cannot be read.
         """
         names = ("threshold", "layers", "selection", "reduction", "proportional_attention",
-                 "tokens", "multiple_of")  # fmt: skip
+                 "tokens", "multiple_of", "place", "features")  # fmt: skip
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         hints: tuple[int, ...] = ()
         if self.config is not None:
             tuned, found = read_configuration(Path(self.config))
             # they are of these layers, where the image decides how many tokens stay
-            if asked.keys().isdisjoint(("layers", "tokens")) and tuned["tokens"] == "dynamic":
+            others = ("layers", "tokens", "place", "features")
+            if asked.keys().isdisjoint(others) and tuned["tokens"] == "dynamic":
                 hints = found
             asked = {**tuned, **asked}
         if "threshold" in asked:
             check_threshold(asked["threshold"])
-        simple = ("threshold", "selection", "reduction", "multiple_of")
+        simple = ["threshold", "selection", "reduction", "multiple_of", "place"]
+        if "place" in asked:  # else it is the checkpoint's, and keys may go with it
+            simple.append("features")
         PruneConfig(**{name: asked[name] for name in simple if name in asked})
         return asked, hints
 

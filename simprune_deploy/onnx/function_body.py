@@ -171,7 +171,14 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
         "i_multiple": [multiple_of],
         "i_multiple_less_one": [multiple_of - 1],
     }
-    scalars = {"s_zero": 0, "s_one": 1, "s_two": 2, "s_prefix": prefix, "s_prefix_less_one": prefix - 1, "s_no_slot": -1}
+    scalars = {
+        "s_zero": 0,
+        "s_one": 1,
+        "s_two": 2,
+        "s_prefix": prefix,
+        "s_prefix_less_one": prefix - 1,
+        "s_no_slot": -1,
+    }
     floats = {
         "f_zero": "0.0",
         "f_one": "1.0",
@@ -372,9 +379,9 @@ _FIXED_COUNT = """
     fixed_count = Reshape (fixed_capacity, i_last)
     slots_end = Add (fixed_count, i_front)
 """
-# (A sum along an axis of length 1 changes nothing: TensorRT-RTX lets a size depend on the data where
-# it comes out of a loop, which a CumSum is to it, and otherwise takes small tensors for shapes that
-# it must know.)
+# (A sum along an axis of length 1 changes nothing: TensorRT-RTX lets a size depend on the data
+# where it comes out of a loop, which a CumSum is to it, and otherwise takes small tensors for
+# shapes that it must know.)
 _COUNT = """
     dest_summed = CumSum (dest, s_two)
     slots = ReduceMax <keepdims = 0> (dest_summed, i_axes)

@@ -30,8 +30,8 @@ def make_readable(
     """Rename nodes, weights, prune outputs and token dimensions in place.
 
     A node is named after its module and operator (``blocks.0.attn.qkv/MatMul``), a prune node
-    after its block (``prune_before_block_3``, ``prune_inside_block_3``), its outputs ``prune_3/kept_tokens`` and so on, and
-    the token count it leaves is the dimension ``tokens_3``. `first_dimensions` names the first
+    after its block (``prune_before_block_3``, ``prune_inside_block_3``), its outputs
+    ``prune_3/kept_tokens`` and so on, and the token count it leaves is the dimension ``tokens_3``. `first_dimensions` names the first
     dimension of inputs, where it is dynamic. What the tracer attached to the
     nodes goes: it holds file paths and stack traces.
     """

@@ -26,7 +26,12 @@ class _ReplayingViT(PrunedViT):
     decisions: list[PruneRecord]
 
     def _operator(
-        self, tokens: torch.Tensor, log_size: torch.Tensor, threshold: torch.Tensor, **values: Any
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        log_size: torch.Tensor,
+        threshold: torch.Tensor,
+        **values: Any,
     ) -> tuple[torch.Tensor, ...]:
         record = self.decisions.pop(0)
         heads = torch.from_numpy(np.asarray(record.heads(), np.int64))

@@ -20,6 +20,9 @@ PLACES = ("before", "inside")
 FEATURES = ("tokens", "keys", "mean-keys")
 """What is compared: tokens, the keys of all heads side by side, or their mean over the heads."""
 
+USUALLY_LEFT = 0.4
+"""Of the patches, behind all prune layers of a model of which nothing better is known."""
+
 Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Place = Literal["before", "inside"]
@@ -77,7 +80,8 @@ class PruneConfig:
         if self.features != "tokens" and self.place != "inside":
             raise InvalidArgumentError(
                 f"{argument('features', self.features)} compares a block's keys, which are there "
-                f"inside it only: add {argument('place', 'inside')}"
+                f"inside it only: add {argument('place', 'inside')}, or take "
+                f"{argument('features', 'tokens')}"
             )
         if self.multiple_of < 1:
             raise InvalidArgumentError(f"multiple-of {self.multiple_of} must be 1 or more")
@@ -85,11 +89,8 @@ class PruneConfig:
             raise InvalidArgumentError(
                 "a fixed number of tokens and multiple-of exclude each other: give one of them"
             )
-        if len(self.capacities) not in (0, len(self.layers)):
-            raise InvalidArgumentError(
-                f"{len(self.capacities)} token counts for {len(self.layers)} prune layers: "
-                "give one count, or one per layer"
-            )
+        if self.capacities:
+            _check_number(self.capacities, len(self.layers))
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidArgumentError(
                 f"layers {format_numbers(self.layers)} must ascend without repeats"
@@ -124,6 +125,19 @@ class PruneConfig:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""
         return self.capacities[position] if self.capacities else 0
 
+    def usual_patches(self, position: int, num_patches: int) -> int:
+        """Return how many patches TensorRT may take for usual behind the given prune layer.
+
+        What a fixed count says; otherwise a guess, until ``tune`` counts pictures: midway between
+        the most and the fewest that a layer can leave, but in a chain of many layers so that 0.4
+        of the patches are left at its end.
+        """
+        if self.capacities:
+            return self.capacities[position]
+        midway = 0.75 if self.selection == "pairs" else 0.5
+        ratio = max(midway, USUALLY_LEFT ** (1 / len(self.layers)))
+        return max(1, round(num_patches * ratio ** (position + 1)))
+
 
 def check_threshold(threshold: float) -> None:
     """Refuse a threshold that is not a number in [-1, 2]."""
@@ -137,7 +151,7 @@ def check_threshold(threshold: float) -> None:
 
 
 def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Turn "auto" or block indices into the blocks before which tokens are pruned.
+    """Turn "auto" or block indices into the blocks before or inside which tokens are pruned.
 
     "auto" spreads three prune layers over the depth, at its quarters: 3, 6, 9 of 12.
 
@@ -181,29 +195,60 @@ def resolve_capacities(
     if isinstance(tokens, int):
         least = max(1, num_patches >> num_layers) if selection == "pairs" else 1
         if not least <= tokens <= num_patches:
-            layers = "layer of pairs leaves" if num_layers == 1 else "layers of pairs leave"
-            more = f" ({num_layers} {layers} {least} of {num_patches} at the least)"
+            layers = "prune layer leaves" if num_layers == 1 else "prune layers leave"
             raise InvalidArgumentError(
-                f"{tokens} tokens: between {least} and {num_patches} of the model's patches can "
-                f"be kept{more if tokens >= 1 and least > 1 else ''}: give another number"
-                f"{', or more layers' if 1 <= tokens < least else ''}"
+                f"{tokens} tokens: {num_layers} {layers} between {least} and {num_patches} of the "
+                f"model's patches: give a number of these{_or_more_layers(tokens, least)}"
             )
-        ratio = (tokens / num_patches) ** (1 / max(1, num_layers))
-        steps = [max(tokens, round(num_patches * ratio**i)) for i in range(1, num_layers)]
-        tokens = (*steps, tokens) if num_layers else ()
+        tokens = _steps_down(tokens, num_layers, num_patches, selection)
     _check_whole("tokens", tokens)
     counts = tuple(int(count) for count in tokens)
+    _check_number(counts, num_layers)
     available = num_patches
-    for count in counts:
-        least = max(1, available // 2) if selection == "pairs" else 1
-        if not least <= count <= available or (available < 2 and selection == "pairs"):
+    for number, count in enumerate(counts, 1):
+        least = _least(available, selection)
+        if available < 2 and selection == "pairs":
             raise InvalidArgumentError(
-                f"tokens {format_numbers(counts)}: {count} is not between {least} and "
-                f"{available}, what a layer that selects {selection} can leave of the {available} "
-                "patches that reach it: give more tokens, or more layers"
+                f"tokens {format_numbers(counts)}: prune layer {number} is reached by 1 patch, and "
+                f"pairs are of two: give fewer layers, or {argument('selection', 'redundancy')}"
+            )
+        if not least <= count <= available:
+            raise InvalidArgumentError(
+                f"tokens {format_numbers(counts)}: prune layer {number} cannot leave {count} of "
+                f"the {available} patches that reach it: give {least} to {available}"
+                f"{_or_more_layers(count, least)}"
             )
         available = count
     return counts
+
+
+def _check_number(counts: Sequence[int], num_layers: int) -> None:
+    if len(counts) != num_layers:
+        raise InvalidArgumentError(
+            f"{len(counts)} token counts for {num_layers} prune layers: "
+            "give one count, or one per layer"
+        )
+
+
+def _least(available: int, selection: Selection) -> int:
+    """Return the fewest patches that a layer leaves of those that reach it."""
+    return max(1, available // 2) if selection == "pairs" else 1
+
+
+def _or_more_layers(count: int, least: int) -> str:
+    return ", or more layers" if 1 <= count < least else ""
+
+
+def _steps_down(
+    last: int, num_layers: int, num_patches: int, selection: Selection
+) -> tuple[int, ...]:
+    """Return counts in equal ratios down to `last`, as far as layers can leave them."""
+    ratio = (last / num_patches) ** (1 / max(1, num_layers))
+    counts = [num_patches]
+    for number in range(1, num_layers):
+        wished = max(last, round(num_patches * ratio**number))
+        counts.append(max(wished, _least(counts[-1], selection)))
+    return (*counts[1:], last) if num_layers else ()
 
 
 def _check_whole(name: str, values: Any) -> None:

@@ -14,6 +14,16 @@ from torch import nn
 
 from simprune_deploy.common.errors import CheckpointError, UnsupportedModelError, argument
 from simprune_deploy.common.transforms import PREPROCESSING
+from simprune_deploy.pruning.attention import (
+    Sizes,
+    attention_half,
+    features_of,
+    has_keys,
+    has_two_halves,
+    mlp_half,
+    run_block,
+    sizes_of,
+)
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
@@ -21,14 +31,6 @@ from simprune_deploy.pruning.config import (
     check_threshold,
     resolve_capacities,
     resolve_layers,
-)
-from simprune_deploy.pruning.attention import (
-    attention_half,
-    features_of,
-    has_keys,
-    has_two_halves,
-    mlp_half,
-    run_block,
 )
 from simprune_deploy.pruning.families import architecture_name, check_prunable
 from simprune_deploy.pruning.operator import similarity_prune
@@ -138,24 +140,24 @@ class PrunedViT(nn.Module):
         limit = self._threshold_tensor(threshold, images.device)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         log_size = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
-        bias: torch.Tensor | None = None
+        sizes: Sizes | None = None
         inside = self.config.place == "inside"
         for index, block in enumerate(vit.blocks):
             prunes = index in self.config.layers
             if prunes and not inside:
                 tokens, log_size = self._prune(index, tokens, tokens, log_size, limit, traces)
-                bias = self._attention_bias(log_size, tokens.dtype)
+                sizes = sizes_of(self._attended(log_size), tokens)
             if prunes and inside:
-                tokens, keys = self._run(attention_half, block, tokens, bias)
+                tokens, keys = self._run(attention_half, block, tokens, sizes)
                 features = features_of(self.config.features, tokens, keys)
                 tokens, log_size = self._prune(index, tokens, features, log_size, limit, traces)
-                bias = self._attention_bias(log_size, tokens.dtype)
+                sizes = sizes_of(self._attended(log_size), tokens)
                 tokens = self._run(mlp_half, block, tokens)
             else:
-                tokens = self._run(run_block, block, tokens, bias)
+                tokens = self._run(run_block, block, tokens, sizes)
         return vit.norm(tokens), log_size
 
-    def _run(self, part: Any, block: nn.Module, *inputs: torch.Tensor | None) -> Any:
+    def _run(self, part: Any, block: nn.Module, *inputs: torch.Tensor | Sizes | None) -> Any:
         """Run a block or half of one; with gradient checkpointing, once more in the backward."""
         if self.vit.grad_checkpointing and self.training:
             return recompute_in_backward(part, block, *inputs)
@@ -170,7 +172,8 @@ class PrunedViT(nn.Module):
         limit: torch.Tensor,
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
+        config, position = self.config, self.config.layers.index(index)
+        usual = config.usual_patches(position, self.num_patches)
         kept, kept_log_size, kept_index, assignment = self._operator(
             tokens,
             features,
@@ -179,9 +182,9 @@ class PrunedViT(nn.Module):
             num_prefix_tokens=self.num_prefix_tokens,
             selection=config.selection,
             reduction=config.reduction,
-            capacity=config.capacity_of(config.layers.index(index)),
+            capacity=config.capacity_of(position),
             multiple_of=config.multiple_of,
-            opt_tokens=0,
+            opt_tokens=self.num_prefix_tokens + usual,
             max_tokens=self.num_tokens,
         )
         if traces is not None:
@@ -198,11 +201,9 @@ class PrunedViT(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         return similarity_prune(tokens, features, log_size, threshold, **values)
 
-    def _attention_bias(self, log_size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _attended(self, log_size: torch.Tensor) -> torch.Tensor:
         """The term added to q.k: how many patches a key stands for, and PAD for padding."""
-        if not self.config.proportional_attention:
-            log_size = log_size.clamp_max(0.0)
-        return log_size[:, None, None, :].to(dtype)
+        return log_size if self.config.proportional_attention else log_size.clamp_max(0.0)
 
     def forward_head(self, tokens: torch.Tensor, log_size: torch.Tensor) -> torch.Tensor:
         """Pool [B, K, D] with the sizes as weights, then classify."""
@@ -218,7 +219,8 @@ class PrunedViT(nn.Module):
             tokens = tokens[:, self.num_prefix_tokens :]
             log_size = log_size[:, self.num_prefix_tokens :]
         if vit.attn_pool is not None:
-            return vit.attn_pool(tokens, attn_mask=self._attention_bias(log_size, tokens.dtype))
+            mask = sizes_of(self._attended(log_size), tokens).mask
+            return vit.attn_pool(tokens, attn_mask=mask)
         # softmax of the log-sizes is size / sum of sizes, and 0 for padding
         shares = log_size.softmax(1).to(tokens.dtype)
         mean = (shares.unsqueeze(1) @ tokens).squeeze(1)
@@ -331,19 +333,28 @@ def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:
     if config.capacities:
         patches = vit.patch_embed.num_patches
         resolve_capacities(config.capacities, len(config.layers), patches, config.selection)
-    if config.place == "before":
+    for layer in config.layers if config.place == "inside" else ():
+        _check_inside(vit, layer, config.features)
+
+
+def _check_inside(vit: VisionTransformer, layer: int, features: str) -> None:
+    """Refuse a block that has no place between attention and MLP, or no keys to compare."""
+    block = vit.blocks[layer]
+    kind = type(block).__name__
+    if not has_two_halves(block):
+        remedy = {"place": "before", **({} if features == "tokens" else {"features": "tokens"})}
+        what = f"it is a {kind}, which is not attention and then MLP"
+    elif features != "tokens" and not has_keys(block):
+        remedy = {"features": "tokens"}
+        what = (
+            f"it is a {kind} with {type(block.attn).__name__}, whose keys are not one vector each"
+        )
+    else:
         return
-    for layer in config.layers:
-        block = vit.blocks[layer]
-        if not has_two_halves(block) or (config.features != "tokens" and not has_keys(block)):
-            kind = type(block).__name__ + (
-                f" with {type(block.attn).__name__}" if has_two_halves(block) else ""
-            )
-            raise UnsupportedModelError(
-                f"{architecture_name(vit)} cannot be pruned inside block {layer} by its "
-                f"{config.features}: it is a {kind}; use {argument('place', 'before')} and "
-                f"{argument('features', 'tokens')}"
-            )
+    raise UnsupportedModelError(
+        f"{architecture_name(vit)} cannot be pruned inside block {layer} by its {features}: "
+        f"{what}; use {' and '.join(argument(name, value) for name, value in remedy.items())}"
+    )
 
 
 def describe_vit(vit: nn.Module) -> dict[str, Any]:

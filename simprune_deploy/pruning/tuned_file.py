@@ -34,6 +34,8 @@ def read_configuration(path: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
             "layers": [int(layer) for layer in pruning["layers"]],
             "selection": str(pruning["selection"]),
             "reduction": str(pruning["reduction"]),
+            "place": str(pruning["place"]),
+            "features": str(pruning["features"]),
             "proportional_attention": bool(pruning["proportional_attention"]),
             "tokens": "dynamic" if tokens == "dynamic" else [int(count) for count in tokens],
             "multiple_of": int(pruning["multiple_of"]),

@@ -18,12 +18,19 @@ class Clusters:
     """What a prune layer leaves of one image, in the M patches of the original grid.
 
     Attributes:
-        layer: The block it runs before.
+        layer: The block it runs before or inside.
         member: int64[M], for every patch the patch that heads its cluster: the kept one.
+        place: "before" or "inside".
     """
 
     layer: int
     member: np.ndarray
+    place: str = "before"
+
+    @property
+    def where(self) -> str:
+        """ "before block 3", or inside it."""
+        return f"{self.place} block {self.layer}"
 
     @property
     def heads(self) -> np.ndarray:
@@ -47,7 +54,9 @@ class Clusters:
         }
 
 
-def compose(records: Mapping[int, PruneRecord], prefix: int, patches: int) -> list[Clusters]:
+def compose(
+    records: Mapping[int, PruneRecord], prefix: int, patches: int, place: str = "before"
+) -> list[Clusters]:
     """Follow every original patch through the prune layers of one image.
 
     Args:
@@ -55,6 +64,7 @@ def compose(records: Mapping[int, PruneRecord], prefix: int, patches: int) -> li
             one before it kept.
         prefix: Number of prefix tokens, which are never pruned.
         patches: M, of the image.
+        place: Whether the layers are "before" their blocks (the default) or "inside" them.
 
     Raises:
         SimpruneError: the records do not fit together.
@@ -65,13 +75,13 @@ def compose(records: Mapping[int, PruneRecord], prefix: int, patches: int) -> li
     for layer, record in sorted(records.items()):
         assignment, kept = np.asarray(record.assignment), np.asarray(record.kept_index)
         if len(assignment) < len(origin):
-            raise ArtifactError(f"the layer before block {layer} did not read what came to it")
+            raise ArtifactError(f"the layer {place} block {layer} did not read what came to it")
         slot = assignment[slot]
         slots = int(assignment.max()) + 1 if len(assignment) else 0
         if slot.min() < prefix or (kept[:slots] >= len(origin)).any():
-            raise ArtifactError(f"the layer before block {layer} assigned a patch to nothing")
+            raise ArtifactError(f"the layer {place} block {layer} assigned a patch to nothing")
         origin = origin[kept[:slots]]
-        found.append(Clusters(layer, origin[slot]))
+        found.append(Clusters(layer, origin[slot], place))
     return found
 
 
@@ -82,12 +92,12 @@ def check_sizes(records: Mapping[int, PruneRecord], clusters: list[Clusters], pr
         SimpruneError: they differ.
     """
     ordered = sorted(records.items())
-    for (layer, _), (_, following), found in zip(ordered, ordered[1:], clusters, strict=False):
+    for (_, following), found in zip(ordered[1:], clusters, strict=False):
         heads = found.heads
         # slots hold the kept tokens in ascending order, which is that of their patches
         counted = np.exp(np.asarray(following.log_size, np.float64)[prefix : prefix + len(heads)])
         if np.abs(counted - found.sizes).max(initial=0.0) > 0.01 * found.sizes.max(initial=1):
-            raise ArtifactError(f"the clusters before block {layer} are not those of the model")
+            raise ArtifactError(f"the clusters {found.where} are not those of the model")
 
 
 def grid_of(patches: int, height: int, width: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ def print_export(result: ExportResult) -> None:
         {
             "model": facts["architecture"] or "(unnamed)",
             "checkpoint": "; ".join(result.checkpoint),
-            "prunes before blocks": pruning["layers"],
+            f"prunes {pruning['place']} blocks": pruning["layers"],
+            "compares": pruning["features"],
             "threshold": pruning["threshold"],
             "precision": facts["export"]["precision"],
             "patches kept": pruning["capacities"] or "as many as the image needs",

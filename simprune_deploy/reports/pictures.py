@@ -151,7 +151,7 @@ def caption_of(clusters: Clusters) -> str:
     """Return "before block 3: 97 of 196 patches kept (49%), largest group 31"."""
     kept, patches = len(clusters.heads), len(clusters.member)
     return (
-        f"before block {clusters.layer}: {kept} of {patches} patches kept ({kept / patches:.0%}), "
+        f"{clusters.where}: {kept} of {patches} patches kept ({kept / patches:.0%}), "
         f"largest group {clusters.sizes.max()}"
     )
 

@@ -252,21 +252,19 @@ def curves_of(cells: Sequence[Measurement]) -> list[Curve]:
             continue
         # only of ours is it a choice whether token counts are fixed
         fixed = setting.method == OURS and setting.tokens is not None
-        key = (setting.method, setting.layers, setting.selection, setting.reduction, fixed)
+        key = (setting.method, setting.layers, setting.place, tuple(setting.form), fixed)
         groups.setdefault(key, []).append(cell)
-    layers_differ = len({key[1] for key in groups}) > 1
+    layers_differ = len({key[1:3] for key in groups}) > 1
     seen: dict[str, int] = {}
     curves = []
     for position, (key, members) in enumerate(sorted(groups.items(), key=_ours_first)):
-        method, layers, selection, reduction, fixed = key
+        method, layers, place, form, fixed = key
         number = seen[method] = seen.get(method, -1) + 1
-        parts = [method]
-        if method == OURS and (selection, reduction) != ("cover", "merge"):
-            parts.append(f"{selection}+{reduction}")
+        parts = [method, *form]
         if fixed:
             parts.append("fixed tokens")
         if layers_differ:
-            parts.append(f"before {','.join(map(str, layers))}")
+            parts.append(f"{place} {','.join(map(str, layers))}")
         color = BASELINE_COLOURS.get(method, OTHER_COLOUR)
         curves.append(
             Curve(
@@ -283,6 +281,6 @@ def curves_of(cells: Sequence[Measurement]) -> list[Curve]:
 
 
 def _ours_first(group: tuple[tuple[Any, ...], list[Measurement]]) -> tuple[Any, ...]:
-    method, layers, *form = group[0]
+    method, layers, place, form, fixed = group[0]
     # the operator's default before its other forms, then the baselines by name
-    return (method != OURS, method, form[:2] != ["cover", "merge"], layers, *form)
+    return (method != OURS, method, bool(form), layers, place, form, fixed)

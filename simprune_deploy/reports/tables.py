@@ -99,18 +99,25 @@ def columns_of(cells: Sequence[Measurement]) -> list[Column]:
 
 def names_of(cells: Sequence[Measurement]) -> list[str]:
     """Return the settings' names, without the layers if these are the same everywhere."""
-    layers = {cell.setting.layers for cell in cells if cell.setting.method != DENSE}
-    names = [cell.setting.name for cell in cells]
-    if len(layers) != 1:
+    shared, names = _shared(cells), [cell.setting.name for cell in cells]
+    if shared is None:
         return names
-    same = f" before {','.join(map(str, *layers))}"
+    place, layers = shared
+    same = f" {place} {layers}"
     return [f" {name}".replace(same, "", 1).strip() or name for name in names]
 
 
 def shared_layers(cells: Sequence[Measurement]) -> str | None:
     """Return the sentence that :func:`names_of` leaves out of the names, or None."""
-    layers = {cell.setting.layers for cell in cells if cell.setting.method != DENSE}
-    return f"pruned before blocks {','.join(map(str, *layers))}" if len(layers) == 1 else None
+    shared = _shared(cells)
+    return f"pruned {shared[0]} blocks {shared[1]}" if shared else None
+
+
+def _shared(cells: Sequence[Measurement]) -> tuple[str, str] | None:
+    """Return the place and the blocks of all settings, if they are the same."""
+    settings = [cell.setting for cell in cells if cell.setting.method != DENSE]
+    found = {(each.place, ",".join(map(str, each.layers))) for each in settings}
+    return found.pop() if len(found) == 1 else None
 
 
 def rows_of(

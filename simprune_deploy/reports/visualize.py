@@ -19,7 +19,7 @@ from simprune_deploy.common.requests import check_whole, request_of
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.predict.answers import classes_of
 from simprune_deploy.predict.source import ModelSource, open_source, source_of_model
-from simprune_deploy.pruning.config import check_threshold
+from simprune_deploy.pruning.config import Features, Place, check_threshold
 from simprune_deploy.reports.clusters import Clusters, check_sizes, compose, grid_of
 from simprune_deploy.reports.pictures import (
     THUMB,
@@ -50,7 +50,9 @@ class VisualizeRequest:
         images: Pictures, folders of them, ``.csv`` or ``.npz`` files.
         output: Folder to write. Default None: NAME-pictures.
         threshold: Default None: the model's.
-        layers: Prune a checkpoint before these blocks, or "auto". Default None: its own, or auto.
+        layers: Prune a checkpoint at these blocks, or "auto". Default None: its own, or auto.
+        place, features: Of a checkpoint, as :func:`simprune_deploy.prune` takes them. Default None:
+            its own, or before blocks by tokens.
         limit: The most pictures of one folder or file, spread evenly. Default 24.
         force: Replace an earlier result. Default False.
         checkpoint: How a checkpoint is loaded.
@@ -61,6 +63,8 @@ class VisualizeRequest:
     output: str | Path | None = None
     threshold: float | None = None
     layers: str | Sequence[int] | None = None
+    place: Place | None = None
+    features: Features | None = None
     limit: int = 24
     force: bool = False
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
@@ -131,17 +135,19 @@ def _model_to_draw(request: VisualizeRequest) -> ModelSource:
     if source.model is not None:
         from simprune_deploy.pruning.model import prune
 
-        pruned = prune(source.model, threshold=request.threshold, layers=request.layers)
+        names = ("threshold", "layers", "place", "features")
+        pruned = prune(source.model, **{name: getattr(request, name) for name in names})
         if not pruned.config.layers:
             raise InvalidArgumentError(
                 f"{source.name} prunes nowhere: say where with {argument('layers')}"
             )
         return source_of_model(source.name, pruned)
-    if request.layers is not None:
-        raise InvalidArgumentError(
-            f"the prune layers of {source.name} are fixed in the graph: leave "
-            f"{argument('layers')} out, or give the checkpoint"
-        )
+    for name in ("layers", "place", "features"):
+        if getattr(request, name) is not None:
+            raise InvalidArgumentError(
+                f"the prune layers of {source.name} are fixed in the graph: leave "
+                f"{argument(name)} out, or give the checkpoint"
+            )
     if request.threshold is not None:
         check_threshold(request.threshold)
         own = source.metadata.pruning.threshold
@@ -236,6 +242,8 @@ def write_pictures(
             "architecture": metadata.architecture,
             "threshold": used,
             "prune_layers": list(predictor.layers),
+            "place": metadata.pruning.place,
+            "features": metadata.pruning.features,
             "grid": list(drawing.grid),
             "contact_sheet": SHEET if many else None,
             "pictures": drawing.entries,
@@ -299,7 +307,8 @@ class _Drawing:
 
 def _clusters(found: Prediction, index: int, metadata: ModelMetadata) -> list[Clusters]:
     records = {layer: each[index] for layer, each in (found.records or {}).items()}
-    layers = compose(records, metadata.num_prefix_tokens, metadata.num_patches)
+    place = metadata.pruning.place
+    layers = compose(records, metadata.num_prefix_tokens, metadata.num_patches, place)
     check_sizes(records, layers, metadata.num_prefix_tokens)
     return layers
 

@@ -18,10 +18,10 @@ What our operator is compared with, written from the papers:
 What is not the papers': how many patches stay is given, for every image and layer, so that all
 methods run on the same token counts (SAINT chooses its own; ToMe takes one r for all images). The
 two bipartite schemes can lose half of the patches at once; where more must go they run again on
-what is left. Patches are lost before a block, as ours are, not between its attention and its MLP,
-and the tokens themselves are compared, as ours are; the papers compare keys averaged over heads,
-which the features "keys" do (of the block that follows). Slots stay in the order of the image.
-Dropped patches leave nothing behind, so sizes stay 1.
+what is left. Patches are lost where ours are, before a block or inside it, between its attention
+and its MLP, as the papers have it. The tokens themselves are compared; the papers compare keys
+averaged over heads, which the features "keys" do (of the block, or of the one that follows). Slots
+stay in the order of the image. Dropped patches leave nothing behind, so sizes stay 1.
 """
 
 from __future__ import annotations
@@ -199,9 +199,10 @@ def _check_counts(counts: torch.Tensor, model: PrunedViT, batch: int) -> None:
     wrong = (counts < 1) | (steps.diff(dim=1) > 0)
     if wrong.any():
         image, layer = (int(i) for i in wrong.nonzero()[0])
+        place, block = model.config.place, model.config.layers[layer]
         raise InvalidArgumentError(
-            f"image {image} cannot keep {int(counts[image, layer])} patches before block "
-            f"{model.config.layers[layer]}: between 1 and {int(steps[image, layer])} reach it"
+            f"image {image} cannot keep {int(counts[image, layer])} patches {place} block {block}: "
+            f"between 1 and {int(steps[image, layer])} reach it"
         )
 
 
@@ -211,7 +212,14 @@ class _ReducedViT(PrunedViT):
     def __init__(
         self, model: PrunedViT, baseline: Baseline, counts: torch.Tensor, images: torch.Tensor
     ) -> None:
-        config = dataclasses.replace(model.config, proportional_attention=True, capacities=())
+        by_keys = baseline.features == "keys" and baseline.name in ("saint", "tome")
+        self.with_keys = by_keys and model.config.place == "inside"
+        config = dataclasses.replace(
+            model.config,
+            proportional_attention=True,
+            capacities=(),
+            features="mean-keys" if self.with_keys else "tokens",
+        )
         super().__init__(model.vit, config)
         self.baseline, self.counts = baseline, counts
         pixels = (image.detach().cpu().contiguous().numpy() for image in images)
@@ -221,19 +229,26 @@ class _ReducedViT(PrunedViT):
         self,
         index: int,
         tokens: torch.Tensor,
+        features: torch.Tensor,
         log_size: torch.Tensor,
         limit: torch.Tensor,
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kept = self.counts[:, self.config.layers.index(index)]
-        prefix = self.num_prefix_tokens
-        features = self._keys(index) if self.baseline.features == "keys" else torch.Tensor.float
+        prefix, width = self.num_prefix_tokens, tokens.shape[2]
+        compared: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
+        carried = tokens
+        if self.with_keys:  # they travel with their tokens, and are merged as these are
+            carried = torch.cat([tokens, features], 2)
+            compared = lambda patches: patches[:, :, width:].float()  # noqa: E731
+        elif self.baseline.features == "keys":
+            compared = self._keys(index)
         seeds = [(self.baseline.seed, image, index) for image in self.image_ids]
-        rule = make_rule(self.baseline.name, prefix, features, seeds)
-        reduced = lose_tokens(tokens, log_size, kept, prefix, rule)
+        rule = make_rule(self.baseline.name, prefix, compared, seeds)
+        reduced = lose_tokens(carried, log_size, kept, prefix, rule)
         if traces is not None:
-            traces.append(PruneTrace(index, tokens, log_size, *reduced[2:]))
-        return reduced[:2]
+            traces.append(PruneTrace(index, features, log_size, *reduced[2:]))
+        return reduced[0][:, :, :width], reduced[1]
 
     def _keys(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The keys that a block's attention makes of patches [B, M, D], averaged over heads."""

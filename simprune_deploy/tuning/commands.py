@@ -18,6 +18,7 @@ from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
+from simprune_deploy.pruning.config import Features, Place, Reduction, Selection
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
 from simprune_deploy.tuning.search import (
@@ -121,7 +122,8 @@ class SweepRequest(_Measured):
         data: A folder with a folder a class, or of pictures; .csv, .npz; a Hugging Face data set.
         thresholds: Default None: 0.95 to 0.6 in steps of 0.05.
         layers: Sets of blocks. Default None: the model's, or "auto".
-        selections, reductions, tokens: As in :class:`Grid`. Default None: the model's.
+        selections, reductions, tokens, place, features: As in :class:`Grid`. Default None: the
+            model's.
         backend: What runs the model. Default None: "onnxruntime", with `compare` "torch".
         compare: Measure other methods too, at the same token counts, in PyTorch. Default False.
         limit: Take this many pictures, spread evenly. Default None: all.
@@ -147,6 +149,8 @@ class SweepRequest(_Measured):
     selections: Sequence[str] | None = None
     reductions: Sequence[str] | None = None
     tokens: Sequence[TokenSet] | None = None
+    place: Place | None = None
+    features: Features | None = None
     compare: bool = False
     resume: bool = False
 
@@ -167,7 +171,7 @@ class SweepRequest(_Measured):
     @property
     def asked(self) -> dict[str, Any]:
         """The fields of :class:`Grid` that were given."""
-        names = ("thresholds", "layers", "selections", "reductions", "tokens")
+        names = ("thresholds", "layers", "selections", "reductions", "tokens", "place", "features")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -217,8 +221,10 @@ class TuneRequest(_Measured):
         target_latency: Least pruning that takes no more milliseconds for one picture.
         layers: Sets of blocks; ("auto",) tries several. Default None: the model's, or three at
             the quarters of the depth.
-        selection: "cover" (the default) or "redundancy".
+        selection: "pairs" (the default) or "redundancy".
         reduction: "merge" (the default) or "drop".
+        place: "before" or "inside" the blocks. Default None: the model's, or "before".
+        features: Compare "tokens", "keys" or "mean-keys". Default None: the model's, or "tokens".
         confidence: Of the interval of the drop, in (0, 1). Default 0.95.
         overflow: Fix token counts that this share of the pictures exceeds. Default None: counts
             stay dynamic.
@@ -232,8 +238,10 @@ class TuneRequest(_Measured):
     min_speedup: float | None = None
     target_latency: float | None = None
     layers: Sequence[LayerSet] | None = None
-    selection: str = "cover"
-    reduction: str = "merge"
+    selection: Selection = "pairs"
+    reduction: Reduction = "merge"
+    place: Place | None = None
+    features: Features | None = None
     confidence: float = 0.95
     overflow: float | None = None
     cells: str | Path | None = None
@@ -373,15 +381,22 @@ def _bases(source: ModelSource, request: TuneRequest) -> list[Setting]:
                 f"the threshold of {source.name} is fixed: tune its checkpoint, or export with "
                 f"{argument('runtime_threshold', True)}"
             )
-        if request.layers is not None or choices != ("cover", "merge"):
+        where = (request.layers, request.place, request.features)
+        if where != (None, None, None) or choices != ("pairs", "merge"):
             raise InvalidArgumentError(
                 f"the graph of {source.name} fixes all but the threshold: tune its checkpoint to "
-                f"choose {argument('layers')}, {argument('selection')} or {argument('reduction')}"
+                f"choose {argument('layers')}, {argument('place')}, {argument('features')}, "
+                f"{argument('selection')} or {argument('reduction')}"
             )
         return [setting_of(source)]
     metadata = source.metadata
     grid = Grid(
-        (0.9,), layer_sets(request.layers or "auto"), (request.selection,), (request.reduction,)
+        (0.9,),
+        layer_sets(request.layers or "auto"),
+        (request.selection,),
+        (request.reduction,),
+        place=request.place or metadata.pruning.place,
+        features=request.features or metadata.pruning.features,
     )
     bases = grid.settings(metadata.depth, metadata.num_patches)
     own = metadata.pruning.layers

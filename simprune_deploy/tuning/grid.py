@@ -12,6 +12,8 @@ from simprune_deploy.common.errors import InvalidArgumentError, argument
 from simprune_deploy.common.requests import check_listed
 from simprune_deploy.predict.source import ModelSource
 from simprune_deploy.pruning.config import (
+    Features,
+    Place,
     PruneConfig,
     check_threshold,
     resolve_capacities,
@@ -23,7 +25,7 @@ from simprune_deploy.tuning.sweep import setting_of
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 LayerSet = str | Sequence[int]
-"""The blocks before which a setting prunes: numbers, or "auto"."""
+"""The blocks before or inside which a setting prunes: numbers, or "auto"."""
 
 TokenSet = int | Sequence[int] | None
 """Patches left after the last prune layer, or after each; None: as many as the image needs."""
@@ -36,9 +38,11 @@ class Grid:
     Args:
         thresholds: Cosine thresholds, each in [-1, 2].
         layers: Sets of blocks; [3, 6, 9] is one set.
-        selections: "cover", "redundancy" or both.
+        selections: "pairs", "redundancy" or both.
         reductions: "merge", "drop" or both.
         tokens: Counts.
+        place: "before" those blocks, or "inside" them.
+        features: What is compared: "tokens", "keys" or "mean-keys".
 
     Raises:
         InvalidArgumentError: a threshold is out of its range.
@@ -46,9 +50,11 @@ class Grid:
 
     thresholds: Sequence[float] = THRESHOLDS
     layers: Sequence[LayerSet] = ("auto",)
-    selections: Sequence[str] = ("cover",)
+    selections: Sequence[str] = ("pairs",)
     reductions: Sequence[str] = ("merge",)
     tokens: Sequence[TokenSet] = (None,)
+    place: Place = "before"
+    features: Features = "tokens"
 
     def __post_init__(self) -> None:
         for name in ("thresholds", "layers", "selections", "reductions", "tokens"):
@@ -57,6 +63,7 @@ class Grid:
         object.__setattr__(self, "layers", layer_sets(self.layers))
         for threshold in self.thresholds:
             check_threshold(threshold)
+        PruneConfig(place=self.place, features=self.features)
 
     def settings(self, depth: int, num_patches: int) -> list[Setting]:
         """Return the settings for a model of this depth and number of patches.
@@ -69,7 +76,12 @@ class Grid:
         for layers, selection, reduction, tokens in itertools.product(
             layer_sets, self.selections, self.reductions, self.tokens
         ):
-            capacities = resolve_capacities(tokens, len(layers), num_patches)
+            capacities = resolve_capacities(
+                tokens,
+                len(layers),
+                num_patches,
+                selection,  # type: ignore[arg-type]
+            )
             # checks the names, the order of the layers and the number of counts
             PruneConfig(
                 layers=layers,
@@ -77,16 +89,13 @@ class Grid:
                 reduction=reduction,  # type: ignore[arg-type]
                 capacities=capacities,
             )
-            counts = capacities or None
-            found += [
-                Setting(OURS, threshold, layers, selection, reduction, counts)
-                for threshold in self.thresholds
-            ]
+            rest = (selection, reduction, capacities or None, self.place, self.features)
+            found += [Setting(OURS, threshold, layers, *rest) for threshold in self.thresholds]
         return list(dict.fromkeys(found))
 
 
 def several(values: Any) -> Any:
-    """Return one value, such as "cover" or 64, as a list of one; others as they are."""
+    """Return one value, such as "pairs" or 64, as a list of one; others as they are."""
     return (values,) if values is None or isinstance(values, (str, numbers.Real)) else values
 
 
@@ -115,6 +124,8 @@ def settings_for(source: ModelSource, asked: Mapping[str, Any]) -> list[Setting]
             "layers": (own.layers,) if own.layers else (),
             "selections": (own.selection,),
             "reductions": (own.reduction,),
+            "place": own.place,
+            "features": own.features,
         }
         if own.capacities and "layers" not in asked:
             saved["tokens"] = (own.capacities,)

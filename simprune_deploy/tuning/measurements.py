@@ -72,7 +72,7 @@ def tells_classes(source: ModelSource, data: DataSet, dense: Tally) -> bool:
 def _cost(source: ModelSource, setting: Setting, tally: Tally) -> tuple[float, float]:
     """Return the mean share of tokens over all blocks, and the blocks' mean FLOPs, per image."""
     metadata = source.metadata
-    block, place = metadata.block, metadata.pruning.place
+    block, place = metadata.block, setting.place
     per_stretch = [{metadata.num_patches: tally.images}, *tally.kept]
     stretches = _stretches(setting.layers, metadata.depth, place)
     tokens = flops = 0.0

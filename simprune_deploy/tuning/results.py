@@ -28,18 +28,22 @@ class Setting:
     Attributes:
         method: "ours" (the operator), "dense" (nothing is pruned), or one of BASELINES.
         threshold: The cosine threshold; None for methods without one.
-        layers: The blocks before which it prunes; empty for "dense".
-        selection: "cover" or "redundancy"; of "ours" only.
+        layers: The blocks before or inside which it prunes; empty for "dense".
+        selection: "pairs" or "redundancy"; of "ours" only.
         reduction: "merge" or "drop"; of "ours" only.
         tokens: Patches left after each prune layer, where they are fixed. Default: the image's.
+        place: "before" or "inside" those blocks.
+        features: What is compared: "tokens", "keys" or "mean-keys".
     """
 
     method: str
     threshold: float | None = None
     layers: tuple[int, ...] = ()
-    selection: str = "cover"
+    selection: str = "pairs"
     reduction: str = "merge"
     tokens: tuple[int, ...] | None = None
+    place: str = "before"
+    features: str = "tokens"
 
     @property
     def name(self) -> str:
@@ -51,10 +55,17 @@ class Setting:
             parts.append(f"{self.threshold:g}")
         if self.tokens is not None:
             parts.append(f"{'/'.join(map(str, self.tokens))} tokens")
-        parts.append(f"before {','.join(map(str, self.layers))}")
-        if self.method == OURS and (self.selection, self.reduction) != ("cover", "merge"):
-            parts.append(f"{self.selection}+{self.reduction}")
-        return " ".join(parts)
+        parts.append(f"{self.place} {','.join(map(str, self.layers))}")
+        return " ".join([*parts, *self.form])
+
+    @property
+    def form(self) -> list[str]:
+        """How the operator is used where that is not its usual form, in words."""
+        if self.method != OURS:
+            return []
+        unusual = (self.selection, self.reduction) != ("pairs", "merge")
+        parts = [f"{self.selection}+{self.reduction}"] if unusual else []
+        return [*parts, *([] if self.features == "tokens" else [f"by {self.features}"])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the setting as JSON types."""

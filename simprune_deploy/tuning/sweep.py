@@ -348,6 +348,8 @@ def setting_of(source: ModelSource) -> Setting:
         pruning.selection,
         pruning.reduction,
         pruning.capacities or None,
+        pruning.place,
+        pruning.features,
     )
 
 

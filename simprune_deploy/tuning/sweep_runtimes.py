@@ -180,12 +180,15 @@ def configured(model: PrunedViT, setting: Setting) -> PrunedViT:
         selection=setting.selection,
         reduction=setting.reduction,
         tokens="dynamic" if setting.tokens is None else setting.tokens,
+        place=setting.place,
+        features=setting.features,
     )
 
 
 def ours_of(setting: Setting) -> Setting:
     """Return the setting of ours whose token counts a baseline takes."""
-    return Setting(OURS, setting.threshold, setting.layers)
+    usual = Setting(OURS, setting.threshold, setting.layers)
+    return dataclasses.replace(usual, place=setting.place, features=setting.features)
 
 
 def compared(settings: Sequence[Setting]) -> list[Setting]:
@@ -197,7 +200,7 @@ def compared(settings: Sequence[Setting]) -> list[Setting]:
     usual = [each for each in settings if each == ours_of(each)]
     if not usual:
         raise InvalidArgumentError(
-            f"{argument('compare', True)} takes the token counts of selection cover, reduction "
+            f"{argument('compare', True)} takes the token counts of selection pairs, reduction "
             "merge and dynamic tokens: sweep these too"
         )
     return [

@@ -68,7 +68,7 @@ class Tuned:
         facts: dict[str, Any] = {
             "wish": self.found.wish,
             "threshold": f"{self.pruning['threshold']:g}",
-            "prunes before blocks": self.pruning["layers"],
+            f"prunes {self.pruning['place']} blocks": self.pruning["layers"],
             **self._of_cell(self.found.cell),
             "confidence from": PAIRED_METHOD if self.found.drop else "no labels",
             "evaluated": f"{len(self.found.cells)} settings on {self.found.cell.images:,} images",
@@ -139,6 +139,8 @@ def tuned(sweep: Sweep, found: Found, overflow: float | None, command: str) -> T
         "layers": list(setting.layers),
         "selection": setting.selection,
         "reduction": setting.reduction,
+        "place": setting.place,
+        "features": setting.features,
         "proportional_attention": facts.pruning.proportional_attention,
         "tokens": tokens,
         "multiple_of": 1 if static is not None else facts.pruning.multiple_of,

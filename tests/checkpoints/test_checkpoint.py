@@ -411,7 +411,7 @@ def test_damaged_preprocessing(tmp_path: Path) -> None:
 def test_pruned_model_round_trip(tmp_path: Path, name: str) -> None:
     vit = small_vit(global_pool="avg")
     vit.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), label_names=[str(i) for i in range(10)])
-    model = prune(vit, threshold=0.7, layers=(1,))
+    model = prune(vit, threshold=0.7, layers=(1,), place="inside", features="mean-keys")
     save(model, tmp_path / name)
     found = load_checkpoint(tmp_path / name)
     assert found.kind == "pruned model"

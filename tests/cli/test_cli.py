@@ -392,7 +392,7 @@ class TestExport:
         assert np.array_equal(kept_all, np.tile(np.arange(PATCHES + 1), (2, 1)))
         _, mixed, left = session.run(None, {"images": images, "threshold": np.float32([1.5, -1])})
         assert mixed[0].max() == PATCHES
-        assert mixed[1].max() == 1
+        assert mixed[1].max() == PATCHES // 2
         assert left.shape[1] % 8 == 0 or left.shape[1] == PATCHES + 1
         assert call("verify", folder).code == 0
 
@@ -427,6 +427,7 @@ class TestExport:
         answer = call(
             *("export", source, "-o", folder, "--layers", "0,2", "--tokens", "40,20"),
             *("--selection", "redundancy", "--reduction", "drop", "--no-proportional-attention"),
+            *("--place", "inside", "--features", "keys"),
             *("--threshold", 0.3, "--images", pictures),
         )
         assert answer.code == 0, answer
@@ -438,7 +439,12 @@ class TestExport:
         assert config == {
             **{"threshold": 0.3, "layers": [0, 2], "selection": "redundancy", "reduction": "drop"},
             **{"proportional_attention": False, "capacities": [40, 20], "multiple_of": 1},
+            **{"place": "inside", "features": "keys"},
         }
+        assert "prunes inside blocks" in answer.out
+        inspected = call("inspect", folder, "--json").json
+        assert inspected["prune_nodes"] == ["prune_inside_block_0", "prune_inside_block_2"]
+        assert inspected["pruning"] == config
         parity = json.loads((folder / "parity.json").read_text())
         assert sorted(parity["inputs"]["images"]) == sorted(
             path.name for path in pictures.iterdir() if path.name != "broken.jpg"
@@ -447,6 +453,7 @@ class TestExport:
         model = simprune_deploy.prune(
             vit,
             **{"threshold": 0.3, "layers": [0, 2], "tokens": [40, 20], "selection": "redundancy"},
+            **{"place": "inside", "features": "keys"},
             reduction="drop",
             proportional_attention=False,
         )
@@ -816,10 +823,14 @@ class TestBadOptions:
             (["--layers", "1,1"], "must ascend"),
             (["--layers", ""], "--layers"),
             (["--layers", "one"], "--layers"),
-            (["--tokens", "65"], "between 1 and 64"),
-            (["--tokens", "0"], "between 1 and 64"),
-            (["--tokens", "10,20"], "20 is not between 1 and 10"),
+            (["--tokens", "65"], "between 16 and 64"),
+            (["--tokens", "0"], "between 16 and 64"),
+            (["--tokens", "15"], "or more layers"),
+            (["--tokens", "40,50"], "prune layer 2 cannot leave 50 of the 40"),
+            (["--tokens", "10,10"], "prune layer 1 cannot leave 10 of the 64"),
+            (["--tokens", "40,30,20"], "3 token counts for 2 prune layers"),
             (["--tokens", "30,20,10"], "3 token counts for 2 prune layers"),
+            (["--features", "keys"], "add --place inside, or take --features tokens"),
             (["--tokens", "many"], "--tokens"),
             (["--tokens", "16", "--multiple-of", "8"], "exclude each other"),
             (["--multiple-of", "0"], "must be 1 or more"),
@@ -857,7 +868,12 @@ class TestBadOptions:
 
     @pytest.mark.parametrize(
         ("option", "choices"),
-        [("--selection", "'cover', 'redundancy'"), ("--reduction", "'merge', 'drop'")],
+        [
+            ("--selection", "'pairs', 'redundancy'"),
+            ("--reduction", "'merge', 'drop'"),
+            ("--place", "'before', 'inside'"),
+            ("--features", "'tokens', 'keys', 'mean-keys'"),
+        ],
     )
     def test_choices(self, option: str, choices: str) -> None:
         assert (

@@ -112,7 +112,7 @@ def test_pages_name_only_commands_and_options_that_exist(page: Path) -> None:
 def test_help_shows_the_defaults_that_it_tells() -> None:
     said = CliRunner().invoke(app, ["export", "--help"]).stdout
     said = " ".join(said.replace("│", " ").split())  # the table breaks lines
-    for default in ("0.85", "auto", "cover", "merge", "dynamic", "1..8"):
+    for default in ("0.85", "auto", "pairs", "merge", "dynamic", "1..8"):
         assert f"[default: {default}]" in said
 
 

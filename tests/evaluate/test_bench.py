@@ -48,7 +48,13 @@ from simprune_deploy.onnx.metadata import load_graph
 from simprune_deploy.onnx.variants import dense
 from simprune_deploy.parity.golden import load_golden
 from simprune_deploy.predict.source import source_of_export
-from simprune_deploy.pruning.cost import BlockShape, BlockTokens, allowed_speedup, block_flops, mlp_flops
+from simprune_deploy.pruning.cost import (
+    BlockShape,
+    BlockTokens,
+    allowed_speedup,
+    block_flops,
+    mlp_flops,
+)
 from simprune_deploy.reports.bench import print_benchmark
 
 DEMO = ROOT / "examples" / "fashion_mnist"

@@ -8,6 +8,7 @@ from simprune_deploy.onnx.function_body import count_outputs
 from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.variants import function_of, prune_nodes, without_function
 
+
 def counted(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy with the function whose prune nodes name every output of their layer.
 

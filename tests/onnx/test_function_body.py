@@ -169,7 +169,8 @@ def run_onnx(case: Case, opset: int = 20, half: bool = False) -> Result:
     found = runner.run(None, feed)
     kept_tokens, kept_log_size, kept_index, assignment = found[:4]
     if not case.capacity:
-        assert found[4].shape == () and found[4] == kept_tokens.shape[1]
+        assert found[4].shape == ()
+        assert found[4] == kept_tokens.shape[1]
     assert kept_tokens.dtype == feed["tokens"].dtype
     assert kept_log_size.dtype == np.float32
     assert kept_index.dtype == assignment.dtype == np.int64
@@ -466,9 +467,7 @@ def test_checker_and_strict_shape_inference_pass(variant: BodyVariant, opset: in
     inferred = onnx.shape_inference.infer_shapes(
         model, check_type=True, strict_mode=True, data_prop=True
     )
-    assert [output.name for output in inferred.graph.output] == list(
-        OUTPUTS[: variant.num_outputs]
-    )
+    assert [output.name for output in inferred.graph.output] == list(OUTPUTS[: variant.num_outputs])
 
 
 @every_variant

@@ -213,8 +213,8 @@ def test_its_decisions_are_the_counts(opened: Predictor, pixels: np.ndarray) -> 
         assert all(record.threshold == np.float32(THRESHOLD) for record in records)
         width = 1 + PATCHES if layer == 1 else None
         for record in records:
-            assert width is None or record.tokens.shape[0] == width
-            assert record.tokens.shape[0] == len(record.assignment) == len(record.log_size)
+            assert width is None or record.features.shape[0] == width
+            assert record.features.shape[0] == len(record.assignment) == len(record.log_size)
     counted = opened.predict(pixels, counts=True).kept
     assert agree(found.kept, counted) >= 0.8  # in 16 bits noise may turn one
 

@@ -46,6 +46,7 @@ from simprune_deploy.reports.tables import (
     names_of,
     not_measured,
     print_sweep,
+    shared_layers,
     to_csv,
     to_markdown,
 )
@@ -227,6 +228,20 @@ def test_curves_of_different_layers_are_told_apart(sweep: SweepResult) -> None:
     assert [curve.label for curve in curves] == ["ours before 1,3,4", "ours before 2"]
     assert len({(curve.color, curve.marker) for curve in curves}) == 2
     assert len(set(names_of(both))) == len(both)
+
+
+def test_settings_inside_blocks_are_told_from_those_before(sweep: SweepResult) -> None:
+    inside = [
+        dataclasses.replace(each, setting=dataclasses.replace(each.setting, place="inside"))
+        for each in sweep.cells[1:3]
+    ]
+    assert shared_layers(inside) == "pruned inside blocks 1,3,4"
+    assert shared_layers(sweep.cells) == "pruned before blocks 1,3,4"
+    assert names_of(inside) == names_of(sweep.cells[1:3])
+    both = (*sweep.cells[:5], *inside)
+    assert shared_layers(both) is None
+    assert len(set(names_of(both))) == len(both)
+    assert [curve.label for curve in curves_of(both)] == ["ours before 1,3,4", "ours inside 1,3,4"]
 
 
 def test_bars_are_intervals(sweep: SweepResult) -> None:

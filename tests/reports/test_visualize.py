@@ -69,7 +69,7 @@ def chains(draw: Any) -> tuple[dict[int, PruneRecord], int, int, list[dict[int, 
         more = draw(st.integers(0, 2))
         valid = prefix + len(heads)
         records[layer] = PruneRecord(
-            tokens=None,
+            features=None,
             log_size=np.concatenate(
                 [
                     np.zeros(prefix),
@@ -113,16 +113,18 @@ def test_records_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SimpruneError, match="before block 2"):
         compose({2: record}, 1, 9)
     lost = dataclasses.replace(record, assignment=np.array([0, 1, -1, 1]))
-    with pytest.raises(SimpruneError, match="before block 2"):
-        compose({2: lost}, 1, 3)
+    with pytest.raises(SimpruneError, match="inside block 2"):
+        compose({2: lost}, 1, 3, "inside")
     second = PruneRecord(None, np.log([1, 2]), 0.9, np.array([0, 1]), np.array([0, 1]))
     with pytest.raises(SimpruneError, match="before block 2 are not those of the model"):
         check_sizes({2: record, 3: second}, compose({2: record, 3: second}, 1, 3), 1)
 
 
-def test_the_model_counts_the_same_sizes_in_every_batch() -> None:
+@pytest.mark.parametrize(("place", "features"), [("before", "tokens"), ("inside", "mean-keys")])
+def test_the_model_counts_the_same_sizes_in_every_batch(place: str, features: str) -> None:
     """PyTorch's final log-sizes are those of the composed clusters, padding between or not."""
-    model = sd.prune(sd.load(DEMO / "vit"), threshold=0.9, layers=[1, 3, 4]).eval()
+    where = {"layers": [1, 3, 4], "place": place, "features": features}
+    model = sd.prune(sd.load(DEMO / "vit"), threshold=0.9, **where).eval()
     with np.load(DEMO / "test_slice.npz") as data:
         pixels = (data["images"][:4, None].astype(np.float32) / 255 - 0.286) / 0.353
     traces: list[Any] = []
@@ -246,7 +248,24 @@ def test_an_export_shows_what_pytorch_shows(from_torch: Any, tmp_path: Path) -> 
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["pictures"] == json.loads(shown.stdout)["pictures"]
     assert "is fixed at 0.9" in refusal(*common, "--threshold", 0.8, "-o", tmp_path / "x")
-    assert "are fixed in the graph" in refusal(*common, "--layers", "1", "-o", tmp_path / "x")
+    for option, value in (("--layers", "1"), ("--place", "inside"), ("--features", "tokens")):
+        line = refusal(*common, option, value, "-o", tmp_path / "x")
+        assert f"are fixed in the graph: leave {option} out" in line
+
+
+def test_layers_inside_blocks_are_drawn_and_named(tmp_path: Path) -> None:
+    common = (DEMO / "test_slice.npz", "--limit", 2, "--threshold", 0.9)
+    where = ("--layers", "1,4", "--place", "inside", "--features", "mean-keys")
+    found = call("visualize", DEMO / "vit", *common, *where, "-o", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    assert "kept inside block 1" in found.stdout
+    numbers = json.loads((tmp_path / "out" / "pictures.json").read_text())
+    assert (numbers["place"], numbers["features"]) == ("inside", "mean-keys")
+    for each in numbers["pictures"]:
+        assert [layer["layer"] for layer in each["layers"]] == [1, 4]
+        assert 196 > each["layers"][0]["kept"] > each["layers"][1]["kept"]
+    line = refusal(DEMO / "vit", *common, "--features", "keys", "-o", tmp_path / "x")
+    assert "add --place inside, or take --features tokens" in line
 
 
 def test_what_cannot_be_shown_is_refused_and_bad_files_are_listed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from simprune_deploy.tuning.baselines import (
     lose_tokens,
     make_rule,
     saint_scores,
+    tome_pairs,
 )
 
 EXAMPLES = ROOT / "examples"
@@ -298,6 +299,32 @@ def test_a_model_runs_at_our_counts_and_images_alone_give_the_same(
     everything = [demo.num_patches] * len(demo.config.layers)
     unchanged = baseline.run(demo, images, everything).outputs
     torch.testing.assert_close(unchanged, dense, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_tome_inside_a_block_merges_by_its_mean_key_as_published(
+    demo: PrunedViT, images: torch.Tensor
+) -> None:
+    inside = sd.prune(demo, layers=[2], place="inside", features="keys")
+    found = Baseline("tome", features="keys").run(inside, images, [150])
+    traces: list[PruneTrace] = []
+    by_mean = sd.prune(inside, features="mean-keys", threshold=2.0)
+    by_mean(images, traces=traces)
+    (ours,), (theirs,) = traces, found.traces
+    assert torch.equal(theirs.features, ours.features)
+    keys = ours.features.float()
+    scores, targets = tome_pairs(keys[:, 1:], torch.ones(len(keys), 196, dtype=torch.bool), 1)
+    gone = scores.topk(46, dim=1).indices
+    for image in range(len(images)):
+        stays = sorted(set(range(196)) - set(gone[image].tolist()))
+        assert theirs.kept_index[image, 1:].tolist() == [each + 1 for each in stays]
+        for patch in gone[image].tolist():
+            slot = 1 + stays.index(int(targets[image, patch]))
+            assert theirs.assignment[image, patch + 1] == slot
+    others = Baseline("tome").run(inside, images, [150])
+    assert others.traces[0].features.shape[2] == demo.vit.embed_dim
+    everything = Baseline("tome", features="keys").run(inside, images, [196]).outputs
+    torch.testing.assert_close(everything, demo.vit(images), rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -42,7 +42,7 @@ from simprune_deploy.predict.source import ModelSource, source_of_model
 from simprune_deploy.tuning.grid import THRESHOLDS, Grid, settings_for
 from simprune_deploy.tuning.results import OURS, Measurement, Setting, load_sweep
 from simprune_deploy.tuning.sweep import LocalRunner, SweepOptions, start_sweep
-from simprune_deploy.tuning.sweep_runtimes import runtime_of
+from simprune_deploy.tuning.sweep_runtimes import configured, runtime_of
 from simprune_deploy.tuning.tallies import (
     DENSE_SETTING,
     Models,
@@ -295,11 +295,10 @@ def test_feature_models_and_unlabelled_data_have_no_accuracy(
 
 
 def test_fixed_tokens_and_other_rules(source: ModelSource, data: DataSet, tmp_path: Path) -> None:
-    fixed = dataclasses.replace(HIGH, tokens=(60, 50, 40))
+    fixed = dataclasses.replace(HIGH, tokens=(98, 60, 40))
     redundancy = dataclasses.replace(HIGH, selection="redundancy", reduction="drop", threshold=0.4)
     _, *cells = measured(source, data, tmp_path / "s", [fixed, redundancy, HIGH])
-    for have, most in zip(cells[0].kept, (60, 50, 40), strict=True):
-        assert 0 < have <= most
+    assert cells[0].kept == (98, 60, 40)
     assert len({cell.tokens_processed for cell in cells}) == 3
 
 
@@ -404,7 +403,7 @@ def test_a_grid_is_all_combinations_without_repeats() -> None:
     grid = Grid(
         parse_thresholds("0.9,0.8"),
         parse_layer_sets("auto;3,6,9;2,5"),
-        ("cover", "redundancy"),
+        ("pairs", "redundancy"),
         ("merge",),
         parse_token_sets("dynamic;60"),
     )
@@ -414,10 +413,11 @@ def test_a_grid_is_all_combinations_without_repeats() -> None:
     for wrong in (
         Grid(layers=((3, 12),)),
         Grid(layers=((5, 3),)),
-        Grid(selections=("covers",)),
+        Grid(selections=("pair",)),
         Grid(reductions=("merge", "")),
         Grid(tokens=(500,)),
         Grid(tokens=((60, 50),)),
+        Grid(tokens=(20,)),
     ):
         with pytest.raises(SimpruneError):
             wrong.settings(12, 196)
@@ -459,14 +459,67 @@ def test_a_checkpoint_that_was_saved_pruned_keeps_what_is_not_asked_for() -> Non
     asked: dict[str, Any] = {"thresholds": (0.9, 0.8)}
     pruned = sd.prune(sd.load(str(MODEL)), layers=[1], reduction="drop")
     source = source_of_model("saved", pruned)
-    usual = Setting(OURS, 0.9, (1,), "cover", "drop")
+    usual = Setting(OURS, 0.9, (1,), "pairs", "drop")
     both = [usual, dataclasses.replace(usual, threshold=0.8)]
     assert settings_for(source, asked) == both
     (found, _) = settings_for(source, {**asked, "layers": ((2,),), "reductions": ("merge",)})
-    assert found == Setting(OURS, 0.9, (2,), "cover", "merge")
-    fixed = source_of_model("saved", sd.prune(pruned, tokens=60))
-    assert settings_for(fixed, asked)[0].tokens == (60,)
+    assert found == Setting(OURS, 0.9, (2,), "pairs", "merge")
+    fixed = source_of_model("saved", sd.prune(pruned, tokens=100))
+    assert settings_for(fixed, asked)[0].tokens == (100,)
     assert settings_for(fixed, {**asked, "tokens": (None,)}) == both
+    by_keys = source_of_model("saved", sd.prune(pruned, place="inside", features="mean-keys"))
+    inside = [dataclasses.replace(each, place="inside", features="mean-keys") for each in both]
+    assert settings_for(by_keys, asked) == inside
+    plain = [dataclasses.replace(each, features="tokens") for each in inside]
+    assert settings_for(by_keys, {**asked, "features": "tokens"}) == plain
+    assert settings_for(source, {**asked, "place": "inside"}) == plain
+    with pytest.raises(SimpruneError, match=r"features='mean-keys'.*features='tokens'"):
+        settings_for(by_keys, {**asked, "place": "before"})
+
+
+def test_settings_say_where_they_prune_and_by_what() -> None:
+    setting = Setting(OURS, 0.9, (1, 3))
+    names = {
+        "0.9 before 1,3": {},
+        "0.9 inside 1,3": {"place": "inside"},
+        "0.9 inside 1,3 by keys": {"place": "inside", "features": "keys"},
+        "0.9 before 1,3 pairs+drop": {"reduction": "drop"},
+        "0.9 inside 1,3 redundancy+merge by mean-keys": {
+            "place": "inside",
+            "features": "mean-keys",
+            "selection": "redundancy",
+        },
+        "tome 0.9 inside 1,3": {"method": "tome", "place": "inside", "features": "keys"},
+    }
+    for name, values in names.items():
+        changed = dataclasses.replace(setting, **values)
+        assert changed.name == name
+        assert Setting.from_dict(changed.to_dict()) == changed
+    older = setting.to_dict()
+    del older["place"], older["features"]
+    assert Setting.from_dict(older) == setting
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_layers_inside_blocks_are_counted_and_cost_what_they_do(
+    backend: str, source: ModelSource, data: DataSet, tmp_path: Path
+) -> None:
+    setting = Setting(OURS, 0.8, LAYERS, place="inside", features="mean-keys")
+    assert source.model is not None
+    model = configured(source.model, setting).eval()
+    traces: list[Any] = []
+    with torch.inference_mode():
+        (batch,) = data.batches(0, COUNT, COUNT, [])
+        model((torch.from_numpy(batch.pixels) - 0.286) / 0.353, traces=traces)
+    kept = np.stack([trace.assignment.amax(1).numpy() for trace in traces], 1)
+    _, cell = measured(source, data, tmp_path / "s", [setting], backend=backend)
+    assert cell.kept == pytest.approx(kept.mean(0), abs=0.05)
+    mlp = np.stack([np.full(COUNT, 196), *[kept[:, i] for i in (0, 0, 1, 2, 2)]], 1) + 1
+    attention = np.concatenate([np.full((COUNT, 1), 197), mlp[:, :-1]], 1)
+    flops = 8 * attention * 96**2 + 4 * attention**2 * 96 + 16 * mlp * 96**2
+    assert cell.gflops == pytest.approx(flops.sum(1).mean() / 1e9, rel=1e-3)
+    processed = (mlp.mean() + attention.mean()) / 2 / 197
+    assert cell.tokens_processed == pytest.approx(processed, rel=1e-3)
 
 
 def test_an_export_is_swept_as_it_is(
