@@ -14,10 +14,10 @@ struct CompactShared {
     RadixShared radix;
     TiesShared ties;
     uint32_t score[SIMPRUNE_MAX_PATCHES / 2];  // pairs: of a candidate and its partner; 0: it has none
-    // By source and by destination
-    uint16_t partner[SIMPRUNE_MAX_PATCHES];
-    int32_t members[SIMPRUNE_MAX_PATCHES];  // low half: how many go there, high half: how many are placed
-    uint16_t first[SIMPRUNE_MAX_PATCHES];   // their place in `order`
+    // By source: where it goes, and its place among those that go there (in no order)
+    uint16_t partner[SIMPRUNE_MAX_PATCHES], place[SIMPRUNE_MAX_PATCHES];
+    // By destination: how many go there, and from number() on in the high half their place in `order`
+    int32_t members[SIMPRUNE_MAX_PATCHES];
 };
 static_assert(sizeof(CompactShared) <= 48 * 1024, "more than a block has without asking");
 
@@ -111,7 +111,10 @@ private:
                     stays[lane] = false;
                     if (!has_bit(shared_.valid, patch)) return;
                     stays[lane] = !goes(patch, limit);
-                    if (!stays[lane]) atomic_add(shared_.members + shared_.partner[source_of(patch)], 1);
+                    if (stays[lane]) return;
+                    const int source = source_of(patch);
+                    const int place = atomic_add(shared_.members + shared_.partner[source], 1);
+                    shared_.place[source] = static_cast<uint16_t>(place);
                 });
                 const uint32_t bits = warp.ballot(stays);
                 warp.each([&](int lane) {
@@ -138,9 +141,8 @@ private:
                 });
                 const int from = warp.broadcast(base, 0);
                 warp.each([&](int lane) {
-                    if (start + lane < job_.destinations) {
-                        shared_.first[start + lane] = static_cast<uint16_t>(from + up_to[lane] - members[lane]);
-                    }
+                    const int first = from + up_to[lane] - members[lane];
+                    if (start + lane < job_.destinations) shared_.members[start + lane] |= first << 16;
                 });
             }
         });
@@ -167,15 +169,15 @@ private:
                         slot = job_.prefix + rank;
                         Slot one = {static_cast<uint16_t>(patch), 0, 0};
                         if (is_destination(patch)) {
-                            one.first = shared_.first[destination_of(patch)];
-                            one.members = static_cast<uint16_t>(shared_.members[destination_of(patch)] & 0xffff);
+                            const int members = shared_.members[destination_of(patch)];
+                            one.first = static_cast<uint16_t>(members >> 16);
+                            one.members = static_cast<uint16_t>(members & 0xffff);
                         }
                         slots[rank] = one;
                     } else if (has_bit(shared_.valid, patch)) {
-                        const int partner = shared_.partner[source_of(patch)];
+                        const int source = source_of(patch), partner = shared_.partner[source];
                         slot = job_.prefix + rank_of(patch_of(partner));
-                        const int place = atomic_add(shared_.members + partner, 1 << 16) >> 16;
-                        order[shared_.first[partner] + place] = static_cast<uint16_t>(patch);
+                        order[(shared_.members[partner] >> 16) + shared_.place[source]] = static_cast<uint16_t>(patch);
                     }
                     assignment[job_.prefix + patch] = slot;
                     if (patch >= count) slots[patch] = Slot{};  // no slot of that rank, but write looks there

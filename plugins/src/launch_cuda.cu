@@ -26,8 +26,12 @@ __global__ void __launch_bounds__(kMeansThreads) means(const __grid_constant__ J
     means_kernel<T>(this_block(), job, shared);
 }
 
+// Blocks a multiprocessor that registers must suffice for; on SM 7.5 there is shared memory for one
 template <class T>
-__global__ void __launch_bounds__(SmallTile::kThreads, sizeof(T) == 2 ? 4 : 1) match(const __grid_constant__ Job job) {
+constexpr int kMatchBlocks = kArchitecture >= 80 && has_tensor_cores<T>(kArchitecture) ? 4 : 1;
+
+template <class T>
+__global__ void __launch_bounds__(SmallTile::kThreads, kMatchBlocks<T>) match(const __grid_constant__ Job job) {
     __shared__ MatchShared<SmallTile> shared;
     match_kernel<T, SmallTile, has_tensor_cores<T>(kArchitecture)>(this_block(), job, shared);
 }

@@ -74,6 +74,7 @@ public:
                     compare(warp, lane, shared, tile - 1, total.of(warp, lane), best.of(warp, lane));
                     total.of(warp, lane) = Sums{};
                 });
+                warp.sync();  // products are made by whole warps
                 if (has_work(warp, tile)) {
                     if constexpr (kTensorCores) {
                         multiply_on_tensor_cores(warp, shared, iteration, part);
