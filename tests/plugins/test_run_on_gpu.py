@@ -80,7 +80,7 @@ def test_the_page_is_what_its_record_says() -> None:
 
 
 def test_a_page_about_an_earlier_operator_says_so(host_library: Path) -> None:
-    assert gpu_report.OPERATOR_VERSION == read_info(host_library).operator_version
+    assert read_info(host_library).operator_version == gpu_report.OPERATOR_VERSION
     now = record()
     assert "have not been run" not in gpu_report.page(now)
     del now["facts"]["library"]["operator_version"]
