@@ -37,6 +37,7 @@ def facts(device: torch.device, library: Path) -> dict[str, Any]:
         "sha256": info.sha256,
         "kind": info.kind,
         "version": info.version,
+        "operator_version": info.operator_version,
         "cuda": info.cuda,
         "architectures": list(info.device_code.sms),
         "tensorrt_headers": info.tensorrt_headers,

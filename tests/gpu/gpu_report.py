@@ -46,6 +46,14 @@ REHEARSAL = (
 )
 
 
+OPERATOR_VERSION = "2"
+
+EARLIER = (
+    "**This was run with version {} of the operator. The kernels of version {} have not been run "
+    "on a GPU: nothing here is theirs but the floors on paper.**"
+)
+
+
 def floors_section() -> str:
     """Return the floors on paper."""
     return "\n".join(
@@ -69,6 +77,10 @@ def page(record: dict[str, Any]) -> str:
     parts = [TITLE]
     if record["rehearsal"]:
         parts.append(REHEARSAL + "\n")
+    # records from before there was a second version do not name it
+    version = record["facts"]["library"].get("operator_version", "1")
+    if version != OPERATOR_VERSION:
+        parts.append(EARLIER.format(version, OPERATOR_VERSION) + "\n")
     parts += [
         INTRODUCTION,
         facts_table(record["facts"]),

@@ -51,6 +51,7 @@ def record(**changes: Any) -> dict[str, Any]:
             "sha256": "ab" * 32,
             "kind": "kernels",
             "version": "0.1.0",
+            "operator_version": "2",
             "cuda": "13.0.88",
             "architectures": ["90"],
             "tensorrt_headers": None,
@@ -76,6 +77,14 @@ def test_the_page_is_what_its_record_says() -> None:
     assert text == gpu_report.page(given)
     assert "| driver |" in text
     assert gpu_report.REHEARSAL not in text
+
+
+def test_a_page_about_an_earlier_operator_says_so(host_library: Path) -> None:
+    assert read_info(host_library).operator_version == gpu_report.OPERATOR_VERSION
+    now = record()
+    assert "have not been run" not in gpu_report.page(now)
+    del now["facts"]["library"]["operator_version"]
+    assert "**This was run with version 1 of the operator." in gpu_report.page(now)
 
 
 def test_a_page_names_the_machine_and_all_that_was_left_out() -> None:
