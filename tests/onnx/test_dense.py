@@ -126,7 +126,7 @@ def test_the_log_sizes_leave_the_keys_in_16_bits_too() -> None:
 
 def test_fixed_token_counts_go_out_of_every_shape() -> None:
     what = "attention pool of the prefix too"
-    graph, expected = pruned_graph(what, tokens=12), dense_export(what)
+    graph, expected = pruned_graph(what, tokens=40), dense_export(what)
     pixels = photographs(build(by_name[what]), 3).pixels
     hold(graph, expected, pixels)
     hold(with_log_size_in_keys(graph), expected, pixels)
