@@ -51,17 +51,7 @@ private:
 
     SIMPRUNE_FN void find_norms(const Block& block) const {
         block.warps([&](const Warp& warp) {
-            for (int word = warp.index; word < job_.words; word += block.num_warps()) {
-                Lanes<bool> valid;
-                warp.each([&](int lane) {
-                    const int patch = word * kWarp + lane;
-                    valid[lane] = patch < job_.num_patches && is_valid(job_, image_, patch);
-                });
-                const uint32_t bits = warp.ballot(valid);
-                warp.each([&](int lane) {
-                    if (lane == 0) shared_.valid[word] = bits;
-                });
-            }
+            mark_valid(block, warp, job_, image_, shared_.valid);
             for (int patch = warp.index; patch < job_.num_patches; patch += block.num_warps()) {
                 Lanes<Sum> square;
                 warp.each([&](int lane) {

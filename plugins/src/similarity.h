@@ -19,6 +19,21 @@ SIMPRUNE_FN bool is_valid(const Job& job, int64_t image, int patch) {
     return job.log_size[image * job.num_tokens + job.prefix + patch] > SIMPRUNE_PAD_LOG_SIZE / 2;
 }
 
+// A warp's share of a bit for every patch of an image: is it valid?
+SIMPRUNE_FN void mark_valid(const Block& block, const Warp& warp, const Job& job, int64_t image, uint32_t* bits) {
+    for (int word = warp.index; word < job.words; word += block.num_warps()) {
+        Lanes<bool> valid;
+        warp.each([&](int lane) {
+            const int patch = word * kWarp + lane;
+            valid[lane] = patch < job.num_patches && is_valid(job, image, patch);
+        });
+        const uint32_t found = warp.ballot(valid);
+        warp.each([&](int lane) {
+            if (lane == 0) bits[word] = found;
+        });
+    }
+}
+
 // K, once the selection of every image is done.
 SIMPRUNE_FN int64_t num_slots(const Job& job) {
     if (job.capacity > 0) return job.prefix + job.capacity;

@@ -28,12 +28,8 @@ from simprune_deploy.onnx.function_body import (
     DOMAIN_VERSION,
     INPUTS,
     NAMING_ATTRIBUTES,
-    NUM_READ,
-    NUM_SHOWN,
     OP_TYPE,
     OUTPUTS,
-    BodyVariant,
-    build_function,
 )
 from simprune_deploy.onnx.metadata import (
     UINT8_NHWC,
@@ -43,7 +39,12 @@ from simprune_deploy.onnx.metadata import (
 from simprune_deploy.onnx.names import make_readable
 from simprune_deploy.onnx.options import ExportOptions
 from simprune_deploy.onnx.precision import with_precision
-from simprune_deploy.onnx.variants import with_log_size_in_keys
+from simprune_deploy.onnx.variants import (
+    function_of,
+    num_outputs,
+    prune_nodes,
+    with_log_size_in_keys,
+)
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
 
 IMAGES, THRESHOLD = "images", "threshold"
@@ -211,7 +212,8 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
             graph = _trace(wrapper, exported, options)
     finally:
         wrapper.train(was_training)
-    _add_function(graph, exported, options)
+    metadata = metadata_of_model(exported, options)
+    _add_function(graph, metadata)
     if options.input == UINT8_NHWC:
         _cast_first(graph.graph)
     if options.opt_tokens and exported.config.layers:
@@ -219,7 +221,6 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     make_readable(graph, exported.config, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
-    metadata = metadata_of_model(exported, options)
     if options.precision != "fp32":
         graph, rounding = with_precision(graph, options.precision)
         metadata = dataclasses.replace(metadata, rounding=dataclasses.asdict(rounding))
@@ -423,20 +424,15 @@ def _set_size_hints(graph: onnx.ModelProto, model: PrunedViT, hints: Sequence[in
         next(each for each in node.attribute if each.name == "opt_tokens").i = int(hint)
 
 
-def _add_function(graph: onnx.ModelProto, model: PrunedViT, options: ExportOptions) -> None:
+def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
     del graph.functions[:]
-    if not model.config.layers:
+    if not metadata.pruning.layers:
         return
-    outputs = NUM_SHOWN if options.emit_assignments else NUM_READ
-    for node in graph.graph.node:
-        if node.op_type == OP_TYPE:
-            del node.output[outputs:]
-            for name, value in NAMING_ATTRIBUTES.items():
-                node.attribute.append(onnx.helper.make_attribute(name, value))
-    variant = BodyVariant.of(
-        model.config, model.num_prefix_tokens, model.vit.embed_dim, options.precision, outputs
-    )
-    graph.functions.append(build_function(variant, options.opset))
+    for node in prune_nodes(graph):
+        del node.output[num_outputs(metadata) :]
+        for name, value in NAMING_ATTRIBUTES.items():
+            node.attribute.append(onnx.helper.make_attribute(name, value))
+    graph.functions.append(function_of(metadata))
     if DOMAIN not in {entry.domain for entry in graph.opset_import}:
         graph.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 

@@ -122,7 +122,7 @@ def _steps(variant: BodyVariant) -> list[str]:
     if pairs:
         steps += _PAIRS_OF_FIXED_COUNT if variant.fixed_capacity else _PAIRS
         steps.append(_even_slot(variant.num_prefix_tokens) + _PAIR_SLOTS)
-        steps.append(_ALL_STAY if variant.fixed_capacity else _VALID_STAY)
+        steps += [_ALL_STAY if variant.fixed_capacity else _VALID_STAY, _PAIR_DEST]
     else:
         steps += [_SCORES, _HIGHEST_GO if variant.fixed_capacity else _HIGH_GO, _PATCH_SLOTS]
     steps.append(_ROWS)
@@ -157,7 +157,6 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
         "i_one": [1],
         "i_two": [2],
         "i_last": [-1],
-        "i_minus_two": [-2],
         "i_end": [2**31 - 1],
         "i_prefix": [prefix],
         "i_front": [prefix + 1],  # rows before the patches: zeros and the prefix
@@ -280,11 +279,10 @@ _PAIRS_OF_FIXED_COUNT = [
 
 def _even_slot(prefix: int) -> str:
     """Slots count from 1, and the first even patch's is P + 1 where it stays."""
-    ends = "pair_ends = CumSum (pair_counts, s_one)"
-    if prefix == 1:
-        return ends.replace("pair_ends", "even_slot")
-    return f"""
-    {ends}
+    if prefix == 1:  # a node less
+        return "even_slot = CumSum (pair_counts, s_one)"
+    return """
+    pair_ends = CumSum (pair_counts, s_one)
     even_slot = Add (pair_ends, s_prefix_less_one)
     """
 
@@ -297,10 +295,11 @@ _PAIR_SLOTS = """
 """
 _VALID_STAY = """
     odd_dest = Where (odd_valid, odd_slot, s_zero)
-    patch_dest = Concat <axis = 1> (even_dest, odd_dest)
 """
 _ALL_STAY = """
     odd_dest = Identity (odd_slot)
+"""
+_PAIR_DEST = """
     patch_dest = Concat <axis = 1> (even_dest, odd_dest)
 """
 
@@ -498,7 +497,8 @@ _LOG_SIZES = """
     kept_log_size = Squeeze (bounded_log_sizes, i_two)
 """
 
-# From rows back to positions, and from slots to assignments; runtimes drop what nobody reads.
+# From rows back to positions, and from slots to assignments. Only where a node names them: a
+# runtime computes what nobody reads too.
 _PAIR_INDEX = """
     row_behind_front = Sub (rows, i_front)
     num_even_rows = Shape <start = 1, end = 2> (even_unit)
