@@ -81,8 +81,7 @@ def _misread(request: dict[str, Any], counted: int) -> str:
     if request["plugin_layers"] == 0:
         return (
             f"{parser} made plugin layers ({counted}) of {name}, whose function was to be "
-            "compiled, so no engine was built: unset SIMPRUNE_REGISTER, with which a library "
-            "registers its plugin by itself"
+            f"compiled, so no engine was built: {_UNREGISTER}"
         )
     return (
         f"{parser} made {counted} plugin layers of the {request['plugin_layers']} prune layers in "
@@ -91,6 +90,7 @@ def _misread(request: dict[str, Any], counted: int) -> str:
     )
 
 
+_UNREGISTER = "unset SIMPRUNE_REGISTER, with which a library registers its plugin by itself"
 _NO_CREATOR = ("plugin not found", f"no importer registered for op: {CREATOR[0].lower()}")
 """What NVIDIA's parsers say of a node whose plugin is not registered; the second since 10.15."""
 
@@ -108,6 +108,8 @@ def _remedy(request: dict[str, Any], errors: list[str]) -> str:
             f"; no library with {name}, version {version}, is loaded: make one with "
             f"`simprune-deploy plugin build` and name it ({argument('plugin')})"
         )
+    if _WRONG_OUTPUTS in said and request["plugin_layers"] == 0:
+        return f"; a plugin was taken for the function that was to be compiled: {_UNREGISTER}"
     if _WRONG_OUTPUTS in said:
         return "; the file is of another version of the operator: export the model again"
     if limit is None or not any(each in said for each in ("workspace", "outofmemory")):

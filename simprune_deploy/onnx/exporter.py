@@ -221,12 +221,10 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     make_readable(graph, exported.config, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
-    if options.precision != "fp32":
-        graph, rounding = with_precision(graph, options.precision)
-        metadata = dataclasses.replace(metadata, rounding=dataclasses.asdict(rounding))
+    write_metadata(graph, metadata)
+    graph = with_precision(graph, options.precision)
     graph.producer_name = "simprune-deploy"
     graph.producer_version = __version__
-    write_metadata(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 

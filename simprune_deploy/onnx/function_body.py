@@ -116,6 +116,7 @@ def _steps(variant: BodyVariant) -> list[str]:
     row_behind = not (pairs and variant.fixed_capacity)
     steps = [
         _constants(variant, row_behind),
+        _WIDE if variant.in_float32 else _WIDE_OF_16_BITS,
         _FEATURES,
         _UNIT_WITH_ROW_BEHIND if row_behind else _UNIT,
     ]
@@ -152,6 +153,7 @@ def _steps(variant: BodyVariant) -> list[str]:
 
 def _constants(variant: BodyVariant, row_behind: bool) -> str:
     prefix, multiple_of = variant.num_prefix_tokens, variant.multiple_of
+    first_unit = prefix if variant.in_float32 else 0  # the first patch's row of `unit`
     ints = {
         "i_zero": [0],
         "i_one": [1],
@@ -159,6 +161,8 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
         "i_last": [-1],
         "i_end": [2**31 - 1],
         "i_prefix": [prefix],
+        "i_even_unit": [first_unit],
+        "i_odd_unit": [first_unit + 1],
         "i_front": [prefix + 1],  # rows before the patches: zeros and the prefix
         "i_second": [prefix + 2],
         "i_axes": [0, 1],
@@ -198,11 +202,19 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
     return "\n".join(lines)
 
 
-# unit float[B, N + 1, F], the last row zero; sizes float[B, N + 2, 1] with a zero in front and
-# behind; valid bool, the same. (The size of padding, e to the PAD, is 0.) With pairs of a fixed
-# count there is no row behind, and no padding.
-_FEATURES = """
+# unit float[B, N + 1, F], the last row zero; in 16 bits only the patches' rows, float[B, M + 1, F]:
+# ONNX Runtime's CPU provider takes a Cast to 16 bits and one back for nothing, and would compare
+# numbers that were never rounded, unless something stands between. sizes float[B, N + 2, 1] with a
+# zero in front and behind; valid bool, the same. (The size of padding, e to the PAD, is 0.) With
+# pairs of a fixed count there is no row behind, and no padding.
+_WIDE = """
     wide = Cast <to = 1> (features)
+"""
+_WIDE_OF_16_BITS = """
+    patch_features = Slice (features, i_prefix, i_end, i_one)
+    wide = Cast <to = 1> (patch_features)
+"""
+_FEATURES = """
     norm = ReduceL2 <keepdims = 1> (wide, i_last)
     safe_norm = Max (norm, f_norm_floor)
     log_column = Unsqueeze (log_size, i_two)
@@ -222,8 +234,8 @@ _UNIT_WITH_ROW_BEHIND = """
 # below bool[B, E, 1]: it stays if it is valid. Less is false at a threshold that is not a number,
 # which therefore becomes one that nothing reaches.
 _SIMILARITY = """
-    even_unit = Slice (unit, i_prefix, i_end, i_one, i_two)
-    odd_unit = Slice (unit, i_front, i_end, i_one, i_two)
+    even_unit = Slice (unit, i_even_unit, i_end, i_one, i_two)
+    odd_unit = Slice (unit, i_odd_unit, i_end, i_one, i_two)
     odd_unit_turned = Transpose <perm = [0, 2, 1]> (odd_unit)
     similarity = MatMul (even_unit, odd_unit_turned)
     num_odd = Shape <start = 1, end = 2> (odd_unit)
@@ -306,7 +318,7 @@ _PAIR_DEST = """
 # Of "redundancy": patches in their own order, with the row of zeros behind them (M + 1 of them).
 # score float[B, M + 1, 1]
 _SCORES = """
-    patch_unit_any = Slice (unit, i_prefix, i_end, i_one)
+    patch_unit_any = Slice (unit, i_even_unit, i_end, i_one)
     patch_valid = Slice (valid, i_front, i_end, i_one)
     patch_valid_f = Cast <to = 1> (patch_valid)
     patch_unit = Mul (patch_unit_any, patch_valid_f)

@@ -25,6 +25,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError, argument
 from simprune_deploy.onnx.function_body import OP_TYPE
+from simprune_deploy.onnx.metadata import read_metadata, write_metadata
+from simprune_deploy.onnx.variants import function_of
 
 FLOAT = int(TensorProto.FLOAT)
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -80,8 +82,10 @@ class Rounding:
         )
 
 
-def with_precision(graph: onnx.ModelProto, precision: str) -> tuple[onnx.ModelProto, Rounding]:
-    """Return a copy of one of our float32 graphs in a precision, and what rounding did to it.
+def with_precision(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """Return a copy of one of our float32 graphs in a precision.
+
+    Its metadata says so, and what rounding did to it; its function is the one for that precision.
 
     Raises:
         SimpruneError: a weight is beyond float16, or `precision` is not known.
@@ -90,8 +94,19 @@ def with_precision(graph: onnx.ModelProto, precision: str) -> tuple[onnx.ModelPr
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     if precision == "fp32":
-        return copy, Rounding()
-    return copy, _Narrowing(copy, precision).apply()
+        return copy
+    metadata = read_metadata(copy)
+    rounding = _Narrowing(copy, precision).apply()
+    metadata = dataclasses.replace(
+        metadata,
+        export={**metadata.export, "precision": precision},
+        rounding=dataclasses.asdict(rounding),
+    )
+    if copy.functions:
+        del copy.functions[:]
+        copy.functions.append(function_of(metadata))
+    write_metadata(copy, metadata)
+    return copy
 
 
 def value_types(graph: onnx.ModelProto) -> dict[str, int]:

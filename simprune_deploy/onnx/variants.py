@@ -150,6 +150,8 @@ def without_function(graph: onnx.ModelProto) -> onnx.ModelProto:
 def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return the copy that :func:`without_function` was given, byte for byte.
 
+    Outputs of prune nodes that were read since, as decisions are to be shown, stay.
+
     Raises:
         SimpruneError: the graph was not made by simprune-deploy.
     """
@@ -158,9 +160,14 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
     if not metadata.has_function:
         export = {name: value for name, value in metadata.export.items() if name != HAS_FUNCTION}
         metadata = dataclasses.replace(metadata, export=export)
+        read = {name for node in copy.graph.node for name in node.input}
+        read |= {value.name for value in copy.graph.output}
+        outputs = num_outputs(metadata)
+        for node in prune_nodes(copy):  # decisions that are shown stay
+            outputs = max(outputs, *(i + 1 for i, name in enumerate(node.output) if name in read))
         for node in prune_nodes(copy):
-            del node.output[num_outputs(metadata) :]
-        copy.functions.append(function_of(metadata))
+            del node.output[outputs:]
+        copy.functions.append(function_of(metadata, outputs))
         write_metadata(copy, metadata)
     return copy
 

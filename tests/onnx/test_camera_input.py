@@ -26,7 +26,7 @@ from simprune_deploy.common.images import Preprocessing, as_uint8_nhwc, sample_i
 from simprune_deploy.deploy.verification import verify
 from simprune_deploy.engine.targets import find_targets
 from simprune_deploy.onnx.exporter import ExportOptions
-from simprune_deploy.onnx.metadata import read_metadata, write_metadata
+from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.precision import value_types, with_precision
 from simprune_deploy.onnx.variants import dense
 from simprune_deploy.parity.comparison import compare_with_torch
@@ -61,16 +61,6 @@ def graph(exported: Path) -> onnx.ModelProto:
 
 def call(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-def narrowed(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """Return the graph in a precision, as the exporter does it."""
-    metadata = read_metadata(graph)
-    narrow, _ = with_precision(graph, precision)
-    write_metadata(
-        narrow, dataclasses.replace(metadata, export={**metadata.export, "precision": precision})
-    )
-    return narrow
 
 
 def test_every_level_comes_back() -> None:
@@ -110,7 +100,7 @@ def test_the_file_says_what_it_takes(exported: Path, graph: onnx.ModelProto) -> 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_cast_to_float32_alone_reads_the_images(graph: onnx.ModelProto, precision: str) -> None:
     """TensorRT's rule for uint8: an input, and converted to floats before anything else."""
-    made = narrowed(graph, precision) if precision != "fp32" else graph
+    made = with_precision(graph, precision) if precision != "fp32" else graph
     readers = [node for node in made.graph.node if "images" in node.input]
     assert [node.op_type for node in readers] == ["Cast"]
     assert readers[0] == made.graph.node[0]
@@ -162,7 +152,7 @@ def test_verify_against_the_checkpoint(model: PrunedViT, exported: Path) -> None
 def test_16_bits_are_proven(model: PrunedViT, graph: onnx.ModelProto, precision: str) -> None:
     pictures = sample_images(Preprocessing.of_model(model), 4, normalize=False)
     camera = dataclasses.replace(pictures, pixels=as_uint8_nhwc(pictures.pixels))
-    verdict, _ = compare_with_torch(narrowed(graph, precision), model, camera)
+    verdict, _ = compare_with_torch(with_precision(graph, precision), model, camera)
     assert verdict.check("graph").passed, verdict.reason
     assert verdict.check("outputs").passed, verdict.reason
 
@@ -211,7 +201,7 @@ def test_tensorrt_rtx_builds_it(graph: onnx.ModelProto, tmp_path: Path) -> None:
     from simprune_deploy.engine.builders import ahead_of_time
 
     path = tmp_path / "model.onnx"
-    onnx.save(narrowed(graph, "fp16"), path)
+    onnx.save(with_precision(graph, "fp16"), path)
     engine = build_engine(path, ahead_of_time(find_targets("rtx-ada"))[0])
     assert engine.path.stat().st_size > 0
     assert engine.metadata.profile["images"]["max"] == [4, 128, 128, 3]

@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, build, photographs
 
 from simprune_deploy.common.errors import SimpruneError
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
-from simprune_deploy.onnx.metadata import read_metadata, write_metadata
+from simprune_deploy.onnx.metadata import read_metadata
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
     dense,
@@ -50,16 +50,6 @@ def dense_export(what: str) -> onnx.ModelProto:
     return export_onnx(
         prune(build(by_name[what]), layers=()), ExportOptions(opset=OPSETS[what], **PLAIN)
     )
-
-
-def narrowed(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """Return a graph in a precision, as the exporter does it."""
-    metadata = read_metadata(graph)
-    narrow, _ = with_precision(graph, precision)
-    write_metadata(
-        narrow, dataclasses.replace(metadata, export={**metadata.export, "precision": precision})
-    )
-    return narrow
 
 
 def run(graph: onnx.ModelProto, pixels: Any) -> Any:
@@ -113,15 +103,17 @@ def test_it_is_the_dense_export(what: str) -> None:
     assert prune_nodes(graph)
     hold(graph, expected, pixels)
     hold(with_log_size_in_keys(graph), expected, pixels)
-    hold(narrowed(graph, "fp16"), narrowed(expected, "fp16"), pixels)
+    hold(with_precision(graph, "fp16"), with_precision(expected, "fp16"), pixels)
 
 
 def test_the_log_sizes_leave_the_keys_in_16_bits_too() -> None:
     graph, expected = pruned_graph("class token"), dense_export("class token")
     pixels = photographs(build(by_name["class token"]), 3).pixels
     keyed = with_log_size_in_keys(graph)
-    hold(narrowed(keyed, "fp16"), narrowed(expected, "fp16"), pixels)
-    assert operators(dense(narrowed(keyed, "bf16"))) == operators(narrowed(expected, "bf16"))
+    hold(with_precision(keyed, "fp16"), with_precision(expected, "fp16"), pixels)
+    assert operators(dense(with_precision(keyed, "bf16"))) == operators(
+        with_precision(expected, "bf16")
+    )
 
 
 def test_fixed_token_counts_go_out_of_every_shape() -> None:
