@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from one_output import (
-    LAYERS,
     LOW,
     labels,
-    one_output_vit,
     pictures,
     plain,
+    pruned,
     write_checkpoint,
     write_data,
 )
@@ -71,8 +70,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "pruned"
-    pruned = sd.prune(one_output_vit(), threshold=LOW, layers=LAYERS)
-    sd.export(pruned, folder, sd.ExportOptions(runtime_threshold=True, batch=(1, 32)), verify=False)
+    sd.export(
+        pruned(), folder, sd.ExportOptions(runtime_threshold=True, batch=(1, 32)), verify=False
+    )
     return folder
 
 

@@ -15,6 +15,8 @@ from timm.data import create_transform, resolve_data_config
 import simprune_deploy as sd
 
 LAYERS = [1, 2]
+REDUCTION = "drop"
+"""Merging loses so little that hardly a decision turns."""
 LOW = 0.2
 """A threshold at which some decisions of the model turn."""
 
@@ -56,12 +58,17 @@ def one_output_vit() -> Any:
     return vit
 
 
+def pruned(threshold: float = LOW) -> Any:
+    """Return the model, pruned."""
+    return sd.prune(one_output_vit(), threshold=threshold, layers=LAYERS, reduction=REDUCTION)
+
+
 @functools.cache
 def plain(threshold: float | None = None) -> np.ndarray:
     """Return float32[n]: what PyTorch answers to every picture alone; dense without a threshold."""
     model = one_output_vit()
     if threshold is not None:
-        model = sd.prune(model, threshold=threshold, layers=LAYERS).eval()
+        model = pruned(threshold).eval()
     with torch.inference_mode():
         rows = [model(each[None]) for each in as_timm_takes_them()]
     return torch.cat(rows)[:, 0].numpy()
@@ -85,5 +92,5 @@ def write_data(folder: Path, **arrays: Any) -> Path:
 def write_checkpoint(folder: Path, threshold: float = LOW) -> Path:
     """Write the model, pruned, as a checkpoint."""
     path = folder / "one.safetensors"
-    sd.save(sd.prune(one_output_vit(), threshold=threshold, layers=LAYERS), path)
+    sd.save(pruned(threshold), path)
     return path

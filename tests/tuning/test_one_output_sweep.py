@@ -123,7 +123,8 @@ def test_tuning_holds_the_drop_of_sides(data: Path, tmp_path: Path) -> None:
     vit = tmp_path / "vit"
     save_for_hf(one_output_vit(), vit, model_args={
         "img_size": 32, "patch_size": 4, "depth": 3, "embed_dim": 48, "num_heads": 4})  # fmt: skip
-    common = ("tune", vit, "--data", data, "--backend", "torch", "--layers", "1,2", "--timing", 0)
+    common = ("tune", vit, "--data", data, "--backend", "torch", "--layers", "1,2", "--timing", 0,
+              "--reduction", "drop")  # fmt: skip
     code, out, err = call(*common, "--max-drop", "4%", "-o", tmp_path / "t.json", "--json")
     assert code == 0, err
     answer = json.loads(out)
