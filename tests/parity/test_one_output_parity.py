@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from one_output import LAYERS, as_timm_takes_them, one_output_vit, pictures, plain
+from one_output import LAYERS, as_timm_takes_them, one_output_vit, pictures, plain, pruned
 from onnx import numpy_helper
 
 import simprune_deploy as sd
@@ -122,7 +122,7 @@ def test_a_picture_says_the_output(tmp_path: Path) -> None:
     assert _says(read_metadata(graph), plain()[:1]) == f"output: {plain()[0]:.4g}"
     np.savez(tmp_path / "two.npz", images=pictures()[:2])
     shown = sd.visualize(
-        sd.prune(one_output_vit(), threshold=0.8, layers=LAYERS),
+        pruned(0.8),
         tmp_path / "two.npz",
         output=tmp_path / "out",
     )
