@@ -16,6 +16,7 @@ from simprune_deploy.cli.common import (
     parse_batch,
     parse_layers,
     parse_numbers,
+    parse_share,
     parse_targets,
     print_json,
 )
@@ -61,6 +62,14 @@ def export(
         float | None,
         typer.Option(
             help="Cosine similarity from which patches are the same, in [-1, 2].  [default: 0.85]",
+            show_default=False,
+        ),
+    ] = None,
+    flops: Annotated[
+        str | None,
+        typer.Option(
+            help="Find a threshold for every layer, so that this share of the blocks' FLOPs is "
+            "spent: 60%. Calibrates on --images, or takes the curve of --config.",
             show_default=False,
         ),
     ] = None,
@@ -191,6 +200,7 @@ def export(
             place=place,
             features=features,
             config=config,
+            flops=None if flops is None else parse_share(flops),
             images=images,
             verify=not no_verify,
             force=force,

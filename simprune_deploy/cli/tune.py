@@ -34,6 +34,7 @@ from simprune_deploy.cli.sweep import (
 from simprune_deploy.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from simprune_deploy.tuning.calibrating import CalibratedModel
     from simprune_deploy.tuning.tuned import Tuned
 
 
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
 def tune(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub folder, or exported folder.")],
     data: Data,
+    flops: Annotated[
+        str | None,
+        typer.Option(
+            help="Least loss at this share of the blocks' FLOPs: 60%. Finds what is compared, in "
+            "which blocks, and a threshold for each; needs no labels."
+        ),
+    ] = None,
     max_drop: Annotated[
         str | None,
         typer.Option(help="Most pruning whose accuracy surely drops by no more: 0.5%."),
@@ -103,6 +111,7 @@ def tune(
         request = TuneRequest(
             model=model,
             data=data,
+            flops=None if flops is None else parse_share(flops),
             max_drop=None if max_drop is None else parse_share(max_drop),
             min_speedup=min_speedup,
             target_latency=None if target_latency is None else _milliseconds(target_latency),
@@ -146,7 +155,7 @@ def _milliseconds(text: str) -> float:
         ) from None
 
 
-def _print(result: Tuned, file: Path, model: str) -> None:
+def _print(result: Tuned | CalibratedModel, file: Path, model: str) -> None:
     from rich.console import Console
 
     from simprune_deploy.reports.terminal import print_facts

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
     from simprune_deploy.engine.targets import Target
     from simprune_deploy.parity.verdict import Verdict
+    from simprune_deploy.pruning.calibration import Calibrated
     from simprune_deploy.pruning.model import PrunedViT
 
 
@@ -80,7 +81,11 @@ class ExportRequest:
             features: As :func:`simprune_deploy.prune` takes them. Default None: the model's own, or
             its defaults.
         config: A file of ``tune`` with these; what is given here overrides it.
-        images: Folder of pictures for the parity check. Default None: photographs that come along.
+        flops: The share of the blocks' FLOPs that is wanted, in (0, 1): a point of the calibrated
+            curve of `config` or of the model, or without one calibrated now, on the pictures.
+            Default None: what the configuration says.
+        images: Folder of pictures for the parity check, and for calibration. Default None:
+            photographs that come along.
         verify: Run the parity check. Default True.
         force: Replace an earlier result. Default False.
         source: What to say of the checkpoint in the manifest. Default None: how it was read.
@@ -108,6 +113,7 @@ class ExportRequest:
     place: Place | None = None
     features: Features | None = None
     config: str | Path | None = None
+    flops: float | None = None
     images: str | Path | None = None
     verify: bool = True
     force: bool = False
@@ -126,6 +132,17 @@ class ExportRequest:
             )
         if self.per_target and not self.targets:
             raise says_how_to_build()
+        if self.flops is not None:
+            if not 0 < self.flops < 1:
+                raise InvalidArgumentError(
+                    f"{argument('flops', self.flops)} is outside (0, 1): give a share of the dense "
+                    "blocks' FLOPs, 0.6 or 60%"
+                )
+            if self.threshold is not None:
+                raise InvalidArgumentError(
+                    f"{argument('flops')} finds a threshold for every layer, and "
+                    f"{argument('threshold')} is one for all: drop one"
+                )
 
     @property
     def folder(self) -> Path:
@@ -150,14 +167,35 @@ class ExportRequest:
             others = ("layers", "tokens", "place", "features")
             if asked.keys().isdisjoint(others) and tuned["tokens"] == "dynamic":
                 hints = found
+            if "curve" in tuned:
+                self._check_keeps(tuned, asked)
             asked = {**tuned, **asked}
         if "threshold" in asked:
             check_threshold(asked["threshold"])
+        if self.flops is not None and "curve" in asked:
+            asked["curve"].check_share(self.flops)
+            asked["threshold"] = self.flops
         simple = ["threshold", "selection", "reduction", "multiple_of", "place"]
         if "place" in asked:  # else it is the checkpoint's, and keys may go with it
             simple.append("features")
         PruneConfig(**{name: asked[name] for name in simple if name in asked})
         return asked, hints
+
+    def _check_keeps(self, tuned: dict[str, Any], asked: dict[str, Any]) -> None:
+        """Refuse what contradicts calibrated thresholds."""
+        if self.threshold is not None:
+            raise InvalidArgumentError(
+                f"{self.config} has calibrated thresholds for every layer, and "
+                f"{argument('threshold')} is one for all: choose a point of its curve with "
+                f"{argument('flops')}, or leave {argument('config')} out"
+            )
+        fixed = ("layers", "place", "features", "selection", "reduction", "proportional_attention")
+        for name in fixed:
+            if name in asked and asked[name] != tuned[name]:
+                raise InvalidArgumentError(
+                    f"{self.config} was calibrated with {argument(name, tuned[name])}: leave "
+                    f"{argument(name)} out, or calibrate anew with `simprune-deploy tune`"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +211,7 @@ class ExportResult:
         bundle: The bundle for devices, or None.
         devices: The devices that a bundle was asked for.
         checkpoint: How the checkpoint was read, in words; empty for a model that was given.
+        calibrated: What calibration for a share of FLOPs found; None if there was none.
     """
 
     folder: Path
@@ -183,6 +222,7 @@ class ExportResult:
     bundle: DeviceBundle | None = None
     devices: tuple[str, ...] = ()
     checkpoint: tuple[str, ...] = ()
+    calibrated: Calibrated | None = None
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -257,9 +297,12 @@ def export(
         check_can_build_here(graph_options.precision)
     progress("loading PyTorch and the checkpoint")
     pruned, source, words = _pruned(request, pruning)
-    result = _export_folder(request, pruned, graph_options, source, progress)
+    calibrated = None
+    if request.flops is not None and pruned.config.curve is None:
+        pruned, calibrated = _calibrated(request, pruned, progress)
+    result = _export_folder(request, pruned, graph_options, source, calibrated, progress)
     after = _Afterwards(request, result, targets, devices, progress)
-    return dataclasses.replace(result, checkpoint=words, **after.make())
+    return dataclasses.replace(result, checkpoint=words, calibrated=calibrated, **after.make())
 
 
 def _pruned(
@@ -280,7 +323,44 @@ def _pruned(
         raise for_checkpoints(request.checkpoint)
     if pruning or not isinstance(model, PrunedViT):
         model = prune(model, **pruning)
+    if request.flops is not None and model.config.curve is not None:
+        model.config.curve.check_share(request.flops)
+        model = prune(model, threshold=request.flops)
     return model, source or {}, words
+
+
+def _calibrated(
+    request: ExportRequest, model: PrunedViT, progress: Progress
+) -> tuple[PrunedViT, Calibrated]:
+    """Calibrate the model for the share of FLOPs that is wanted, on the pictures of the check."""
+    import torch
+
+    from simprune_deploy.common.images import Preprocessing, load_as_taken
+    from simprune_deploy.pruning.calibration import calibrate
+    from simprune_deploy.pruning.model import PrunedViT
+
+    for name, kept in (("selection", "pairs"), ("reduction", "merge"), ("place", "inside"),
+                       ("tokens", "dynamic"), ("multiple_of", 1)):  # fmt: skip
+        if getattr(request, name) not in (None, kept):
+            raise InvalidArgumentError(
+                f"{argument('flops')} calibrates with {argument(name, kept)}: drop "
+                f"{argument(name)}, or give {argument('threshold')} in place of "
+                f"{argument('flops')}"
+            )
+    pictures = load_as_taken(
+        request.images, Preprocessing.of_model(model), graph_normalizes=False, uint8=False
+    )
+    assert request.flops is not None
+    layers = model.config.layers if request.layers not in (None, "auto") else None
+    found = calibrate(
+        model.vit,
+        torch.from_numpy(pictures.pixels),
+        request.flops,
+        features=request.features,
+        layers=layers,
+        progress=progress,
+    )
+    return PrunedViT(model.vit, found.config), found
 
 
 def _export_folder(
@@ -288,6 +368,7 @@ def _export_folder(
     model: PrunedViT,
     options: ExportOptions,
     source: dict[str, Any],
+    calibrated: Calibrated | None,
     progress: Progress,
 ) -> ExportResult:
     from simprune_deploy.common.images import Preprocessing, load_as_taken
@@ -320,6 +401,8 @@ def _export_folder(
             write_json(staging / PARITY, verdict.to_dict())
             save_golden(staging / GOLDEN, golden)
         manifest = _manifest(graph, staging, verdict, source)
+        if calibrated is not None:
+            manifest["calibration"] = calibrated.to_dict()
         write_json(staging / MANIFEST, manifest)
     return ExportResult(request.folder, manifest, verdict)
 

@@ -105,7 +105,9 @@ class _ExportedModel(nn.Module):
             images = images.to(torch.float32).permute(0, 3, 1, 2) / 255
         if self.options.normalize:
             images = (images - self.mean) / self.std
-        limit = self.threshold if threshold is None else threshold
+        # a curve's tolerances at a threshold that is fixed are constants
+        fixed = None if self.model.config.curve is not None else self.threshold
+        limit = fixed if threshold is None else threshold
         traces: list[PruneTrace] = []
         output = self.model(images, threshold=limit, traces=traces)
         if self.options.softmax:
@@ -175,8 +177,7 @@ def output_names(model: PrunedViT, options: ExportOptions) -> list[str]:
 def is_dense(model: PrunedViT, options: ExportOptions) -> bool:
     """Tell whether nothing can ever be pruned, so that the graph needs no prune nodes."""
     config = model.config
-    never = config.threshold > 1 and not options.runtime_threshold and not config.capacities
-    return not config.layers or never
+    return not config.layers or not (options.runtime_threshold or config.prunes)
 
 
 def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.ModelProto:
@@ -295,11 +296,16 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     images = torch.zeros(size, model.channels, *model.image_size)
     if options.input == UINT8_NHWC:
         images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
-    threshold = torch.full((3,), model.config.threshold) if options.runtime_threshold else None
+    # with a curve the images' token counts meet the thresholds: traced as one for each image
+    one_each = model.config.curve is not None and bool(layers)
+    thresholds = torch.full((size if one_each else 3,), model.config.threshold)
+    threshold = thresholds if options.runtime_threshold else None
     slots = torch.zeros(TRACED_SLOTS) if layers else None
+    batch = {0: torch.export.Dim("batch")} if dynamic else None
+    any_number = batch if one_each else {0: torch.export.Dim("thresholds")}
     shapes = {
-        "images": {0: torch.export.Dim("batch")} if dynamic else None,
-        "threshold": {0: torch.export.Dim("thresholds")} if threshold is not None else None,
+        "images": batch,
+        "threshold": any_number if threshold is not None else None,
         "slots": {0: torch.export.Dim("tokens", min=2)} if slots is not None else None,
     }
     names = [IMAGES, *([THRESHOLD] if threshold is not None else [])]
@@ -322,7 +328,28 @@ def _trace(wrapper: _ExportedModel, model: PrunedViT, options: ExportOptions) ->
     assert program is not None
     if slots is not None:
         separate_token_counts(program.model, layers)
-    return program.model_proto
+    graph = program.model_proto
+    if threshold is not None and one_each:
+        _allow_one_threshold(graph.graph)
+    return graph
+
+
+def _allow_one_threshold(graph: onnx.GraphProto) -> None:
+    """Let one threshold do for all images where it was traced as one for each.
+
+    What is made of thresholds alone then has another size than was traced, and loses it.
+    """
+    source = next(value for value in graph.input if value.name == THRESHOLD)
+    source.type.tensor_type.shape.dim[0].dim_param = "thresholds"
+    weights = {each.name for each in graph.initializer}
+    made = {THRESHOLD}
+    for node in graph.node:
+        read = [name for name in node.input if name not in weights]
+        if read and all(name in made for name in read):
+            made.update(node.output)
+    kept = [info for info in graph.value_info if info.name not in made]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _schema() -> onnx.defs.OpSchema:
@@ -438,7 +465,6 @@ def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
 def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata:
     """Return what an exported file will say of itself."""
     vit = model.vit
-    embed_dim = int(vit.embed_dim)
     return ModelMetadata(
         **_described(model),
         pruning=model.config,
@@ -454,8 +480,8 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
         depth=len(vit.blocks),
         channels=model.channels,
         image_size=model.image_size,
-        embed_dim=embed_dim,
-        mlp_dim=_mlp_dim(vit.blocks[0], embed_dim),
+        embed_dim=model.block_shape.embed_dim,
+        mlp_dim=model.block_shape.mlp_dim,
         parameters=sum(p.numel() for p in vit.parameters()),
     )
 
@@ -468,9 +494,3 @@ def _described(model: PrunedViT) -> dict[str, Any]:
         values = fit_to_channels(name, preprocessing[name], model.channels)
         preprocessing[name] = list(values)
     return facts
-
-
-def _mlp_dim(block: nn.Module, embed_dim: int) -> int:
-    """Return the MLP's hidden width, as if all beside 4 D x D projections were two matrices."""
-    matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-    return max(0, matrices - 4 * embed_dim**2) // (2 * embed_dim)

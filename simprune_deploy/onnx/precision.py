@@ -266,8 +266,11 @@ def _outside_of_blocks(graph: onnx.GraphProto, floats: set[str]) -> set[int]:
 
 
 def _log_size_values(graph: onnx.GraphProto, activations: set[str]) -> set[str]:
-    """Return the values that are made of log-sizes alone, and the first log-sizes."""
-    found: set[str] = set()
+    """Return the values that are made of log-sizes and thresholds alone, and the first log-sizes.
+
+    Thresholds come from outside (an input, or constants), and from how many tokens are left.
+    """
+    found = {value.name for value in graph.input[1:]}
     for node in graph.node:
         if node.op_type == OP_TYPE:
             found.update((node.input[2], node.output[1]))

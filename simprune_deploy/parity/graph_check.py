@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from simprune_deploy.common.versions import __version__
+from simprune_deploy.onnx.function_body import OP_TYPE
 from simprune_deploy.onnx.metadata import ModelMetadata
 from simprune_deploy.onnx.names import prune_node_name
 from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types
@@ -65,17 +66,31 @@ def _threshold_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterato
     if runtime != ("threshold" in [value.name for value in graph.graph.input]):
         yield f"it has {'no' if runtime else 'a'} threshold input"
         return
+    calibrated = metadata.pruning.curve is not None and not metadata.pruning.capacities
     constants = {each.name: each for each in graph.graph.initializer}
+    of_input = _made_of(graph, "threshold")
     for node in prune_nodes(graph):
         name = node.input[3]
         if runtime:
-            if name != "threshold":
+            if name not in (of_input if calibrated else {"threshold"}):
                 yield f"{node.name} does not read the threshold input"
-        elif name not in constants or not np.array_equal(
-            numpy_helper.to_array(constants[name]),
-            np.array([metadata.pruning.threshold], np.float32),
+        elif not calibrated and (
+            name not in constants
+            or not np.array_equal(
+                numpy_helper.to_array(constants[name]),
+                np.array([metadata.pruning.threshold], np.float32),
+            )
         ):
             yield f"{node.name} has another threshold than {metadata.pruning.threshold}"
+
+
+def _made_of(graph: onnx.ModelProto, name: str) -> set[str]:
+    """Return the values that are made of a value, itself among them, without any pruning."""
+    found = {name}
+    for node in graph.graph.node:
+        if node.op_type != OP_TYPE and found.intersection(node.input):
+            found.update(node.output)
+    return found
 
 
 def _signature_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:

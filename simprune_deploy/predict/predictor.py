@@ -19,6 +19,7 @@ from simprune_deploy.common.images import as_uint8_nhwc
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.onnx.variants import DIAGNOSTICS, diagnostic_name
 from simprune_deploy.predict.records import Array, PruneRecord
+from simprune_deploy.pruning.config import PAD_LOG_SIZE
 
 if TYPE_CHECKING:
     from simprune_deploy.onnx.metadata import ModelMetadata
@@ -171,10 +172,11 @@ class Predictor(abc.ABC):
             found = self._run_batch(images[list(batch)], chosen, counts, decisions)
             for row, image in enumerate(batch):
                 if image not in rows:
+                    limit = None if chosen is None else chosen[row]
                     rows[image] = (
                         found.outputs[row],
                         None if found.kept is None else found.kept[row],
-                        _records(found.traces, row, None if chosen is None else chosen[row]),
+                        _records(found.traces, row, limit, self.metadata),
                     )
         return _joined([rows[image] for image in sorted(rows)], self.layers, counts, decisions)
 
@@ -296,16 +298,20 @@ def counted(
 
 
 def _records(
-    traces: dict[int, dict[str, Array]] | None, row: int, limit: Any
+    traces: dict[int, dict[str, Array]] | None, row: int, limit: Any, metadata: ModelMetadata
 ) -> dict[int, PruneRecord]:
-    if traces is None:
-        return {}
-    return {
-        layer: PruneRecord(
-            threshold=float(limit), **{what: array[row] for what, array in found.items()}
+    """Return what every prune layer read and decided for one image, and its threshold there."""
+    config, prefix = metadata.pruning, metadata.num_prefix_tokens
+    records = {}
+    for layer, found in (traces or {}).items():
+        log_size = found["log_size"][row]
+        patches = int((log_size > PAD_LOG_SIZE / 2).sum()) - prefix
+        threshold = config.layer_threshold(
+            config.layers.index(layer), float(limit), patches / metadata.num_patches
         )
-        for layer, found in traces.items()
-    }
+        arrays = {what: array[row] for what, array in found.items()}
+        records[layer] = PruneRecord(threshold=threshold, **arrays)
+    return records
 
 
 def _joined(

@@ -18,7 +18,7 @@ class PruneRecord:
     Attributes:
         features: [N, F] as the layer compared them; None in golden cases, which do not hold them.
         log_size: [N].
-        threshold: The image's.
+        threshold: The layer's for this image.
         kept_index: [K].
         assignment: [N].
     """

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
+from simprune_deploy.pruning.calibrated_curve import CalibratedCurve, check_fits
 
 PAD_LOG_SIZE = -1e4
 """log_size of a padding slot. Finite, because -inf turns a fully masked float16 row into NaN."""
@@ -35,7 +36,8 @@ class PruneConfig:
 
     Args:
         threshold: Cosine similarity from which a patch counts as the same as another, in [-1, 2].
-            Above 1 nothing is pruned. Default 0.85.
+            Above 1 nothing is pruned. Default 0.85. With a `curve`, the share of the blocks' FLOPs
+            that is wanted; from 1 on nothing is pruned.
         layers: Block indices, ascending; tokens are pruned before or inside each of them.
         selection: "pairs" (even patches into odd ones, the default) or "redundancy" (mean
             similarity).
@@ -49,6 +51,7 @@ class PruneConfig:
         place: Prune "before" the blocks (the default), or "inside" them, between attention and MLP.
         features: Compare "tokens" (the default), or a block's "keys" or "mean-keys" (averaged over
             the heads), which wants layers inside blocks.
+        curve: Thresholds for each layer, calibrated. Default None: `threshold`, in all of them.
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -63,6 +66,7 @@ class PruneConfig:
     multiple_of: int = 1
     place: Place = "before"
     features: Features = "tokens"
+    curve: CalibratedCurve | None = None
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -91,6 +95,8 @@ class PruneConfig:
             )
         if self.capacities:
             _check_number(self.capacities, len(self.layers))
+        if self.curve is not None and self.layers:
+            check_fits(self.curve, self.layers)
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidArgumentError(
                 f"layers {format_numbers(self.layers)} must ascend without repeats"
@@ -99,7 +105,9 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
         values = dataclasses.asdict(self)
-        return {**values, "layers": list(self.layers), "capacities": list(self.capacities)}
+        curve = None if self.curve is None else self.curve.to_dict()
+        lists = {"layers": list(self.layers), "capacities": list(self.capacities)}
+        return {**values, **lists, "curve": curve}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
@@ -110,16 +118,36 @@ class PruneConfig:
                 f"the pruning configuration has unknown keys {', '.join(sorted(unknown))}: "
                 "it was written by a newer version, update simprune-deploy"
             )
+        curve = values.get("curve")
         try:
             return cls(
                 **{
                     **values,
+                    "curve": None if curve is None else CalibratedCurve.from_dict(curve),
                     "layers": tuple(int(layer) for layer in values.get("layers", ())),
                     "capacities": tuple(int(k) for k in values.get("capacities", ())),
                 }
             )
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"the pruning configuration is damaged: {error}") from error
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the configuration's own threshold, or fixed counts, can prune anything."""
+        highest = 1.0 if self.curve is None else math.nextafter(1.0, 0.0)
+        return bool(self.layers) and (bool(self.capacities) or self.threshold <= highest)
+
+    def layer_threshold(self, position: int, threshold: float, left: float) -> float:
+        """Return the cosine threshold of a prune layer for an image.
+
+        Args:
+            position: Of the layer among the prune layers.
+            threshold: The image's: what the model was given.
+            left: The share of its patches that reach the layer.
+        """
+        if self.curve is None:
+            return threshold
+        return 1.0 - self.curve.at(threshold)[position] * left
 
     def capacity_of(self, position: int) -> int:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""

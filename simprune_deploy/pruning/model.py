@@ -12,7 +12,12 @@ from timm.models import VisionTransformer
 from timm.models._manipulate import checkpoint as recompute_in_backward
 from torch import nn
 
-from simprune_deploy.common.errors import CheckpointError, UnsupportedModelError, argument
+from simprune_deploy.common.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    UnsupportedModelError,
+    argument,
+)
 from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.pruning.attention import (
     Sizes,
@@ -24,6 +29,7 @@ from simprune_deploy.pruning.attention import (
     run_block,
     sizes_of,
 )
+from simprune_deploy.pruning.calibrated_curve import CalibratedCurve
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
@@ -32,6 +38,7 @@ from simprune_deploy.pruning.config import (
     resolve_capacities,
     resolve_layers,
 )
+from simprune_deploy.pruning.cost import BlockShape
 from simprune_deploy.pruning.families import architecture_name, check_prunable
 from simprune_deploy.pruning.operator import similarity_prune
 
@@ -99,6 +106,13 @@ class PrunedViT(nn.Module):
         return self.num_prefix_tokens + self.num_patches
 
     @property
+    def block_shape(self) -> BlockShape:
+        """Widths of a block, as if all beside 4 D x D projections were an MLP's two matrices."""
+        embed_dim = int(self.vit.embed_dim)
+        matrices = sum(p.numel() for p in self.vit.blocks[0].parameters() if p.ndim == 2)
+        return BlockShape(embed_dim, max(0, matrices - 4 * embed_dim**2) // (2 * embed_dim))
+
+    @property
     def channels(self) -> int:
         """Channels of an image."""
         return int(self.vit.in_chans)
@@ -137,7 +151,7 @@ class PrunedViT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the final tokens [B, K, D] and their float32[B, K] log_size."""
         vit = self.vit
-        limit = self._threshold_tensor(threshold, images.device)
+        limits = self._limits(threshold, images.device)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         log_size = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
         sizes: Sizes | None = None
@@ -145,12 +159,12 @@ class PrunedViT(nn.Module):
         for index, block in enumerate(vit.blocks):
             prunes = index in self.config.layers
             if prunes and not inside:
-                tokens, log_size = self._prune(index, tokens, tokens, log_size, limit, traces)
+                tokens, log_size = self._prune(index, tokens, tokens, log_size, limits, traces)
                 sizes = sizes_of(self._attended(log_size), tokens)
             if prunes and inside:
                 tokens, keys = self._run(attention_half, block, tokens, sizes)
                 features = features_of(self.config.features, tokens, keys)
-                tokens, log_size = self._prune(index, tokens, features, log_size, limit, traces)
+                tokens, log_size = self._prune(index, tokens, features, log_size, limits, traces)
                 sizes = sizes_of(self._attended(log_size), tokens)
                 tokens = self._run(mlp_half, block, tokens)
             else:
@@ -169,7 +183,7 @@ class PrunedViT(nn.Module):
         tokens: torch.Tensor,
         features: torch.Tensor,
         log_size: torch.Tensor,
-        limit: torch.Tensor,
+        limits: Sequence[torch.Tensor],
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, position = self.config, self.config.layers.index(index)
@@ -178,7 +192,7 @@ class PrunedViT(nn.Module):
             tokens,
             features,
             log_size,
-            limit,
+            self._limit_of(position, limits[position], log_size),
             num_prefix_tokens=self.num_prefix_tokens,
             selection=config.selection,
             reduction=config.reduction,
@@ -240,6 +254,34 @@ class PrunedViT(nn.Module):
         check_threshold(value)
         return torch.full((1,), value, dtype=torch.float32, device=device)
 
+    def _limits(
+        self, threshold: float | torch.Tensor | None, device: torch.device
+    ) -> list[torch.Tensor]:
+        """Return for each prune layer its threshold, or with a curve its tolerance.
+
+        Each float32[1], or [B] for thresholds of the images' own.
+        """
+        number = self._threshold_tensor(threshold, device)
+        curve, layers = self.config.curve, len(self.config.layers)
+        if curve is None or not layers:
+            return [number] * layers
+        if threshold is None:
+            return [number.new_full((1,), each) for each in curve.at(self.config.threshold)]
+        starts, widths, slopes = (number.new_tensor(each) for each in curve.ramps())
+        share = torch.where(number < 1, number, torch.ones_like(number))  # no number: 1
+        climbed = (share[:, None] - starts).clamp_min(0).minimum(widths)
+        tolerances = number.new_tensor(curve.tolerances[0]) + climbed @ slopes
+        return list(tolerances.unbind(1))
+
+    def _limit_of(self, position: int, limit: torch.Tensor, log_size: torch.Tensor) -> torch.Tensor:
+        """Return a prune layer's threshold, float32[1] or [B], of its tolerance if it has one."""
+        if self.config.curve is None or self.config.capacities:
+            return limit
+        if position == 0:  # all patches are there
+            return 1 - limit
+        tokens = log_size.clamp_max(0).exp().sum(1)  # padding counts e to the PAD, 0
+        return 1 - limit * ((tokens - self.num_prefix_tokens) / self.num_patches)
+
     def get_extra_state(self) -> torch.Tensor:
         """Return what `state_dict` carries beside the weights, for :func:`read_extra_state`."""
         state = {
@@ -271,12 +313,14 @@ def prune(
     multiple_of: int | None = None,
     place: str | None = None,
     features: str | None = None,
+    curve: CalibratedCurve | None = None,
 ) -> PrunedViT:
     """Prune a timm ViT, or a pruned one anew; what is left out keeps its value or its default.
 
     Args:
         model: A timm ``VisionTransformer`` or a :class:`PrunedViT`. Its weights are shared.
-        threshold: Cosine similarity in [-1, 2] from which patches are the same. Default 0.85.
+        threshold: Cosine similarity in [-1, 2] from which patches are the same. Default 0.85. With
+            a `curve`, the share of the blocks' FLOPs that is wanted.
         layers: "auto" (three, at the quarters of the depth) or block indices. Default "auto".
         selection: "pairs" or "redundancy". Default "pairs".
         reduction: "merge" or "drop". Default "merge".
@@ -287,6 +331,8 @@ def prune(
         place: Prune "before" the blocks, or "inside" them, between attention and MLP. Default
             "before".
         features: Compare "tokens", or inside blocks their "keys" or "mean-keys". Default "tokens".
+        curve: Thresholds of its own for each layer, as ``tune`` finds them for these layers.
+            Default: the model's; with other layers it no longer fits.
 
     Raises:
         UnsupportedModelError: the family cannot be pruned; the message says why.
@@ -319,13 +365,28 @@ def prune(
         "place": place,
         "features": features,
     }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if curve is None and old.curve is not None:
+        curve = _kept_curve(old, {**given, "layers": new_layers})
     config = dataclasses.replace(
-        old,
-        layers=new_layers,
-        capacities=capacities,
-        **{name: value for name, value in changes.items() if value is not None},
+        old, layers=new_layers, capacities=capacities, curve=curve, **given
     )
     return PrunedViT(vit, config)
+
+
+def _kept_curve(old: PruneConfig, changes: dict[str, Any]) -> CalibratedCurve | None:
+    """Return the curve, or None where it was calibrated for another way of pruning."""
+    of = ("layers", "selection", "reduction", "proportional_attention", "place", "features")
+    changed = [name for name in of if changes.get(name, getattr(old, name)) != getattr(old, name)]
+    if not changed:
+        return old.curve
+    if "threshold" not in changes:
+        raise InvalidArgumentError(
+            f"the model's thresholds were calibrated with other {' and '.join(changed)}: give "
+            f"{argument('threshold')} too, one for all layers, or calibrate anew with "
+            "`simprune-deploy tune`"
+        )
+    return None
 
 
 def _check_fits(vit: VisionTransformer, config: PruneConfig) -> None:

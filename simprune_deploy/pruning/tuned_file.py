@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simprune_deploy.common.errors import ArtifactError
+from simprune_deploy.pruning.calibrated_curve import CalibratedCurve
 
 FORMAT = 1
 MOST_BYTES = 1 << 26
@@ -40,6 +41,8 @@ def read_configuration(path: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
             "tokens": "dynamic" if tokens == "dynamic" else [int(count) for count in tokens],
             "multiple_of": int(pruning["multiple_of"]),
         }
+        if (curve := pruning.get("curve")) is not None:
+            arguments["curve"] = CalibratedCurve.from_dict(curve)
         return arguments, hints
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error

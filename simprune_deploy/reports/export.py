@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,7 +24,7 @@ def print_export(result: ExportResult) -> None:
             "checkpoint": "; ".join(result.checkpoint),
             f"prunes {pruning['place']} blocks": pruning["layers"],
             "compares": pruning["features"],
-            "threshold": pruning["threshold"],
+            **_thresholds(pruning),
             "precision": facts["export"]["precision"],
             "patches kept": pruning["capacities"] or "as many as the image needs",
             "written": ", ".join(
@@ -34,6 +34,8 @@ def print_export(result: ExportResult) -> None:
             ),
         },
     )
+    if result.calibrated is not None:
+        console.print(f"calibrated: {result.calibrated}", highlight=False, markup=False)
     for each in result.assumed:
         console.print(each, style="yellow", highlight=False, markup=False)
     console.print()
@@ -41,3 +43,9 @@ def print_export(result: ExportResult) -> None:
         console.print("verdict: [yellow]not verified[/yellow] (--no-verify)", highlight=False)
     else:
         print_verdict(console, result.verdict)
+
+
+def _thresholds(pruning: dict[str, Any]) -> dict[str, Any]:
+    if pruning["curve"] is None:
+        return {"threshold": pruning["threshold"]}
+    return {"thresholds": f"calibrated, for {pruning['threshold']:.0%} of the blocks' FLOPs"}

@@ -231,7 +231,7 @@ class _ReducedViT(PrunedViT):
         tokens: torch.Tensor,
         features: torch.Tensor,
         log_size: torch.Tensor,
-        limit: torch.Tensor,
+        limits: Sequence[torch.Tensor],
         traces: list[PruneTrace] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kept = self.counts[:, self.config.layers.index(index)]

@@ -18,7 +18,14 @@ from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
-from simprune_deploy.pruning.config import Features, Place, Reduction, Selection
+from simprune_deploy.pruning.config import (
+    Features,
+    Place,
+    Reduction,
+    Selection,
+    resolve_layers,
+)
+from simprune_deploy.tuning.calibrating import CalibratedModel, calibrated_source, result_of
 from simprune_deploy.tuning.grid import Grid, LayerSet, TokenSet, layer_sets, settings_for
 from simprune_deploy.tuning.results import Setting, SweepResult
 from simprune_deploy.tuning.search import (
@@ -211,11 +218,13 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class TuneRequest(_Measured):
-    """What to find. Give one of `max_drop`, `min_speedup` and `target_latency`.
+    """What to find. Give one of `flops`, `max_drop`, `min_speedup` and `target_latency`.
 
     Args:
         model, data, limit, classes, class_order, labels, max_unreadable, batch, timing, ray,
             checkpoint, command, cut: As in :class:`SweepRequest`.
+        flops: The share of the blocks' FLOPs to spend, in (0, 1), so that least is lost: finds
+            what is compared, in which blocks, and a threshold for each; labels are not needed.
         max_drop: Most pruning whose accuracy surely drops by no more than this share.
         min_speedup: Least pruning that is so many times as fast as the dense model.
         target_latency: Least pruning that takes no more milliseconds for one picture.
@@ -234,6 +243,7 @@ class TuneRequest(_Measured):
         force: Replace a file that is there. Default False.
     """
 
+    flops: float | None = None
     max_drop: float | None = None
     min_speedup: float | None = None
     target_latency: float | None = None
@@ -248,11 +258,38 @@ class TuneRequest(_Measured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.flops is not None:
+            self._check_calibrates()
+            return
         wanted = self.objective
         if not self.timing and not wanted.of_accuracy:
             raise InvalidArgumentError(
                 f"{argument(wanted.kind.replace('-', '_'))} needs times, and "
                 f"{argument('timing', 0)} takes none"
+            )
+
+    def _check_calibrates(self) -> None:
+        """Refuse what does not go with a share of FLOPs."""
+        assert self.flops is not None
+        if not 0 < self.flops < 1:
+            raise InvalidArgumentError(
+                f"{argument('flops', self.flops)} is outside (0, 1): give a share of the dense "
+                "blocks' FLOPs, 0.6 or 60%"
+            )
+        wishes = (self.max_drop, self.min_speedup, self.target_latency)
+        if wishes != (None, None, None):
+            raise InvalidArgumentError(
+                f"{argument('flops')} is a wish of its own: drop it, or the other one"
+            )
+        if (self.selection, self.reduction) != ("pairs", "merge") or self.place == "before":
+            raise InvalidArgumentError(
+                f"{argument('flops')} calibrates pairs that merge inside blocks: drop "
+                f"{argument('selection')}, {argument('reduction')} and {argument('place')}"
+            )
+        if self.overflow is not None:
+            raise InvalidArgumentError(
+                f"{argument('flops')} writes the token counts for static engines beside its "
+                f"thresholds: drop {argument('overflow')}"
             )
 
     @property
@@ -278,15 +315,16 @@ class TuneRequest(_Measured):
         ]
         if len(given) != 1:
             first, second, third = EXAMPLES.values()
-            raise InvalidArgumentError(f"give one wish: {first}, {second} or {third}")
+            share = argument("flops", 0.6, "60%")
+            raise InvalidArgumentError(f"give one wish: {share}, {first}, {second} or {third}")
         kind, value = given[0]
         return Objective(kind, value, self.confidence)
 
 
 def tune(
     model: Any, data: str | Path | None = None, *, bar: ProgressBar = NO_BAR, **fields: Any
-) -> Tuned:
-    """Find the threshold, and the blocks, that meet a wish, and write them for ``export --config``.
+) -> Tuned | CalibratedModel:
+    """Find thresholds, and blocks, that meet a wish, and write them for ``export --config``.
 
     Args:
         model: A :class:`TuneRequest`, or its first field; the others by name.
@@ -298,6 +336,8 @@ def tune(
         CheckFailedError: nothing meets the wish; the message says what the best is.
     """
     request = request_of(TuneRequest, model, fields, data=data)
+    if request.flops is not None:
+        return _tune_by_flops(request, bar)
     objective = request.objective
     _check_file(request.file, request.force)
     backend = request.backend or "onnxruntime"
@@ -311,6 +351,43 @@ def tune(
         result = tuned(started, found, request.overflow, request.command)
         result.save(request.file)
     return result
+
+
+def _tune_by_flops(request: TuneRequest, bar: ProgressBar) -> CalibratedModel:
+    """Calibrate for a share of FLOPs, and time what was found beside the dense model."""
+    assert request.flops is not None
+    _check_file(request.file, request.force)
+    backend = request.backend or "onnxruntime"
+    _check_backend(backend, request)
+    if request.layers is not None and len(request.layers) != 1:
+        raise InvalidArgumentError(
+            f"{argument('flops')} takes one set of {argument('layers')}, or finds its own"
+        )
+    with _cluster(request.ray) as runner, _folder(request.cells) as folder:
+        bar.begin("loading the model and the list of pictures", 1)
+        source = _source(request)
+        data = open_data(Path(request.data), source.metadata, request.data_options)
+        found, calibrated = calibrated_source(
+            source,
+            data,
+            request.flops,
+            features=request.features,
+            layers=_only_set(request, source),
+            progress=_step_of(bar),
+        )
+        started = request.started(found, backend, folder, runner, bar, True, False)
+        timed = started.time([setting_of(found)])[0] if request.timing else None
+        environment = {**started.environment(), "command": request.command}
+        result = result_of(found, calibrated, timed, data, environment)
+        result.save(request.file)
+    return result
+
+
+def _only_set(request: TuneRequest, source: ModelSource) -> tuple[int, ...] | None:
+    """Return the blocks that the user names, or None: calibration finds them."""
+    if request.layers is None or request.layers[0] == "auto":
+        return None
+    return resolve_layers(request.layers[0], source.metadata.depth)
 
 
 def _step_of(bar: ProgressBar) -> Progress:

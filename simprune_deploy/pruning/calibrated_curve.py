@@ -1,0 +1,136 @@
+"""What calibration found: how tolerant each prune layer is, by the share of FLOPs that is wanted.
+
+One threshold for all layers treats them alike, and all images too: those that fold easily lose the
+most of their patches, and nearly all of the accuracy. A calibrated model has a *tolerance* for each
+layer, and an image's tolerance falls with its patches:
+
+    threshold of layer l for image i = 1 - tolerance_l * (patches of i that are left) / (all)
+
+so the fewer an image has left, the more alike patches must be to be merged. The tolerances are
+known for several shares of the FLOPs; between them they are interpolated linearly, and from 1 on
+nothing is pruned. So one number, the share, moves along the whole curve.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
+
+IDENTITY = -0.01
+"""The tolerance at a share of 1: a threshold above 1 by more than any rounding, whatever is left
+of an image's patches (a layer that prunes nothing is reached by all of them)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedCurve:
+    """Tolerances by the share of FLOPs.
+
+    Args:
+        shares: Of the dense blocks' FLOPs, ascending, in (0, 1).
+        tolerances: For every share, one number a prune layer, at most 3 (a threshold of -2).
+
+    Raises:
+        SimpruneError: a number is out of its range, or their numbers disagree.
+    """
+
+    shares: tuple[float, ...]
+    tolerances: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        bounds = (0.0, *self.shares, 1.0)
+        if not self.shares or any(not a < b for a, b in itertools.pairwise(bounds)):
+            raise InvalidArgumentError(
+                f"the calibrated shares {', '.join(map(str, self.shares))} must ascend between 0 "
+                "and 1"
+            )
+        widths = {len(each) for each in self.tolerances}
+        if len(self.tolerances) != len(self.shares) or len(widths) != 1:
+            raise InvalidArgumentError(
+                f"{len(self.shares)} calibrated shares need as many rows of tolerances, each with "
+                "one number a prune layer"
+            )
+        if not all(math.isfinite(each) and each <= 3 for row in self.tolerances for each in row):
+            raise InvalidArgumentError("a calibrated tolerance is not a number of at most 3")
+
+    @property
+    def num_layers(self) -> int:
+        """Prune layers."""
+        return len(self.tolerances[0])
+
+    def check_share(self, share: float) -> None:
+        """Refuse a share that was not calibrated.
+
+        Raises:
+            SimpruneError: it is below the smallest, or no number.
+        """
+        if not share >= self.shares[0]:
+            raise InvalidArgumentError(
+                f"{argument('flops', share)} is below {self.shares[0]:g}, the least that was "
+                f"calibrated: take more, or calibrate anew with `simprune-deploy tune`"
+            )
+
+    def at(self, share: float) -> tuple[float, ...]:
+        """Return every layer's tolerance at a share; not a number prunes nothing."""
+        knots = [*self.shares, 1.0]
+        rows = [*self.tolerances, (IDENTITY,) * self.num_layers]
+        if not share < 1.0:
+            return rows[-1]
+        if share <= knots[0]:
+            return rows[0]
+        behind = bisect.bisect_right(knots, share)
+        part = (share - knots[behind - 1]) / (knots[behind] - knots[behind - 1])
+        pairs = zip(rows[behind - 1], rows[behind], strict=True)
+        return tuple(low + part * (high - low) for low, high in pairs)
+
+    def ramps(self) -> tuple[list[float], list[float], list[list[float]]]:
+        """Return the interpolation as sums of ramps: ``at(x) = row 0 + sum ramp_k(x) slope_k``.
+
+        ``ramp_k(x)`` is ``x - start_k``, held between 0 and ``width_k``: an interpolation without
+        a search. Returns starts [S], widths [S], slopes [S][layers].
+        """
+        knots = [*self.shares, 1.0]
+        rows = [*self.tolerances, (IDENTITY,) * self.num_layers]
+        widths = [high - low for low, high in itertools.pairwise(knots)]
+        slopes = [
+            [(b - a) / width for a, b in zip(low, high, strict=True)]
+            for (low, high), width in zip(itertools.pairwise(rows), widths, strict=True)
+        ]
+        return knots[:-1], widths, slopes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {"shares": list(self.shares), "tolerances": [list(row) for row in self.tolerances]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CalibratedCurve:
+        """Build it from :meth:`to_dict`'s result.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        try:
+            return cls(
+                tuple(float(share) for share in values["shares"]),
+                tuple(tuple(float(each) for each in row) for row in values["tolerances"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArtifactError(f"the calibrated curve is damaged: {error!r}") from error
+
+
+def check_fits(curve: CalibratedCurve, layers: Sequence[int]) -> None:
+    """Refuse a curve of other layers.
+
+    Raises:
+        SimpruneError: it has not one tolerance for each layer.
+    """
+    if curve.num_layers != len(layers):
+        raise InvalidArgumentError(
+            f"the calibrated curve has tolerances for {curve.num_layers} layers, and the model "
+            f"prunes at {len(layers)}: calibrate it for them with `simprune-deploy tune`"
+        )
