@@ -1,0 +1,117 @@
+"""``tune --flops`` and ``export --flops``: calibrated thresholds, as a user calls for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from cli import cli
+from places import ROOT
+
+MODEL = ROOT / "examples" / "fashion_mnist" / "vit"
+IMAGES = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a calibrated configuration."""
+    file = tmp_path_factory.mktemp("calibrated") / "calibrated.json"
+    called = cli(
+        *("tune", MODEL, "--data", IMAGES, "--limit", 16, "--flops", "60%", "--features", "tokens"),
+        *("--layers", "1,2,3,4", "--timing", 0, "-o", file),
+    )
+    assert called.code == 0, called.err
+    assert "60% of the blocks' FLOPs" in called.out
+    assert f"export {MODEL} --config {file}" in called.out
+    return file
+
+
+def test_the_configuration_is_exported_and_one_number_moves_along_its_curve(
+    tuned: Path, tmp_path: Path
+) -> None:
+    found = json.loads(tuned.read_text())
+    assert found["found"]["held_out"]["images"] == 8
+    assert found["timed"] is None
+    assert len(found["calibration"]["size_hints"]) == 4
+    folder = tmp_path / "out"
+    called = cli("export", MODEL, "--config", tuned, "--runtime-threshold", "-o", folder, "--json")
+    assert called.code == 0, called.err
+    answer = json.loads(called.out)
+    assert answer["verdict"]["status"] == "passed"
+    pruning = answer["manifest"]["model"]["pruning"]
+    assert (pruning["threshold"], pruning["place"]) == (0.6, "inside")
+    assert pruning["curve"] == found["pruning"]["curve"]
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    with np.load(IMAGES) as data:
+        images = data["images"][:3, None].astype(np.float32) / 255
+
+    def run(*thresholds: float) -> np.ndarray:
+        feed = {"images": images, "threshold": np.array(thresholds, np.float32)}
+        return np.asarray(session.run(None, feed)[0])
+
+    one = run(0.6)
+    np.testing.assert_allclose(run(0.6, 0.6, 0.6), one, atol=1e-4)
+    each = run(0.6, 1.0, 0.8)
+    np.testing.assert_allclose(each[0], one[0], atol=1e-4)
+    np.testing.assert_allclose(each[1], run(2.0)[1], atol=1e-4)
+    assert np.abs(each[1] - one[1]).max() > 1e-3
+
+    inspected = json.loads(cli("inspect", folder, "--json").out)
+    assert inspected["model"]["pruning"]["curve"] == pruning["curve"]
+    again = cli("export", MODEL, "--config", tuned, "--flops", "0.7", "-o", tmp_path / "at70")
+    assert again.code == 0, again.err
+    manifest = json.loads((tmp_path / "at70" / "manifest.json").read_text())
+    assert manifest["model"]["pruning"]["threshold"] == 0.7
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_thresholds_stay_float32_in_16_bits(tuned: Path, tmp_path: Path, precision: str) -> None:
+    called = cli(
+        *("export", MODEL, "--config", tuned, "--runtime-threshold", "--batch", 2),
+        *("--precision", precision, "-o", tmp_path / "out"),
+    )
+    assert called.code == 0, called.out + called.err
+
+
+def test_one_command_calibrates_and_exports(tmp_path: Path) -> None:
+    called = cli(
+        *("export", MODEL, "--flops", "65%", "--features", "keys", "--layers", "1,2,3,4"),
+        *("-o", tmp_path / "out"),
+    )
+    assert called.code == 0, called.out + called.err
+    assert "calibrated: keys inside blocks" in called.out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["calibration"]["calibration"]["flops"] == pytest.approx(0.65, abs=0.02)
+    assert manifest["calibration"]["held_out"] is None  # eight photographs come along
+
+
+def test_mistakes_are_one_line(tuned: Path, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        return cli(*arguments, "-o", tmp_path / "out").line
+
+    export, tune = ("export", MODEL), ("tune", MODEL, "--data", IMAGES)
+    for share in ("0", "100%", "130%", "-0.5", "nan"):
+        assert "outside (0, 1)" in refused(*export, f"--flops={share}")
+        assert "outside (0, 1)" in refused(*tune, f"--flops={share}")
+    assert "is not a share" in refused(*export, "--flops", "much")
+    both = refused(*export, "--flops", "60%", "--threshold", "0.8")
+    assert "drop one" in both
+    curve = refused(*export, "--config", tuned, "--threshold", "0.8")
+    assert "choose a point of its curve with --flops" in curve
+    layers = refused(*export, "--config", tuned, "--layers", "2,3")
+    assert "calibrated with --layers 1,2,3,4" in layers
+    assert "below 0." in refused(*export, "--config", tuned, "--flops", "10%")
+    assert "cannot be reached" in refused(*tune, "--limit", 8, "--flops", "5%")
+    assert "too few" in refused(*tune, "--limit", 3, "--flops", "60%")
+    assert "drop --selection" in refused(*tune, "--flops", "60%", "--selection", "redundancy")
+    assert "a wish of its own" in refused(*tune, "--flops", "60%", "--min-speedup", 2)
+    assert "drop --tokens" in refused(*export, "--flops", "60%", "--tokens", "60")
+    damaged = tmp_path / "damaged.json"
+    values = json.loads(tuned.read_text())
+    values["pruning"]["curve"]["shares"] = [0.7, 0.6]
+    damaged.write_text(json.dumps(values))
+    assert "calibrated shares" in refused(*export, "--config", damaged)
