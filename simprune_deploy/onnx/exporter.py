@@ -37,7 +37,7 @@ from simprune_deploy.onnx.metadata import (
     write_metadata,
 )
 from simprune_deploy.onnx.names import make_readable
-from simprune_deploy.onnx.options import ExportOptions
+from simprune_deploy.onnx.options import COMPANION_FIELDS, ExportOptions
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
     function_of,
@@ -439,11 +439,13 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
     """Return what an exported file will say of itself."""
     vit = model.vit
     embed_dim = int(vit.embed_dim)
+    said = dataclasses.asdict(options)
+    said = {name: value for name, value in said.items() if name not in COMPANION_FIELDS}
     return ModelMetadata(
         **_described(model),
         pruning=model.config,
         export={
-            **dataclasses.asdict(options),
+            **said,
             "batch": list(options.batch),
             "opt_tokens": list(options.opt_tokens),
         },
