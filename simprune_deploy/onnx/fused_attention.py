@@ -143,7 +143,7 @@ class _Rewriting:
 
     def _log_sizes(self, of_keys: str, of_queries: str) -> str:
         """Return the log-sizes [B, 1, 1, N] that are a channel of the keys, beside one of ones."""
-        expanded = self._made_by("Expand", of_keys)
+        expanded = self._made_by("Expand", self._before_casts(of_keys))
         column = expanded and self._made_by("Transpose", expanded.input[0], KEYS_TURNED)
         filled = self._made_by("ConstantOfShape", of_queries)
         if not column or not filled or not filled.attribute:
