@@ -102,9 +102,11 @@ class Companions:
         made = {name for node in form.graph.node for name in node.output}
         # the sizes behind the last layer may be read by nothing, and then are not computed
         layers = [each for each in self.shown.records if prune_output_name(each, LOG_SIZE) in made]
-        alike = self._same_sizes(form, layers)
-        text = f"beside model.onnx: {outputs.summary}; "
-        text += f"the tokens left have the same sizes in {int(alike.sum())} of {len(alike)} images"
+        alike = self._same_sizes(form, layers) if layers else every
+        text = f"beside model.onnx: {outputs.summary}"
+        if layers:
+            text += f"; the tokens that layers {', '.join(map(str, layers))} left have the same "
+            text += f"sizes in {int(alike.sum())} of {len(alike)} images"
         numbers = {
             "outputs": outputs.numbers,
             "layers_with_sizes": layers,
@@ -116,8 +118,6 @@ class Companions:
         """Return bool[n]: the images of which each layer left tokens of the same sizes."""
         names = [prune_output_name(layer, LOG_SIZE) for layer in layers]
         alike = np.ones(len(self.shipped.outputs), bool)
-        if not names:
-            return alike
         graph = emulated(form, "bf16") if self.predictor.emulates else form
         shows = onnx.ModelProto()
         shows.CopyFrom(graph)
