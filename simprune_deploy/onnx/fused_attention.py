@@ -25,7 +25,7 @@ def with_fused_attention(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which the attention of every block is one MultiHeadAttention node.
 
     Float32 and float16 graphs, pruned or not. The log-sizes become an ``attention_bias``
-    T[B, 1, N, N], which costs memory and no time of its own; an attention that pools the tokens
+    T[B, 1, N, N], which the blocks behind one prune layer share; an attention that pools the tokens
     behind the blocks stays as it is.
 
     Raises:
