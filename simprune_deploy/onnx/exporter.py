@@ -439,13 +439,11 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
     """Return what an exported file will say of itself."""
     vit = model.vit
     embed_dim = int(vit.embed_dim)
-    said = dataclasses.asdict(options)
-    said = {name: value for name, value in said.items() if name not in COMPANION_FIELDS}
     return ModelMetadata(
         **_described(model),
         pruning=model.config,
         export={
-            **said,
+            **{k: v for k, v in dataclasses.asdict(options).items() if k not in COMPANION_FIELDS},
             "batch": list(options.batch),
             "opt_tokens": list(options.opt_tokens),
         },
