@@ -57,6 +57,13 @@ def bench(
     force: Annotated[
         bool, typer.Option("--force", help="Build the engines again that are there already.")
     ] = False,
+    fused_attention: Annotated[
+        bool,
+        typer.Option(
+            "--fused-attention",
+            help="Time both with ONNX Runtime's attention for GPUs, as in model-fused.onnx.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time an exported model and the same model without pruning, side by side."""
@@ -78,6 +85,7 @@ def bench(
             plugin=plugin,
             cuda_graph=cuda_graph,
             force=force,
+            fused_attention=fused_attention,
         )
         with progress(enabled=not as_json) as step:
             report = time_models(request, progress=step)

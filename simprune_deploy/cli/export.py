@@ -132,6 +132,17 @@ def export(
         Precision, typer.Option(help="Types in the graph; inputs stay as they are.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    inline: Annotated[
+        bool,
+        typer.Option("--inline", help="Write model-inlined.onnx too, for tools without functions."),
+    ] = False,
+    fused_attention: Annotated[
+        bool,
+        typer.Option(
+            "--fused-attention",
+            help="Write model-fused.onnx too, with ONNX Runtime's attention for GPUs.",
+        ),
+    ] = False,
     emit_assignments: Annotated[
         bool, typer.Option("--emit-assignments", help="Output where every token went, per layer.")
     ] = False,
@@ -189,6 +200,8 @@ def export(
                 softmax=softmax,
                 emit_assignments=emit_assignments,
                 precision=precision,
+                inline=inline,
+                fused_attention=fused_attention,
             ),
             threshold=threshold,
             layers=parse_layers(layers),

@@ -41,6 +41,7 @@ from simprune_deploy.deploy.triton import (
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.folder_engines import build_ahead, build_here, check_can_build_here
 from simprune_deploy.onnx.exported_folder import (
+    COMPANIONS,
     FORMAT,
     GOLDEN,
     MANIFEST,
@@ -129,6 +130,12 @@ class ExportRequest:
             raise InvalidArgumentError(
                 f"{argument('images')} is for the parity check, and {argument('verify', False)} "
                 "skips it: drop one"
+            )
+        companions = getattr(self.options, "companions", ())
+        if companions and not self.verify:
+            raise InvalidArgumentError(
+                f"{argument(companions[0], True)} writes a file that the parity check has proven, "
+                f"and {argument('verify', False)} skips it: drop one"
             )
         if self.per_target and not self.targets:
             raise says_how_to_build()
@@ -372,6 +379,7 @@ def _export_folder(
     progress: Progress,
 ) -> ExportResult:
     from simprune_deploy.common.images import Preprocessing, load_as_taken
+    from simprune_deploy.onnx.companions import companions
     from simprune_deploy.onnx.exporter import export_onnx
     from simprune_deploy.onnx.metadata import UINT8_NHWC
     from simprune_deploy.parity.comparison import compare_with_torch
@@ -391,15 +399,19 @@ def _export_folder(
     )
     progress("tracing and translating to ONNX")
     graph = export_onnx(model, options)
+    forms = companions(graph, options)
     verdict, golden = None, None
     if pictures is not None:
-        verdict, golden = compare_with_torch(graph, model, pictures, progress)
+        verdict, golden = compare_with_torch(graph, model, pictures, progress, forms=forms)
     progress("writing")
     with staged_folder(request.folder, request.force, MANIFEST) as staging:
         (staging / MODEL).write_bytes(graph.SerializeToString())
         if verdict is not None and golden is not None:
             write_json(staging / PARITY, verdict.to_dict())
             save_golden(staging / GOLDEN, golden)
+            for name, form in forms.items():
+                if verdict.check(COMPANIONS[name]).passed:  # one that differs is not kept
+                    (staging / name).write_bytes(form.SerializeToString())
         manifest = _manifest(graph, staging, verdict, source)
         if calibrated is not None:
             manifest["calibration"] = calibrated.to_dict()

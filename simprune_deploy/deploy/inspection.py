@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from simprune_deploy.onnx.exported_folder import (
     KINDS,
     MANIFEST,
     MODEL,
+    PARITY,
     PLUGIN_SOURCE,
     read_manifest,
 )
@@ -45,6 +47,7 @@ def inspect(
         return {
             "kind": KINDS[manifest["format"]],
             "verdict": manifest["verdict"],
+            **_describe_checks(path, manifest),
             **(_describe_bundle(manifest) if manifest["format"] == DEVICE_FORMAT else {}),
             **_describe_graph(path / MODEL),
             "files": _sizes(manifest["files"]),
@@ -75,6 +78,18 @@ def _sizes(files: dict[str, Any]) -> dict[str, int]:
         shown = PLUGIN_SOURCE if name.startswith(f"{PLUGIN_SOURCE}/") else name
         sizes[shown] = sizes.get(shown, 0) + int(entry["bytes"])
     return sizes
+
+
+def _describe_checks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers of the parity check, if the folder has them."""
+    if PARITY not in manifest["files"]:
+        return {}
+    answers = {True: "yes", False: "no", None: "not asked"}
+    try:
+        checks = json.loads((folder / PARITY).read_text(encoding="utf-8"))["checks"]
+        return {"checks": {name: answers[each["passed"]] for name, each in checks.items()}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder / PARITY} is damaged ({error!r}): export again") from error
 
 
 def _describe_bundle(manifest: dict[str, Any]) -> dict[str, Any]:

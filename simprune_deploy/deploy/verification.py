@@ -11,7 +11,7 @@ from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, a
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.requests import request_of
 from simprune_deploy.engine import ENGINE_SUFFIX
-from simprune_deploy.onnx.exported_folder import GOLDEN
+from simprune_deploy.onnx.exported_folder import COMPANIONS, GOLDEN
 from simprune_deploy.predict.source import as_exported, source_of_export
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _compare(
     progress: Progress,
 ) -> Verdict:
     from simprune_deploy.common.images import load_as_taken
-    from simprune_deploy.onnx.metadata import preprocessing_of
+    from simprune_deploy.onnx.metadata import load_graph, preprocessing_of
     from simprune_deploy.onnx.variants import pruned_layers
     from simprune_deploy.parity.comparison import compare_with_golden, compare_with_torch
     from simprune_deploy.parity.golden import load_golden
@@ -119,13 +119,15 @@ def _compare(
     graph, folder = source.graph, source.folder
     assert graph is not None
     assert folder is not None
+    there = source.manifest["files"] if source.manifest and predictor is None else ()
+    forms = {name: load_graph(folder / name) for name in COMPANIONS if name in there}
     if reference is None:
         golden = load_golden(folder / GOLDEN, pruned_layers(graph))
-        return compare_with_golden(graph, golden, progress, predictor)
+        return compare_with_golden(graph, golden, progress, predictor, forms)
     pictures = load_as_taken(
         images,
         preprocessing_of(source.metadata),
         graph_normalizes=bool(source.metadata.export["normalize"]),
         uint8=source.metadata.takes_uint8,
     )
-    return compare_with_torch(graph, reference, pictures, progress, predictor)[0]
+    return compare_with_torch(graph, reference, pictures, progress, predictor, forms)[0]

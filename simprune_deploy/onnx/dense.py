@@ -41,7 +41,8 @@ def dense(graph: onnx.ModelProto) -> onnx.ModelProto:
         helper.make_tensor(TOKENS, TensorProto.INT64, [1], [metadata.num_tokens])
     )
     del main.output[1:]
-    _drop_unread(main)
+    del main.input[1:]
+    drop_unread(main)
     _fold_shapes(main)
     _fit_reshapes(copy, metadata.num_tokens)
     del copy.functions[:]
@@ -176,7 +177,8 @@ def _fold_shapes(graph: onnx.GraphProto) -> None:
             graph.node.remove(node)
 
 
-def _drop_unread(graph: onnx.GraphProto) -> None:
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Drop what no output depends on, in place: nodes, weights, and what is said of them."""
     read = {value.name for value in graph.output}
     nodes = []
     for node in reversed(graph.node):
@@ -184,12 +186,10 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
             read.update(node.input)
             nodes.append(node)
     made = {name for node in nodes for name in node.output}
-    inputs = [value for value in graph.input if value.name in read]
     weights = [each for each in graph.initializer if each.name in read]
     infos = [info for info in graph.value_info if info.name in made]
     for field, left in (
         (graph.node, nodes[::-1]),
-        (graph.input, inputs),
         (graph.initializer, weights),
         (graph.value_info, infos),
     ):
@@ -232,7 +232,7 @@ def _fit_reshapes(model: onnx.ModelProto, num_tokens: int) -> None:
         for dim, size in zip(dims, shapes.get(info.name, []), strict=False):
             if size is not None:
                 dim.dim_value = size
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def _inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:

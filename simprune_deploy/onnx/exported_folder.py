@@ -10,6 +10,9 @@ from simprune_deploy.common.errors import ArtifactError, argument
 from simprune_deploy.common.files import sha256
 
 MODEL, MANIFEST, PARITY, GOLDEN = "model.onnx", "manifest.json", "parity.json", "golden.npz"
+INLINED_MODEL, FUSED_MODEL = "model-inlined.onnx", "model-fused.onnx"
+COMPANIONS = {INLINED_MODEL: "inlined", FUSED_MODEL: "fused_attention"}
+"""Other forms of the model that may lie beside it, and the check that proved each equal to it."""
 PLUGIN_SOURCE = "plugin/source"
 FORMAT, DEVICE_FORMAT = 1, 2
 KINDS = {FORMAT: "exported folder", DEVICE_FORMAT: "device bundle"}

@@ -37,7 +37,7 @@ from simprune_deploy.onnx.metadata import (
     write_metadata,
 )
 from simprune_deploy.onnx.names import make_readable
-from simprune_deploy.onnx.options import ExportOptions
+from simprune_deploy.onnx.options import COMPANION_FIELDS, ExportOptions
 from simprune_deploy.onnx.precision import with_precision
 from simprune_deploy.onnx.variants import (
     function_of,
@@ -469,7 +469,7 @@ def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata
         **_described(model),
         pruning=model.config,
         export={
-            **dataclasses.asdict(options),
+            **{k: v for k, v in dataclasses.asdict(options).items() if k not in COMPANION_FIELDS},
             "batch": list(options.batch),
             "opt_tokens": list(options.opt_tokens),
         },

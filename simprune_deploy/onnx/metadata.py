@@ -32,6 +32,10 @@ HAS_FUNCTION = "function"
 """The key among a file's export facts that says False where the operator's function was left out;
 a file with the function has no such key."""
 
+INLINED = "inlined"
+"""The key among a file's export facts that says True where the prune nodes were replaced by the
+function's body; other files have no such key."""
+
 
 def check_input(name: str) -> None:
     """Refuse a name that is not a form of input.
@@ -110,6 +114,11 @@ class ModelMetadata:
     def has_function(self) -> bool:
         """Whether the file brings the operator's function; without it a runtime needs a plugin."""
         return bool(self.export.get(HAS_FUNCTION, True))
+
+    @property
+    def is_inlined(self) -> bool:
+        """Whether standard operators stand in the place of the prune nodes."""
+        return bool(self.export.get(INLINED, False))
 
     @property
     def num_tokens(self) -> int:

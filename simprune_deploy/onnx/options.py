@@ -10,6 +10,9 @@ from simprune_deploy.onnx.function_body import MAX_OPSET, MIN_OPSET
 from simprune_deploy.onnx.metadata import FLOAT32_NCHW, UINT8_NHWC, InputForm, check_input
 from simprune_deploy.onnx.precision import Precision, check_precision
 
+COMPANION_FIELDS = ("inline", "fused_attention")
+"""The options that are about other files than the model, which says nothing of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
@@ -33,6 +36,9 @@ class ExportOptions:
             prefix tokens. It changes no result. Default (): all of them.
         precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
             and outputs stay float32.
+        inline: Write model-inlined.onnx too: the model in standard operators, without the function.
+        fused_attention: Write model-fused.onnx too: every block's attention as ONNX Runtime's
+            MultiHeadAttention, for a GPU. Not in "bf16".
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -48,10 +54,22 @@ class ExportOptions:
     precision: Precision = "fp32"
     opt_tokens: tuple[int, ...] = ()
     input: InputForm = FLOAT32_NCHW
+    inline: bool = False
+    fused_attention: bool = False
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The fields that ask for another file beside the model."""
+        return tuple(name for name in COMPANION_FIELDS if getattr(self, name))
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_input(self.input)
+        if self.fused_attention and self.precision == "bf16":
+            raise InvalidArgumentError(
+                f"{argument('fused_attention', True)} is for fp32 and fp16, and the model is bf16: "
+                f"drop it, or use {argument('precision', 'fp16')}"
+            )
         if self.input == UINT8_NHWC:
             object.__setattr__(self, "normalize", True)
         if self.log_size_in_keys is None:

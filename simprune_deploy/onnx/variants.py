@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+import onnx.inliner
+from onnx import TensorProto, helper, numpy_helper
 
 from simprune_deploy.common.errors import ArtifactError
-from simprune_deploy.onnx.dense import dense
+from simprune_deploy.onnx.dense import dense, drop_unread
 from simprune_deploy.onnx.function_body import (
+    DOMAIN,
     NUM_READ,
     NUM_SHOWN,
     OP_TYPE,
@@ -18,7 +21,13 @@ from simprune_deploy.onnx.function_body import (
     build_function,
     count_outputs,
 )
-from simprune_deploy.onnx.metadata import HAS_FUNCTION, ModelMetadata, read_metadata, write_metadata
+from simprune_deploy.onnx.metadata import (
+    HAS_FUNCTION,
+    INLINED,
+    ModelMetadata,
+    read_metadata,
+    write_metadata,
+)
 from simprune_deploy.onnx.names import prune_output_name
 from simprune_deploy.pruning.config import PAD_LOG_SIZE
 
@@ -26,6 +35,7 @@ __all__ = [
     "DIAGNOSTICS",
     "dense",
     "diagnostic_name",
+    "inlined",
     "kept_name",
     "layer_of",
     "prune_nodes",
@@ -170,6 +180,42 @@ def with_function(graph: onnx.ModelProto) -> onnx.ModelProto:
         copy.functions.append(function_of(metadata, outputs))
         write_metadata(copy, metadata)
     return copy
+
+
+def inlined(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in standard operators alone, for tools that take no functions.
+
+    The function's body stands in each prune node's place, without what nobody reads of it, and
+    every constant is a tensor: optimizers turn a ``value_float`` into float64. What a prune layer
+    left keeps its name, ``prune_3/kept_log_size``. The metadata says that the file is inlined. A
+    graph that prunes nowhere stays as it is.
+
+    Raises:
+        SimpruneError: the graph was not made by simprune-deploy.
+    """
+    metadata = read_metadata(graph)
+    if not metadata.pruning.layers:
+        return _copy(graph)
+    flat = onnx.inliner.inline_local_functions(with_function(graph))
+    for node in flat.graph.node:
+        if node.op_type == "Constant":
+            _make_tensor(node)
+    drop_unread(flat.graph)
+    for entry in [each for each in flat.opset_import if each.domain == DOMAIN]:
+        flat.opset_import.remove(entry)
+    write_metadata(flat, dataclasses.replace(metadata, export={**metadata.export, INLINED: True}))
+    onnx.checker.check_model(flat, full_check=True)
+    return flat
+
+
+def _make_tensor(constant: onnx.NodeProto) -> None:
+    """Let a Constant hold a tensor in place of a number or a list of numbers."""
+    (attribute,) = constant.attribute
+    kinds = {"value_int": "int64", "value_float": "float32"}
+    kind = kinds.get(str(attribute.name).removesuffix("s"))
+    if kind is not None:
+        values = np.array(helper.get_attribute_value(attribute), kind)
+        attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(values)))
 
 
 def _name_outputs(graph: onnx.ModelProto, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnx
 from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError
 from simprune_deploy.common.progress import Progress, silent
 from simprune_deploy.common.versions import package_version
+from simprune_deploy.onnx.exported_folder import COMPANIONS
 from simprune_deploy.onnx.metadata import ModelMetadata, read_metadata
 from simprune_deploy.parity.checks import (
     Pruning,
@@ -25,6 +26,7 @@ from simprune_deploy.parity.checks import (
     images_with_same_decisions,
     not_finite,
 )
+from simprune_deploy.parity.companion_checks import Companions
 from simprune_deploy.parity.decisions import broken_structure, has_finite_features
 from simprune_deploy.parity.golden import Golden, golden_of
 from simprune_deploy.parity.graph_check import check_graph
@@ -33,7 +35,7 @@ from simprune_deploy.parity.runtime_checks import runtime_checks, same_outputs
 from simprune_deploy.parity.tolerance import cosines
 from simprune_deploy.parity.verdict import Check, Verdict
 from simprune_deploy.predict.answers import classes_of
-from simprune_deploy.predict.onnx_predictor import OnnxSpec
+from simprune_deploy.predict.onnx_predictor import OnnxPredictor, OnnxSpec
 
 if TYPE_CHECKING:
     from simprune_deploy.common.images import ImageSet
@@ -54,6 +56,7 @@ def compare_with_torch(
     images: ImageSet,
     progress: Progress = silent,
     predictor: Predictor | None = None,
+    forms: Mapping[str, onnx.ModelProto] | None = None,
 ) -> tuple[Verdict, Golden]:
     """Compare a graph with the model it was exported from, in PyTorch.
 
@@ -63,6 +66,8 @@ def compare_with_torch(
         images: As the graph takes them: normalized unless the graph normalizes, or uint8.
         progress: Called with a word on what runs next.
         predictor: What runs the graph. Default: ONNX Runtime.
+        forms: Companions of the graph, by the name of their file, to compare with it in ONNX
+            Runtime. Default: none.
 
     Returns:
         The verdict, and golden cases for other machines.
@@ -91,7 +96,9 @@ def compare_with_torch(
         "skipped": [list(pair) for pair in images.skipped],
     }
     if metadata.precision == "fp32":
-        verdict, _ = _compare(graph, metadata, reference, inputs, described, progress, predictor)
+        verdict, _ = _compare(
+            graph, metadata, reference, inputs, described, progress, predictor, forms=forms
+        )
         return verdict, golden_of(inputs, reference)
 
     def with_decisions_of(decided: Run) -> Run:
@@ -100,7 +107,7 @@ def compare_with_torch(
         return replay(model, metadata, decided, inputs, name)
 
     verdict, used = _compare(
-        graph, metadata, reference, inputs, described, progress, predictor, with_decisions_of
+        graph, metadata, reference, inputs, described, progress, predictor, with_decisions_of, forms
     )
     return verdict, golden_of(inputs, used)
 
@@ -110,6 +117,7 @@ def compare_with_golden(
     golden: Golden,
     progress: Progress = silent,
     predictor: Predictor | None = None,
+    forms: Mapping[str, onnx.ModelProto] | None = None,
 ) -> Verdict:
     """Compare a graph with golden cases, in ONNX Runtime by default. Needs no torch.
 
@@ -118,6 +126,7 @@ def compare_with_golden(
         golden: Beside it.
         progress: Called with a word on what runs next.
         predictor: What runs the graph. Default: ONNX Runtime.
+        forms: As :func:`compare_with_torch` takes them. Default: none.
     """
     metadata = read_metadata(graph)
     predictor = predictor or OnnxSpec(graph.SerializeToString()).open()
@@ -125,7 +134,9 @@ def compare_with_golden(
     _check_golden(metadata, golden)
     inputs = Inputs(golden.images, golden.thresholds, predictor.batch)
     described = {"source": "golden cases", "images": len(golden.images), "skipped": []}
-    return _compare(graph, metadata, golden.reference, inputs, described, progress, predictor)[0]
+    return _compare(
+        graph, metadata, golden.reference, inputs, described, progress, predictor, forms=forms
+    )[0]
 
 
 def _inputs(metadata: ModelMetadata, pixels: Any, batch: tuple[int, int]) -> Inputs:
@@ -176,6 +187,7 @@ def _compare(
     progress: Progress,
     predictor: Predictor,
     with_decisions_of: Callable[[Run], Run] | None = None,
+    forms: Mapping[str, onnx.ModelProto] | None = None,
 ) -> tuple[Verdict, Run]:
     """Ask every question.
 
@@ -195,7 +207,8 @@ def _compare(
     if not graph_check.passed:
         # what follows reads the graph by its description: it would mean nothing
         skipped = "not asked, because the graph contradicts its description"
-        names = ("outputs", "top1", "decisions", "batch_invariance", "pruning")
+        names = ["outputs", "top1", "decisions", "batch_invariance", "pruning"]
+        names += [COMPANIONS[name] for name in forms or ()]
         checks = (graph_check, *(Check(name, None, skipped) for name in names))
         return Verdict(checks, environment, described), reference
     title = predictor.runtime.name
@@ -212,6 +225,8 @@ def _compare(
         compared = with_decisions_of(shown)
     tolerance = pruning.tolerance
     extra = runtime_checks(predictor, inputs, shipped, shown, tolerance, progress)
+    if forms and isinstance(predictor, OnnxPredictor):
+        extra += Companions(predictor, inputs, shipped, shown, pruning).check(forms, progress)
     progress("comparison")
     same = images_with_same_decisions(compared, shown)
     same &= same_outputs(predictor, shown, shipped, tolerance)

@@ -18,7 +18,7 @@ class Check:
     Attributes:
         name: "graph", "outputs", "top1", "decisions", "batch_invariance", "pruning"; for 16 bits
             also "range" (float16) or "run" (bfloat16); "plugin" for a file without the function;
-            for engines "same_engine".
+            for engines "same_engine"; for companion files "inlined" and "fused_attention".
         passed: The answer; None if the question was not asked, and `summary` says why.
         summary: One line for a person.
         numbers: The measurements and limits behind it, JSON types; NaN or infinity is None there,

@@ -40,6 +40,7 @@ class OnnxSpec:
         threads: Cores to compute with. Default None: OMP_NUM_THREADS, or all of them.
         keep_memory: Whether ONNX Runtime may keep memory for the next run. Default True; False
             shows what a run needs.
+        fused: Attention as ``com.microsoft.MultiHeadAttention``. Default False.
     """
 
     graph: bytes
@@ -47,11 +48,14 @@ class OnnxSpec:
     provider: Provider = "cpu"
     threads: int | None = None
     keep_memory: bool = True
+    fused: bool = False
 
     @functools.cached_property
     def key(self) -> str:
         digest = hashlib.sha256(self.graph).hexdigest()
-        return f"{digest} {self.form} {self.provider} {self.threads} {self.keep_memory}"
+        return (
+            f"{digest} {self.form} {self.provider} {self.threads} {self.keep_memory} {self.fused}"
+        )
 
     def open(self) -> Predictor:
         return OnnxPredictor(self)
@@ -60,10 +64,10 @@ class OnnxSpec:
 class OnnxPredictor(Predictor):
     """An exported graph, or the dense model out of it, in ONNX Runtime.
 
-    What runs is the file, but for three things that :attr:`runtime` notes: the operator's function
+    What runs is the file, but for four things that :attr:`runtime` notes: the operator's function
     is put back where the file leaves it to a plugin; bfloat16, for which the CPU provider has no
-    kernels, is emulated by rounding float32; and where counts or decisions are asked for, the
-    graph has them as outputs too.
+    kernels, is emulated by rounding float32; attention is fused where that is asked for; and where
+    counts or decisions are asked for, the graph has them as outputs too.
 
     Args:
         spec: What to open.
@@ -76,6 +80,7 @@ class OnnxPredictor(Predictor):
     def __init__(self, spec: OnnxSpec) -> None:
         import onnx
 
+        from simprune_deploy.onnx.fused_attention import with_fused_attention
         from simprune_deploy.onnx.metadata import read_metadata
         from simprune_deploy.onnx.precision import emulated
         from simprune_deploy.onnx.variants import dense, pruned_layers, with_function
@@ -85,6 +90,8 @@ class OnnxPredictor(Predictor):
         metadata = read_metadata(shipped)
         pruned = spec.form == "pruned"
         graph = with_function(shipped) if pruned else dense(shipped)
+        if spec.fused:
+            graph = with_fused_attention(graph)
         self.emulates = metadata.precision == "bf16"
         #: the graph as it ships, whole: with its function, in its own precision
         self.graph = graph
@@ -92,6 +99,8 @@ class OnnxPredictor(Predictor):
         notes = ["emulating bfloat16"] if self.emulates else []
         if pruned and not metadata.has_function:
             notes.append("function put back")
+        if spec.fused:
+            notes.append("attention fused")
         runtime = RuntimeInfo("ONNX Runtime", _version(), PROVIDERS[spec.provider][1], tuple(notes))
         layers = pruned_layers(graph) if pruned else ()
         super().__init__(metadata, spec.form, runtime, metadata.batch, layers)

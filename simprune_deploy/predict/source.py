@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simprune_deploy.checkpoints.options import CheckpointOptions, for_checkpoints
-from simprune_deploy.common.errors import InvalidArgumentError, argument
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError, argument
 from simprune_deploy.common.files import sha256
 from simprune_deploy.common.transforms import PREPROCESSING
 from simprune_deploy.onnx.exported_folder import MANIFEST, MODEL, read_manifest
@@ -72,12 +72,13 @@ class ModelSource:
         provider: Provider = "cpu",
         threads: int | None = None,
         keep_memory: bool = True,
+        fused: bool = False,
     ) -> PredictorSpec:
         """Return what opens the model where it is at home: PyTorch, or ONNX Runtime.
 
         Args:
             form: Default "pruned".
-            provider, threads, keep_memory: Of ONNX Runtime; see
+            provider, threads, keep_memory, fused: Of ONNX Runtime; see
                 :class:`simprune_deploy.predict.onnx_predictor.OnnxSpec`.
         """
         if self.model is not None:
@@ -88,7 +89,7 @@ class ModelSource:
 
         assert self.graph is not None
         graph = self.graph.SerializeToString()
-        return OnnxSpec(graph, form, provider, threads, keep_memory)
+        return OnnxSpec(graph, form, provider, threads, keep_memory, fused)
 
 
 def source_of_model(name: str, model: Any) -> ModelSource:
@@ -120,7 +121,12 @@ def source_of_export(path: Path) -> ModelSource:
     if path.is_dir():
         manifest, file = read_manifest(path), path / MODEL
     graph = load_graph(file)
-    return ModelSource(str(path), read_metadata(graph), graph=graph, file=file, manifest=manifest)
+    metadata = read_metadata(graph)
+    if metadata.is_inlined:
+        raise ArtifactError(
+            f"{file} shows no decisions, since it has no prune nodes: give {MODEL}, or the folder"
+        )
+    return ModelSource(str(path), metadata, graph=graph, file=file, manifest=manifest)
 
 
 def open_source(

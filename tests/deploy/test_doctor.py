@@ -207,7 +207,7 @@ def test_broken_for_another_reason(machine: MadeUp) -> None:
 def test_onnxruntime_gpu_is_onnxruntime(machine: MadeUp) -> None:
     findings = machine({"onnxruntime": None, "onnxruntime-gpu": "1.19.2"})
     assert findings["onnxruntime"].state == "too old"
-    assert "'onnxruntime-gpu>=1.20'" in findings["onnxruntime"].remedy
+    assert "'onnxruntime-gpu>=1.21.1'" in findings["onnxruntime"].remedy
 
 
 def test_broken_tensorrt_does_not_count(machine: MadeUp) -> None:

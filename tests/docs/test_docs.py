@@ -68,6 +68,19 @@ def test_the_exporting_pages_example_runs(
     assert "'token', timm's default for test_vit, assumed" in printed
 
 
+def test_the_tools_pages_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_examples(ROOT / "docs" / "tools.md")
+    exec(compile(example, "tools.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("beside model.onnx: largest output difference 0.00e+00")
+    assert printed[1].startswith("6 attentions in one node each")
+    assert printed[2] == "passed"
+
+
 def test_the_python_page_has_the_whole_interface() -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     for name in sd.__all__:

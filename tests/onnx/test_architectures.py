@@ -19,7 +19,11 @@ from architectures import (
 )
 from timm.utils import ModelEmaV3
 
+from simprune_deploy.common.errors import UnsupportedModelError
+from simprune_deploy.onnx.exported_folder import COMPANIONS, FUSED_MODEL, INLINED_MODEL
 from simprune_deploy.onnx.exporter import ExportOptions, export_onnx
+from simprune_deploy.onnx.fused_attention import count_fused, with_fused_attention
+from simprune_deploy.onnx.variants import inlined
 from simprune_deploy.parity.comparison import compare_with_torch
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, prune
@@ -59,7 +63,16 @@ def test_the_export_is_proven_and_runs_at_every_batch(architecture: Architecture
     model = build_pruned(architecture)
     images = photographs(model)
     graph = export_onnx(model, ExportOptions(batch=(1, 4)))
-    verdict, _ = compare_with_torch(graph, model, images)
+    forms = {INLINED_MODEL: inlined(graph)}
+    if architecture.what == "differential attention":
+        with pytest.raises(UnsupportedModelError, match="0 of the 2 attentions in the blocks"):
+            with_fused_attention(graph)
+    else:
+        forms[FUSED_MODEL] = with_fused_attention(graph)
+        blocks = 4 if architecture.what == "parallel branches" else 2
+        assert count_fused(forms[FUSED_MODEL]) == blocks
+    verdict, _ = compare_with_torch(graph, model, images, forms=forms)
+    assert {COMPANIONS[name] for name in forms} < {check.name for check in verdict.checks}
     assert verdict.status == "passed", verdict.reason
     assert verdict.check("batch_invariance").passed
     assert verdict.check("pruning").numbers["pruned_patches"] > 0

@@ -1,4 +1,4 @@
-"""Other forms of an exported graph: without the operator's function."""
+"""Other forms of an exported graph: without the operator's function, and with its body inlined."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from simprune_deploy.onnx.metadata import METADATA_KEY, read_metadata, write_met
 from simprune_deploy.onnx.precision import emulated, with_precision
 from simprune_deploy.onnx.variants import (
     function_of,
+    inlined,
     prune_nodes,
     with_diagnostics,
     with_function,
@@ -246,3 +247,84 @@ def test_files_from_before_there_was_a_choice_have_the_function() -> None:
     assert entry.key == METADATA_KEY
     assert "function" not in json.loads(entry.value)["export"]
     assert read_metadata(graph).has_function
+
+
+# --- inlined --------------------------------------------------------------------------------------
+
+
+def feed_of(selection: str) -> dict[str, Any]:
+    limits = {"pairs": [0.8, 0.7, 0.9], "redundancy": [0.5, 0.6, 0.4]}[selection]
+    pixels = photographs(pruned(CLASS_TOKEN), 4).pixels[1:]
+    return {"images": pixels, "threshold": np.array(limits, np.float32)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@every_form
+def test_an_inlined_file_is_the_same_model_in_standard_operators(
+    tokens: str, selection: str, reduction: str, precision: str
+) -> None:
+    whole = in_form(tokens, selection, reduction, precision)
+    before = whole.SerializeToString()
+    flat = inlined(whole)
+    assert whole.SerializeToString() == before
+    assert not flat.functions
+    assert {node.domain for node in flat.graph.node} == {""}
+    assert [entry.domain for entry in flat.opset_import] == [""]
+    assert list(flat.graph.input) == list(whole.graph.input)
+    assert list(flat.graph.output) == list(whole.graph.output)
+    feed = feed_of(selection)
+    for name, value in run(flat, feed).items():
+        np.testing.assert_array_equal(value, run(whole, feed)[name])
+
+
+@every_form
+def test_an_inlined_file_is_tidy(tokens: str, selection: str, reduction: str) -> None:
+    flat = inlined(in_form(tokens, selection, reduction))
+    main = flat.graph
+    made = [name for node in main.node for name in node.output]
+    assert len(made) == len(set(made))
+    names = [node.name for node in main.node]
+    assert len(names) == len(set(names))
+    read = {name for node in main.node for name in node.input}
+    read |= {value.name for value in main.output}
+    assert not [node.name for node in main.node if not read.intersection(node.output)]
+    assert {each.name for each in main.initializer} <= read
+    constants = [node for node in main.node if node.op_type == "Constant"]
+    assert {attribute.name for node in constants for attribute in node.attribute} == {"value"}
+    # what the file says of its values is what they are
+    assert {info.name for info in main.value_info} <= set(made)
+    shows = onnx.ModelProto()
+    shows.CopyFrom(flat)
+    del shows.graph.output[:]
+    shows.graph.output.extend(main.value_info)
+    sizes: dict[str, int] = {}
+    for info in main.value_info:
+        assert info.type.tensor_type.HasField("shape"), info.name
+    for name, value in run(shows, feed_of(selection)).items():
+        (said,) = (info.type.tensor_type for info in main.value_info if info.name == name)
+        assert onnx.helper.tensor_dtype_to_np_dtype(said.elem_type) == value.dtype, name
+        assert len(said.shape.dim) == value.ndim, name
+        for dim, size in zip(said.shape.dim, value.shape, strict=True):
+            known = dim.dim_value or sizes.setdefault(dim.dim_param, size)
+            assert known == size, (name, dim)
+
+
+def test_a_graph_that_prunes_nowhere_is_inlined_as_it_is() -> None:
+    graph = export_onnx(pruned(CLASS_TOKEN, threshold=2.0), ExportOptions(batch=(1, 4)))
+    assert inlined(graph) == graph
+
+
+def test_onnxslim_takes_fixed_counts_in_the_inlined_form_only() -> None:
+    """docs/tools.md says so; test_companions.py has the other tools, on real images."""
+    import onnxslim
+
+    whole = in_form(FIXED, "pairs", "merge")
+    feed = feed_of("pairs")
+    expected = run(whole, feed)["logits"]
+    made = onnxslim.slim(inlined(whole))
+    # with fixed counts nothing reads the threshold, and onnxslim drops the input
+    assert [value.name for value in made.graph.input] == ["images"]
+    found = run(made, {"images": feed["images"]})["logits"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(Exception, match="Number of actual parameters"):
+        run(onnxslim.slim(whole), feed)

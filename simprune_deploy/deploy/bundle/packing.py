@@ -40,6 +40,7 @@ from simprune_deploy.engine.plugin.build import source_files
 from simprune_deploy.engine.plugin.toolchain import OLDEST_TENSORRT
 from simprune_deploy.engine.targets import Target, find_targets, short_names
 from simprune_deploy.onnx.exported_folder import (
+    COMPANIONS,
     DEVICE_FORMAT,
     FORMAT,
     GOLDEN,
@@ -240,7 +241,7 @@ def make_bundle(
         staged_file(archive_of(output)) as archive,
     ):
         progress("writing the bundle")
-        for name in exported["files"]:
+        for name in exported["files"].keys() - COMPANIONS:  # TensorRT takes neither
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, staging / name)
         stripped = _write_stripped(graph, staging / STRIPPED)

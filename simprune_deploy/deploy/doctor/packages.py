@@ -20,7 +20,7 @@ MINIMUM_VERSIONS = {
     "python": "3.10",
     "numpy": "1.26",
     "onnx": "1.18",
-    "onnxruntime": "1.20",
+    "onnxruntime": "1.21.1",
     "onnxscript": "0.5",
     "polygraphy": "0.53",
     "safetensors": "0.4.5",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simprune_deploy.common.errors import RequirementError, SimpruneError, argument
+from simprune_deploy.common.errors import RequirementError, SimpruneError, argument, spelled
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.common.requests import as_path
 from simprune_deploy.engine.build import EngineOptions, build_engine
@@ -111,7 +111,10 @@ def _in_onnxruntime(
     progress: Progress,
 ) -> TimedModels:
     threads = request.threads or usable_cores()
-    dense, pruned = (source.spec(form, threads=threads) for form in ("dense", "pruned"))
+    fused = request.fused_attention
+    dense, pruned = (
+        source.spec(form, threads=threads, fused=fused) for form in ("dense", "pruned")
+    )
     unpruned, opened = (stack.enter_context(spec.open()) for spec in (dense, pruned))
     models = []
     chosen: list[tuple[str, float | None]] = [(DENSE, None)]
@@ -128,16 +131,28 @@ def _in_onnxruntime(
         "run_by": f"the ONNX file in ONNX Runtime {opened.runtime.version}, on the CPU",
         "threads": threads,
     }
+    notes = []
+    if fused:
+        environment["attention"] = "fused: com.microsoft.MultiHeadAttention"
+        wanted = argument("fused_attention", True)
+        notes.append(
+            spelled(
+                "the attention was fused for this run, and the result compared with nothing: "
+                f"export with {wanted}, which does, before you ship it"
+            )
+        )
     if source.metadata.precision == "fp16":
-        environment["note"] = (
+        notes.append(
             "on a CPU, ONNX Runtime casts much of a float16 model to float32 and back: this says "
             "nothing about a GPU"
         )
     elif source.metadata.precision == "bf16":
-        environment["note"] = (
+        notes.append(
             "ONNX Runtime has no bfloat16 on the CPU: what was timed emulates it by rounding "
             "float32, and says nothing about bfloat16"
         )
+    if notes:
+        environment["note"] = "; ".join(notes)
     return TimedModels(models, environment)
 
 

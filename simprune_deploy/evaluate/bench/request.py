@@ -35,6 +35,8 @@ class BenchRequest:
         cuda_graph: Replay engines as CUDA graphs where that can be: with fixed token counts, and
             the dense model. Default False.
         force: Build engines again that are there already. Default False.
+        fused_attention: Time both models with their attention as ONNX Runtime's
+            MultiHeadAttention, as ``export`` writes it to model-fused.onnx. Default False.
 
     Raises:
         InvalidArgumentError: a value is out of its range, or belongs to the other backend.
@@ -51,6 +53,7 @@ class BenchRequest:
     plugin: str | Path | None = None
     cuda_graph: bool = False
     force: bool = False
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -77,8 +80,10 @@ class BenchRequest:
             for name, value in engine_only.items():
                 if value:
                     raise _is_for(name, "engine")
-        elif self.threads is not None:
-            raise _is_for("threads", "onnxruntime")
+        else:
+            for name in ("threads", "fused_attention"):
+                if getattr(self, name):
+                    raise _is_for(name, "onnxruntime")
 
 
 def _is_for(name: str, backend: str) -> InvalidArgumentError:
