@@ -57,6 +57,7 @@ from simprune_deploy.pruning.config import (
     Reduction,
     Selection,
     check_threshold,
+    format_numbers,
 )
 from simprune_deploy.pruning.tuned_file import read_configuration
 
@@ -176,7 +177,16 @@ class ExportRequest:
                 hints = found
             if "curve" in tuned:
                 self._check_keeps(tuned, asked)
+                if self.flops not in (None, tuned["threshold"]):
+                    hints = ()
+            elif self.flops is not None:
+                raise InvalidArgumentError(
+                    f"{self.config} has one threshold for all layers and no curve to take "
+                    f"{argument('flops')} from: drop one of the two"
+                )
             asked = {**tuned, **asked}
+        elif self.flops is not None and self.place is None:
+            asked["place"] = "inside"  # where what is calibrated prunes
         if "threshold" in asked:
             check_threshold(asked["threshold"])
         if self.flops is not None and "curve" in asked:
@@ -199,9 +209,11 @@ class ExportRequest:
         fixed = ("layers", "place", "features", "selection", "reduction", "proportional_attention")
         for name in fixed:
             if name in asked and asked[name] != tuned[name]:
+                typed = format_numbers(tuned[name]) if name == "layers" else str(tuned[name])
+                said = argument(name, tuned[name], typed)
                 raise InvalidArgumentError(
-                    f"{self.config} was calibrated with {argument(name, tuned[name])}: leave "
-                    f"{argument(name)} out, or calibrate anew with `simprune-deploy tune`"
+                    f"{self.config} was calibrated with {said}: leave {argument(name)} out, or "
+                    f"calibrate anew with `simprune-deploy tune`"
                 )
 
 

@@ -61,7 +61,7 @@ def test_the_configuration_is_exported_and_one_number_moves_along_its_curve(
     assert np.abs(each[1] - one[1]).max() > 1e-3
 
     inspected = json.loads(cli("inspect", folder, "--json").out)
-    assert inspected["model"]["pruning"]["curve"] == pruning["curve"]
+    assert inspected["pruning"]["curve"] == pruning["curve"]
     again = cli("export", MODEL, "--config", tuned, "--flops", "0.7", "-o", tmp_path / "at70")
     assert again.code == 0, again.err
     manifest = json.loads((tmp_path / "at70" / "manifest.json").read_text())
