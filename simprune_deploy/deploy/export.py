@@ -14,6 +14,7 @@ from simprune_deploy.common.errors import (
     InvalidArgumentError,
     SimpruneError,
     argument,
+    spelled,
 )
 from simprune_deploy.common.files import (
     check_destination,
@@ -40,6 +41,7 @@ from simprune_deploy.deploy.triton import (
 )
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.folder_engines import build_ahead, build_here, check_can_build_here
+from simprune_deploy.engine.targets import short_names
 from simprune_deploy.onnx.exported_folder import (
     FORMAT,
     GOLDEN,
@@ -75,7 +77,8 @@ class ExportRequest:
         model: A checkpoint's path (or a name to download), a timm model, or one that
             :func:`simprune_deploy.prune` gave.
         output: The folder to write. Default None: NAME-pruned.
-        options: The graph's form. Default None: :class:`ExportOptions`'s defaults.
+        options: The graph's form. Default None: :class:`ExportOptions`'s defaults. Without a
+            precision in it, the targets choose one.
         threshold, layers, selection, reduction, proportional_attention, tokens, multiple_of, place,
             features: As :func:`simprune_deploy.prune` takes them. Default None: the model's own, or
             its defaults.
@@ -173,6 +176,8 @@ class ExportResult:
         bundle: The bundle for devices, or None.
         devices: The devices that a bundle was asked for.
         checkpoint: How the checkpoint was read, in words; empty for a model that was given.
+        precision_note: Why it has the precision that it has, in a line, where the targets chose
+            it; else empty.
     """
 
     folder: Path
@@ -183,6 +188,7 @@ class ExportResult:
     bundle: DeviceBundle | None = None
     devices: tuple[str, ...] = ()
     checkpoint: tuple[str, ...] = ()
+    precision_note: str = ""
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -197,7 +203,8 @@ class ExportResult:
     def __str__(self) -> str:
         made = [*(self.engines or ()), *([self.bundle] if self.bundle else ())]
         verdict = self.verdict or "verdict: not verified"
-        return "\n".join(map(str, (self.folder, *self.assumed, verdict, *made)))
+        notes = [self.precision_note] if self.precision_note else []
+        return "\n".join(map(str, (self.folder, *notes, *self.assumed, verdict, *made)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
@@ -205,6 +212,7 @@ class ExportResult:
             "output": str(self.folder),
             "verdict": self.verdict.to_dict() if self.verdict else None,
             "assumed": list(self.assumed),
+            "precision_note": self.precision_note,
             "manifest": self.manifest,
         }
         if self.engines is not None:
@@ -245,21 +253,37 @@ def export(
     given = ExportOptions() if request.options is None else request.options
     if not isinstance(given, ExportOptions):
         raise InvalidArgumentError(f"{argument('options')} {given!r} must be ExportOptions")
-    graph_options = dataclasses.replace(given, opt_tokens=given.opt_tokens or hints)
     named = request.model if isinstance(request.model, (str, Path)) else None
     check_destination(request.folder, request.force, MANIFEST, named)
     targets, devices = targets_and_devices(request.targets) if request.targets else ([], [])
+    precise, note = _with_precision(given, devices)
+    graph_options = dataclasses.replace(precise, opt_tokens=given.opt_tokens or hints)
     if devices:
         check_destinations(default_output(request.folder, devices), request.force)
     if request.triton:
         check_batch(graph_options.batch)
     if request.engine:
-        check_can_build_here(graph_options.precision)
+        check_can_build_here(str(graph_options.precision))
     progress("loading PyTorch and the checkpoint")
     pruned, source, words = _pruned(request, pruning)
     result = _export_folder(request, pruned, graph_options, source, progress)
     after = _Afterwards(request, result, targets, devices, progress)
-    return dataclasses.replace(result, checkpoint=words, **after.make())
+    return dataclasses.replace(result, checkpoint=words, precision_note=note, **after.make())
+
+
+def _with_precision(options: ExportOptions, devices: list[Target]) -> tuple[ExportOptions, str]:
+    """Return the options with a precision, and why it is that one where nobody asked for one.
+
+    There is one file for all targets, so one device that wants float16 decides.
+    """
+    if options.precision is not None or not devices:
+        return options.decided(), ""
+    names = ", ".join(short_names(devices))
+    note = (
+        f"precision: float16, because TensorRT, which builds the engine of {names}, fuses no "
+        f"float32 attention; {argument('precision', 'fp32')} for float32"
+    )
+    return options.decided("fp16"), spelled(note)
 
 
 def _pruned(

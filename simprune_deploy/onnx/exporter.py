@@ -188,7 +188,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     Raises:
         SimpruneError: the model is too large for one file, or not float32 on the CPU.
     """
-    options = options or ExportOptions()
+    options = (options or ExportOptions()).decided()
     _check_exportable(model)
     if options.softmax and not model.vit.num_classes:
         raise InvalidArgumentError(
@@ -222,7 +222,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
     write_metadata(graph, metadata)
-    graph = with_precision(graph, options.precision)
+    graph = with_precision(graph, metadata.precision)
     graph.producer_name = "simprune-deploy"
     graph.producer_version = __version__
     onnx.checker.check_model(graph, full_check=True)
@@ -437,7 +437,7 @@ def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
 
 def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata:
     """Return what an exported file will say of itself."""
-    vit = model.vit
+    vit, options = model.vit, options.decided()
     embed_dim = int(vit.embed_dim)
     return ModelMetadata(
         **_described(model),

@@ -32,7 +32,8 @@ class ExportOptions:
         opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
             prefix tokens. It changes no result. Default (): all of them.
         precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
-            and outputs stay float32.
+            and outputs stay float32. Default (None): what suits the targets, "fp16" where one of
+            them builds its engine with TensorRT itself (a Jetson), else "fp32".
 
     Raises:
         SimpruneError: a value is out of its range.
@@ -45,16 +46,17 @@ class ExportOptions:
     softmax: bool = False
     emit_assignments: bool = False
     log_size_in_keys: bool | None = None
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     opt_tokens: tuple[int, ...] = ()
     input: InputForm = FLOAT32_NCHW
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
+        if self.precision is not None:
+            check_precision(self.precision)
         check_input(self.input)
         if self.input == UINT8_NHWC:
             object.__setattr__(self, "normalize", True)
-        if self.log_size_in_keys is None:
+        if self.log_size_in_keys is None and self.precision is not None:
             object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
         object.__setattr__(self, "batch", batch_range(self.batch))
         check_whole("opset", self.opset, 1)
@@ -63,3 +65,7 @@ class ExportOptions:
                 f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use "
                 f"{argument('opset', 20)}"
             )
+
+    def decided(self, usual: Precision = "fp32") -> ExportOptions:
+        """Return the same with a precision: the one asked for, or else the usual one."""
+        return self if self.precision is not None else dataclasses.replace(self, precision=usual)

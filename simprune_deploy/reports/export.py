@@ -34,6 +34,8 @@ def print_export(result: ExportResult) -> None:
             ),
         },
     )
+    if result.precision_note:
+        console.print(result.precision_note, highlight=False, markup=False, soft_wrap=True)
     for each in result.assumed:
         console.print(each, style="yellow", highlight=False, markup=False)
     console.print()
