@@ -316,9 +316,11 @@ def _export_folder(
 ) -> ExportResult:
     from simprune_deploy.common.images import Preprocessing, load_as_taken
     from simprune_deploy.onnx.exporter import export_onnx
-    from simprune_deploy.onnx.metadata import UINT8_NHWC
-    from simprune_deploy.parity.comparison import compare_with_torch
+    from simprune_deploy.onnx.metadata import UINT8_NHWC, read_metadata
+    from simprune_deploy.onnx.variants import set_size_hints
+    from simprune_deploy.parity.comparison import answers_of_torch, compare_with_torch
     from simprune_deploy.parity.golden import save_golden
+    from simprune_deploy.parity.usual_tokens import usual_tokens
 
     _check_finite(model)
     # pictures first: a wrong folder should not cost the user an export
@@ -336,7 +338,12 @@ def _export_folder(
     graph = export_onnx(model, options)
     verdict, golden = None, None
     if pictures is not None:
-        verdict, golden = compare_with_torch(graph, model, pictures, progress)
+        metadata = read_metadata(graph)
+        answered = answers_of_torch(model, metadata, pictures, progress)
+        hints = usual_tokens(answered[1], len(pictures.pixels), metadata)
+        if hints and not options.opt_tokens:
+            set_size_hints(graph, hints)  # before the comparison: what is compared is what ships
+        verdict, golden = compare_with_torch(graph, model, pictures, progress, answered=answered)
     progress("writing")
     with staged_folder(request.folder, request.force, MANIFEST) as staging:
         (staging / MODEL).write_bytes(graph.SerializeToString())

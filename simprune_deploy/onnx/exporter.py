@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -43,6 +43,7 @@ from simprune_deploy.onnx.variants import (
     function_of,
     num_outputs,
     prune_nodes,
+    set_size_hints,
     with_log_size_in_keys,
 )
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
@@ -216,12 +217,12 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     _add_function(graph, metadata)
     if options.input == UINT8_NHWC:
         _cast_first(graph.graph)
-    if options.opt_tokens and exported.config.layers:
-        _set_size_hints(graph, exported, options.opt_tokens)
     make_readable(graph, exported.config, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
     write_metadata(graph, metadata)
+    if options.opt_tokens and exported.config.layers:
+        set_size_hints(graph, options.opt_tokens)
     graph = with_precision(graph, metadata.precision)
     graph.producer_name = "simprune-deploy"
     graph.producer_version = __version__
@@ -408,18 +409,6 @@ def _cast_first(graph: onnx.GraphProto) -> None:
             if name == IMAGES:
                 node.input[index] = first.output[0]
     graph.node.insert(0, first)
-
-
-def _set_size_hints(graph: onnx.ModelProto, model: PrunedViT, hints: Sequence[int]) -> None:
-    nodes = [node for node in graph.graph.node if node.op_type == OP_TYPE]
-    low, high = model.num_prefix_tokens + 1, model.num_tokens
-    if len(hints) != len(nodes) or not all(low <= hint <= high for hint in hints):
-        raise InvalidArgumentError(
-            f"the size hints {', '.join(map(str, hints))} must be {len(nodes)} numbers of tokens "
-            f"from {low} to {high}, one for each prune layer"
-        )
-    for node, hint in zip(nodes, hints, strict=True):
-        next(each for each in node.attribute if each.name == "opt_tokens").i = int(hint)
 
 
 def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:

@@ -30,7 +30,9 @@ class ExportOptions:
             in float32 whatever the precision. Default (None): True in "fp32", else False.
         emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
         opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
-            prefix tokens. It changes no result. Default (): all of them.
+            prefix tokens. It changes no result. Default (): :func:`simprune_deploy.export` counts
+            them on the pictures of the parity check, where counts are dynamic; without that check
+            a guess.
         precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
             and outputs stay float32. Default (None): what suits the targets, "fp16" where one of
             them builds its engine with TensorRT itself (a Jetson), else "fp32".
