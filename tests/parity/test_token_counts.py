@@ -1,4 +1,5 @@
-"""TensorRT's size hints are what the pictures of the parity check keep."""
+"""TensorRT's size hints are what the pictures of the parity check keep, and what they would keep
+is held against fixed counts."""
 
 from __future__ import annotations
 
@@ -36,12 +37,16 @@ def hints_of(folder: Path) -> list[int]:
     return found
 
 
+def pictures_of(model: PrunedViT) -> torch.Tensor:
+    """Return float32[images, C, H, W]: the pictures that come along."""
+    taken = Preprocessing.of_model(model)
+    return torch.from_numpy(load_as_taken(None, taken, graph_normalizes=False, uint8=False).pixels)
+
+
 def kept_by_image(model: PrunedViT) -> np.ndarray[Any, Any]:
     """Return int64[layers, images]: tokens that PyTorch keeps of the pictures that come along."""
-    taken = Preprocessing.of_model(model)
-    pictures = load_as_taken(None, taken, graph_normalizes=False, uint8=False)
     kept = []
-    for image in torch.from_numpy(pictures.pixels):  # alone, so that there is no padding
+    for image in pictures_of(model):  # alone, so that there is no padding
         traces: list[PruneTrace] = []
         with torch.inference_mode():
             model.eval()(image[None], traces=traces)
@@ -76,11 +81,52 @@ def test_a_fixed_batch_is_tuned_for_its_largest_image(model: PrunedViT, tmp_path
     assert hints_of(tmp_path / "out") == [math.ceil(count / 8) * 8 for count in largest]
 
 
-def test_fixed_counts_stay(model: PrunedViT, tmp_path: Path) -> None:
-    """(So do hints that `tune` gives: tests/tuning/test_tune.py.)"""
-    result = sd.export(sd.prune(model, tokens=[150, 99]), tmp_path / "fixed")
-    assert hints_of(tmp_path / "fixed") == [151, 100]
-    assert result.manifest["model"]["export"]["opt_tokens"] == []
+@pytest.fixture(scope="module")
+def fixed(model: PrunedViT) -> PrunedViT:
+    """Between the fewest and the most that the pictures keep at its threshold, at both layers."""
+    return sd.prune(model, tokens=[125, 90])
+
+
+@pytest.fixture(scope="module")
+def exported(fixed: PrunedViT, tmp_path_factory: pytest.TempPathFactory) -> sd.ExportResult:
+    options = sd.ExportOptions(runtime_threshold=True)
+    return sd.export(fixed, tmp_path_factory.mktemp("fixed") / "out", options)
+
+
+def test_fixed_counts_are_their_own_hints(exported: sd.ExportResult) -> None:
+    """(Hints that `tune` gives stay too: tests/tuning/test_tune.py.)"""
+    assert hints_of(exported.folder) == [126, 91]
+    assert exported.manifest["model"]["export"]["opt_tokens"] == []
+
+
+def test_the_verdict_says_where_fixed_counts_overrule_the_threshold(
+    fixed: PrunedViT, exported: sd.ExportResult
+) -> None:
+    traces: list[PruneTrace] = []
+    pictures = pictures_of(fixed)
+    with torch.inference_mode():
+        fixed.eval()(pictures, traces=traces)
+    wanted = {}
+    for trace, most in zip(traces, fixed.config.capacities, strict=True):
+        patches = torch.nn.functional.normalize(trace.features[:, 1:].double(), dim=2)
+        best = (patches[:, ::2] @ patches[:, 1::2].transpose(1, 2)).amax(2)
+        stay = patches.shape[1] - (best >= 0.9).sum(1)
+        wanted[str(trace.layer)] = int((stay > most).sum())
+    assert any(0 < each < len(pictures) for each in wanted.values()), wanted
+
+    assert exported.verdict is not None
+    check = exported.verdict.check("pruning")
+    assert exported.verdict.status == "passed"
+    # its threshold is an input, and every picture ran at another one too: that is not counted
+    assert check.numbers["overruled"] == {"threshold": 0.9, "images": 8, "by_layer": wanted}
+    said = ", ".join(f"{found} of 8 at block {layer}" for layer, found in wanted.items())
+    line = "the fixed counts remove patches less alike than the threshold of 0.9 in so many images"
+    assert check.summary.endswith(f"; {line}: {said}")
+    stored = json.loads((exported.folder / "parity.json").read_text(encoding="utf-8"))
+    assert stored["checks"]["pruning"]["overruled"] == check.numbers["overruled"]
+    golden = sd.verify(exported.folder).check("pruning")
+    assert "in so many images" in golden.summary
+    assert golden.numbers["overruled"]["images"] <= 4
 
 
 def test_without_the_check_there_is_a_guess_and_no_number_in_the_facts(
