@@ -23,7 +23,15 @@ from simprune_deploy.engine.folder_engines import build_ahead
 from simprune_deploy.engine.targets import find_targets
 
 DEMO = Path(__file__).parents[1] / "examples" / "fashion_mnist" / "vit"
-TARGETS = ("rtx-ada", "rtx,dgx-spark")
+ONE, FOUR = ("rtx-ada",), ("rtx-ada", "rtx,dgx-spark")
+FORMS = (
+    ("fp32", False, ONE),
+    ("fp32", True, ONE),
+    ("fp16", False, FOUR),
+    ("fp16", True, ONE),
+    ("bf16", False, ONE),
+)
+"""Precision, whether the log-sizes are in the keys (the default in fp32 alone), targets."""
 
 KERNEL_CALL = re.compile(rb'\{ name=(\w+) [^\n]*? layers="([^"\n]*)"')
 """A call in the text of the program that an engine of TensorRT-RTX 1.7 holds: the kernel's name,
@@ -62,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vit-small", action="store_true")
     arguments = parser.parse_args()
-    print("| model | precision | tokens | targets | fused attentions | ONNX MB | engine MB | s |")
+    print("| model | form | tokens | targets | fused attentions | ONNX MB | engine MB | s |")
     print("|---|---|---|---|---|---|---|---|")
     measure("demo ViT, 0.69 M parameters, 196 patches", DEMO, [1, 3, 4], 60)
     if arguments.vit_small:
@@ -72,14 +80,16 @@ def main() -> None:
 
 def measure(title: str, source: object, layers: list[int], tokens: int) -> None:
     vit = sd.load(str(source)) if isinstance(source, Path) else source
-    for precision in ("fp32", "fp16", "bf16"):
+    for precision, in_keys, targets in FORMS:
+        form = f"{precision}, log-sizes {'in the keys' if in_keys else 'added'}"
+        options = sd.ExportOptions(precision=precision, log_size_in_keys=in_keys)
         for kept in ("dynamic", tokens):
             pruned = sd.prune(vit, layers=layers, threshold=0.85, tokens=kept)
             with tempfile.TemporaryDirectory() as made:
                 folder = Path(made) / "model"
-                sd.export(pruned, folder, sd.ExportOptions(precision=precision), verify=False)
-                for names in TARGETS:
-                    print(f"| {title} | {precision} | {kept} | {names} | {row(folder, names)} |")
+                sd.export(pruned, folder, options, verify=False)
+                for names in targets:
+                    print(f"| {title} | {form} | {kept} | {names} | {row(folder, names)} |")
                     sys.stdout.flush()
 
 
