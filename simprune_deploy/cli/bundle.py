@@ -40,3 +40,5 @@ def bundle(
             print_json(made.to_dict())
         else:
             print_bundle(made)
+            if made.advice:
+                typer.echo(made.advice)

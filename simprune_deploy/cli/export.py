@@ -129,8 +129,13 @@ def export(
     ] = "float32-nchw",
     softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities.")] = False,
     precision: Annotated[
-        Precision, typer.Option(help="Types in the graph; inputs stay as they are.")
-    ] = "fp32",
+        Precision | None,
+        typer.Option(
+            help="Types in the graph; inputs stay as they are.  [default: fp32; fp16 where a "
+            "target is a device that builds its own engine]",
+            show_default=False,
+        ),
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
     inline: Annotated[
         bool,

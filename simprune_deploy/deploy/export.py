@@ -14,6 +14,7 @@ from simprune_deploy.common.errors import (
     InvalidArgumentError,
     SimpruneError,
     argument,
+    spelled,
 )
 from simprune_deploy.common.files import (
     check_destination,
@@ -40,6 +41,7 @@ from simprune_deploy.deploy.triton import (
 )
 from simprune_deploy.engine.build import BuiltEngine
 from simprune_deploy.engine.folder_engines import build_ahead, build_here, check_can_build_here
+from simprune_deploy.engine.targets import short_names
 from simprune_deploy.onnx.exported_folder import (
     COMPANIONS,
     FORMAT,
@@ -78,7 +80,8 @@ class ExportRequest:
         model: A checkpoint's path (or a name to download), a timm model, or one that
             :func:`simprune_deploy.prune` gave.
         output: The folder to write. Default None: NAME-pruned.
-        options: The graph's form. Default None: :class:`ExportOptions`'s defaults.
+        options: The graph's form. Default None: :class:`ExportOptions`'s defaults. Without a
+            precision in it, the targets choose one.
         threshold, layers, selection, reduction, proportional_attention, tokens, multiple_of, place,
             features: As :func:`simprune_deploy.prune` takes them. Default None: the model's own, or
             its defaults.
@@ -231,6 +234,8 @@ class ExportResult:
         devices: The devices that a bundle was asked for.
         checkpoint: How the checkpoint was read, in words; empty for a model that was given.
         calibrated: What calibration for a share of FLOPs found; None if there was none.
+        precision_note: Why it has the precision that it has, in a line, where the targets chose
+            it; else empty.
     """
 
     folder: Path
@@ -242,6 +247,7 @@ class ExportResult:
     devices: tuple[str, ...] = ()
     checkpoint: tuple[str, ...] = ()
     calibrated: Calibrated | None = None
+    precision_note: str = ""
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -256,7 +262,8 @@ class ExportResult:
     def __str__(self) -> str:
         made = [*(self.engines or ()), *([self.bundle] if self.bundle else ())]
         verdict = self.verdict or "verdict: not verified"
-        return "\n".join(map(str, (self.folder, *self.assumed, verdict, *made)))
+        notes = [self.precision_note] if self.precision_note else []
+        return "\n".join(map(str, (self.folder, *notes, *self.assumed, verdict, *made)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
@@ -264,6 +271,7 @@ class ExportResult:
             "output": str(self.folder),
             "verdict": self.verdict.to_dict() if self.verdict else None,
             "assumed": list(self.assumed),
+            "precision_note": self.precision_note,
             "manifest": self.manifest,
         }
         if self.engines is not None:
@@ -304,16 +312,17 @@ def export(
     given = ExportOptions() if request.options is None else request.options
     if not isinstance(given, ExportOptions):
         raise InvalidArgumentError(f"{argument('options')} {given!r} must be ExportOptions")
-    graph_options = dataclasses.replace(given, opt_tokens=given.opt_tokens or hints)
     named = request.model if isinstance(request.model, (str, Path)) else None
     check_destination(request.folder, request.force, MANIFEST, named)
     targets, devices = targets_and_devices(request.targets) if request.targets else ([], [])
+    precise, note = _with_precision(given, devices)
+    graph_options = dataclasses.replace(precise, opt_tokens=given.opt_tokens or hints)
     if devices:
         check_destinations(default_output(request.folder, devices), request.force)
     if request.triton:
         check_batch(graph_options.batch)
     if request.engine:
-        check_can_build_here(graph_options.precision)
+        check_can_build_here(str(graph_options.precision))
     progress("loading PyTorch and the checkpoint")
     pruned, source, words = _pruned(request, pruning)
     calibrated = None
@@ -321,7 +330,28 @@ def export(
         pruned, calibrated = _calibrated(request, pruned, progress)
     result = _export_folder(request, pruned, graph_options, source, calibrated, progress)
     after = _Afterwards(request, result, targets, devices, progress)
-    return dataclasses.replace(result, checkpoint=words, calibrated=calibrated, **after.make())
+    return dataclasses.replace(
+        result,
+        checkpoint=words,
+        calibrated=calibrated,
+        precision_note=note,
+        **after.make(),
+    )
+
+
+def _with_precision(options: ExportOptions, devices: list[Target]) -> tuple[ExportOptions, str]:
+    """Return the options with a precision, and why it is that one where nobody asked for one.
+
+    There is one file for all targets, so one device that wants float16 decides.
+    """
+    if options.precision is not None or not devices:
+        return options.decided(), ""
+    names = ", ".join(short_names(devices))
+    note = (
+        f"precision: float16, because TensorRT, which builds the engine of {names}, fuses no "
+        f"float32 attention; {argument('precision', 'fp32')} for float32"
+    )
+    return options.decided("fp16"), spelled(note)
 
 
 def _pruned(
@@ -393,9 +423,11 @@ def _export_folder(
     from simprune_deploy.common.images import Preprocessing, load_as_taken
     from simprune_deploy.onnx.companions import companions
     from simprune_deploy.onnx.exporter import export_onnx
-    from simprune_deploy.onnx.metadata import UINT8_NHWC
-    from simprune_deploy.parity.comparison import compare_with_torch
+    from simprune_deploy.onnx.metadata import UINT8_NHWC, read_metadata
+    from simprune_deploy.onnx.variants import set_size_hints
+    from simprune_deploy.parity.comparison import answers_of_torch, compare_with_torch
     from simprune_deploy.parity.golden import save_golden
+    from simprune_deploy.parity.usual_tokens import usual_tokens
 
     _check_finite(model)
     # pictures first: a wrong folder should not cost the user an export
@@ -411,10 +443,18 @@ def _export_folder(
     )
     progress("tracing and translating to ONNX")
     graph = export_onnx(model, options)
-    forms = companions(graph, options)
+    forms: dict[str, onnx.ModelProto] = {}
     verdict, golden = None, None
     if pictures is not None:
-        verdict, golden = compare_with_torch(graph, model, pictures, progress, forms=forms)
+        metadata = read_metadata(graph)
+        answered = answers_of_torch(model, metadata, pictures, progress)
+        hints = usual_tokens(answered[1], len(pictures.pixels), metadata)
+        if hints and not options.opt_tokens:
+            set_size_hints(graph, hints)  # before the comparison: what is compared is what ships
+        forms = companions(graph, options)
+        verdict, golden = compare_with_torch(
+            graph, model, pictures, progress, forms=forms, answered=answered
+        )
     progress("writing")
     with staged_folder(request.folder, request.force, MANIFEST) as staging:
         (staging / MODEL).write_bytes(graph.SerializeToString())

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -43,6 +43,7 @@ from simprune_deploy.onnx.variants import (
     function_of,
     num_outputs,
     prune_nodes,
+    set_size_hints,
     with_log_size_in_keys,
 )
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, describe_vit
@@ -189,7 +190,7 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     Raises:
         SimpruneError: the model is too large for one file, or not float32 on the CPU.
     """
-    options = options or ExportOptions()
+    options = (options or ExportOptions()).decided()
     _check_exportable(model)
     if options.softmax and not model.vit.num_classes:
         raise InvalidArgumentError(
@@ -217,13 +218,13 @@ def export_onnx(model: PrunedViT, options: ExportOptions | None = None) -> onnx.
     _add_function(graph, metadata)
     if options.input == UINT8_NHWC:
         _cast_first(graph.graph)
-    if options.opt_tokens and exported.config.layers:
-        _set_size_hints(graph, exported, options.opt_tokens)
     make_readable(graph, exported.config, {IMAGES: "batch", THRESHOLD: "thresholds"})
     if options.log_size_in_keys:
         graph = with_log_size_in_keys(graph)
     write_metadata(graph, metadata)
-    graph = with_precision(graph, options.precision)
+    if options.opt_tokens and exported.config.layers:
+        set_size_hints(graph, options.opt_tokens)
+    graph = with_precision(graph, metadata.precision)
     graph.producer_name = "simprune-deploy"
     graph.producer_version = __version__
     onnx.checker.check_model(graph, full_check=True)
@@ -437,18 +438,6 @@ def _cast_first(graph: onnx.GraphProto) -> None:
     graph.node.insert(0, first)
 
 
-def _set_size_hints(graph: onnx.ModelProto, model: PrunedViT, hints: Sequence[int]) -> None:
-    nodes = [node for node in graph.graph.node if node.op_type == OP_TYPE]
-    low, high = model.num_prefix_tokens + 1, model.num_tokens
-    if len(hints) != len(nodes) or not all(low <= hint <= high for hint in hints):
-        raise InvalidArgumentError(
-            f"the size hints {', '.join(map(str, hints))} must be {len(nodes)} numbers of tokens "
-            f"from {low} to {high}, one for each prune layer"
-        )
-    for node, hint in zip(nodes, hints, strict=True):
-        next(each for each in node.attribute if each.name == "opt_tokens").i = int(hint)
-
-
 def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
     del graph.functions[:]
     if not metadata.pruning.layers:
@@ -464,7 +453,7 @@ def _add_function(graph: onnx.ModelProto, metadata: ModelMetadata) -> None:
 
 def metadata_of_model(model: PrunedViT, options: ExportOptions) -> ModelMetadata:
     """Return what an exported file will say of itself."""
-    vit = model.vit
+    vit, options = model.vit, options.decided()
     return ModelMetadata(
         **_described(model),
         pruning=model.config,

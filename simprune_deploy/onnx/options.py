@@ -33,9 +33,12 @@ class ExportOptions:
             in float32 whatever the precision. Default (None): True in "fp32", else False.
         emit_assignments: Add an output ``assignment_<block>`` int64[B, N] per prune layer.
         opt_tokens: TensorRT's hint for each prune layer: how many tokens usually stay, with the
-            prefix tokens. It changes no result. Default (): all of them.
+            prefix tokens. It changes no result. Default (): :func:`simprune_deploy.export` counts
+            them on the pictures of the parity check, where counts are dynamic; without that check
+            a guess.
         precision: "fp32", "fp16" or "bf16": the types in the graph; see docs/precision.md. Inputs
-            and outputs stay float32.
+            and outputs stay float32. Default (None): what suits the targets, "fp16" where one of
+            them builds its engine with TensorRT itself (a Jetson), else "fp32".
         inline: Write model-inlined.onnx too: the model in standard operators, without the function.
         fused_attention: Write model-fused.onnx too: every block's attention as ONNX Runtime's
             MultiHeadAttention, for a GPU. Not in "bf16".
@@ -51,7 +54,7 @@ class ExportOptions:
     softmax: bool = False
     emit_assignments: bool = False
     log_size_in_keys: bool | None = None
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     opt_tokens: tuple[int, ...] = ()
     input: InputForm = FLOAT32_NCHW
     inline: bool = False
@@ -63,7 +66,8 @@ class ExportOptions:
         return tuple(name for name in COMPANION_FIELDS if getattr(self, name))
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
+        if self.precision is not None:
+            check_precision(self.precision)
         check_input(self.input)
         if self.fused_attention and self.precision == "bf16":
             raise InvalidArgumentError(
@@ -72,7 +76,7 @@ class ExportOptions:
             )
         if self.input == UINT8_NHWC:
             object.__setattr__(self, "normalize", True)
-        if self.log_size_in_keys is None:
+        if self.log_size_in_keys is None and self.precision is not None:
             object.__setattr__(self, "log_size_in_keys", self.precision == "fp32")
         object.__setattr__(self, "batch", batch_range(self.batch))
         check_whole("opset", self.opset, 1)
@@ -81,3 +85,7 @@ class ExportOptions:
                 f"opset {self.opset} is outside [{MIN_OPSET}, {MAX_OPSET}]: use "
                 f"{argument('opset', 20)}"
             )
+
+    def decided(self, usual: Precision = "fp32") -> ExportOptions:
+        """Return the same with a precision: the one asked for, or else the usual one."""
+        return self if self.precision is not None else dataclasses.replace(self, precision=usual)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
-from simprune_deploy.common.errors import ArtifactError
+from simprune_deploy.common.errors import ArtifactError, InvalidArgumentError
 from simprune_deploy.onnx.dense import dense, drop_unread
 from simprune_deploy.onnx.function_body import (
     DOMAIN,
@@ -40,6 +41,7 @@ __all__ = [
     "layer_of",
     "prune_nodes",
     "pruned_layers",
+    "set_size_hints",
     "with_diagnostics",
     "with_function",
     "with_kept_counts",
@@ -216,6 +218,29 @@ def _make_tensor(constant: onnx.NodeProto) -> None:
     if kind is not None:
         values = np.array(helper.get_attribute_value(attribute), kind)
         attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(values)))
+
+
+def set_size_hints(graph: onnx.ModelProto, hints: Sequence[int]) -> None:
+    """Let every prune node, and the metadata, say how many tokens usually stay, in place.
+
+    Args:
+        graph: An exported graph.
+        hints: ``ExportOptions.opt_tokens``: one number for each prune node, with the prefix tokens.
+
+    Raises:
+        SimpruneError: they are not so many, or one is out of its range.
+    """
+    nodes, metadata = prune_nodes(graph), read_metadata(graph)
+    low, high = metadata.num_prefix_tokens + 1, metadata.num_tokens
+    if len(hints) != len(nodes) or not all(low <= hint <= high for hint in hints):
+        raise InvalidArgumentError(
+            f"the size hints {', '.join(map(str, hints))} must be {len(nodes)} numbers of tokens "
+            f"from {low} to {high}, one for each prune layer"
+        )
+    for node, hint in zip(nodes, hints, strict=True):
+        next(each for each in node.attribute if each.name == "opt_tokens").i = int(hint)
+    export = {**metadata.export, "opt_tokens": [int(hint) for hint in hints]}
+    write_metadata(graph, dataclasses.replace(metadata, export=export))
 
 
 def _name_outputs(graph: onnx.ModelProto, count: int) -> None:

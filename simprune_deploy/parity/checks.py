@@ -17,6 +17,7 @@ from simprune_deploy.parity.decisions import (
     compared_similarities,
     float_noise,
     has_finite_features,
+    kept_at_threshold,
     violation,
 )
 from simprune_deploy.parity.runs import Run
@@ -427,10 +428,46 @@ def check_pruning(run: Run, pruning: Pruning) -> Check:
             numbers,
         )
     chain = " -> ".join(f"{row.mean() - prefix:.0f}" for row in kept)
-    return Check(
-        "pruning",
-        True,
+    text = (
         f"patches {pruning.num_tokens - prefix} -> {chain} on average; "
-        f"{processed:.1%} of the tokens and {flops:.1%} of the blocks' FLOPs remain",
-        numbers,
+        f"{processed:.1%} of the tokens and {flops:.1%} of the blocks' FLOPs remain"
     )
+    if config.capacities:
+        overruled = _overruled(run, pruning)
+        numbers["overruled"] = overruled
+        text += f"; {_overruled_in_words(overruled, config)}"
+    return Check("pruning", True, text, numbers)
+
+
+def _overruled(run: Run, pruning: Pruning) -> dict[str, Any]:
+    """Return in how many images fixed counts overrule the threshold, layer by layer.
+
+    Of the images at the model's own threshold: those that would keep more patches at it than the
+    layer's fixed count, of what the layer read.
+    """
+    config, prefix = pruning.config, pruning.num_prefix_tokens
+    own = np.float32(config.threshold)
+    records = {
+        layer: [record for record in run.records[layer] if np.float32(record.threshold) == own]
+        for layer in config.layers
+    }
+    return {
+        "threshold": config.threshold,
+        "images": len(records[config.layers[0]]),
+        "by_layer": {
+            str(layer): sum(
+                kept_at_threshold(record, config, prefix) > config.capacity_of(position)
+                for record in records[layer]
+            )
+            for position, layer in enumerate(config.layers)
+        },
+    }
+
+
+def _overruled_in_words(overruled: dict[str, Any], config: PruneConfig) -> str:
+    count, threshold = overruled["images"], config.threshold
+    what = f"the fixed counts remove patches less alike than the threshold of {threshold}"
+    if not any(overruled["by_layer"].values()):
+        return f"{what} in none of {count} images"
+    where = [f"{found} of {count} at block {at}" for at, found in overruled["by_layer"].items()]
+    return f"{what} in so many images: {', '.join(where)}"

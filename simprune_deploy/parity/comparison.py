@@ -57,6 +57,7 @@ def compare_with_torch(
     progress: Progress = silent,
     predictor: Predictor | None = None,
     forms: Mapping[str, onnx.ModelProto] | None = None,
+    answered: tuple[Inputs, Run] | None = None,
 ) -> tuple[Verdict, Golden]:
     """Compare a graph with the model it was exported from, in PyTorch.
 
@@ -68,6 +69,7 @@ def compare_with_torch(
         predictor: What runs the graph. Default: ONNX Runtime.
         forms: Companions of the graph, by the name of their file, to compare with it in ONNX
             Runtime. Default: none.
+        answered: What :func:`answers_of_torch` gave for these images. Default: it is asked now.
 
     Returns:
         The verdict, and golden cases for other machines.
@@ -79,17 +81,11 @@ def compare_with_torch(
             what="reference",
         )
     from simprune_deploy.parity.replay import replay
-    from simprune_deploy.predict.torch_predictor import TorchPredictor
 
     predictor = predictor or OnnxSpec(graph.SerializeToString()).open()
-    inputs = _inputs(metadata, images.pixels, predictor.batch)
-    was_training = model.training
-    progress("PyTorch reference")
-    try:
-        torch_predictor = TorchPredictor(model, metadata)
-        reference = run(torch_predictor, inputs, inputs.mixed())
-    finally:
-        model.train(was_training)
+    inputs, reference = answered or answers_of_torch(
+        model, metadata, images, progress, predictor.batch
+    )
     described = {
         "source": images.source,
         "images": list(images.names),
@@ -110,6 +106,34 @@ def compare_with_torch(
         graph, metadata, reference, inputs, described, progress, predictor, with_decisions_of, forms
     )
     return verdict, golden_of(inputs, used)
+
+
+def answers_of_torch(
+    model: PrunedViT,
+    metadata: ModelMetadata,
+    images: ImageSet,
+    progress: Progress = silent,
+    batch: tuple[int, int] | None = None,
+) -> tuple[Inputs, Run]:
+    """Ask the reference, in PyTorch.
+
+    Args:
+        model: The reference.
+        metadata: Of the graph.
+        images: As the graph takes them. They come first, at the model's own threshold; where the
+            threshold is an input they come again, at thresholds of their own.
+        progress: Called with a word on what runs.
+        batch: The smallest and the largest batch. Default None: the graph's.
+    """
+    from simprune_deploy.predict.torch_predictor import TorchPredictor
+
+    inputs = _inputs(metadata, images.pixels, batch or metadata.batch)
+    was_training = model.training
+    progress("PyTorch reference")
+    try:
+        return inputs, run(TorchPredictor(model, metadata), inputs, inputs.mixed())
+    finally:
+        model.train(was_training)
 
 
 def compare_with_golden(

@@ -100,6 +100,23 @@ def has_finite_features(record: PruneRecord) -> bool:
     return bool(np.isfinite(record.features[valid]).all())
 
 
+def kept_at_threshold(record: PruneRecord, config: PruneConfig, prefix: int) -> int:
+    """Return how many of the patches that a layer read would stay at the record's threshold.
+
+    Of a layer with a fixed capacity it is what the capacity overrules. `prefix` is the number of
+    prefix tokens; the record has its features.
+    """
+    valid = record.log_size[prefix:] > PAD_LOG_SIZE / 2
+    unit = unit_features(record.features, prefix)
+    if config.selection == "pairs":
+        if not valid[1::2].any():
+            return int(valid.sum())
+        best = np.where(valid[1::2], unit[::2] @ unit[1::2].T, -np.inf).max(1)
+        return int(valid.sum() - (valid[::2] & (best >= record.threshold)).sum())
+    stays = valid & (_redundancy(unit, valid) < record.threshold)
+    return max(int(stays.sum()), int(valid.any()))
+
+
 def violation(record: PruneRecord, config: PruneConfig, capacity: int, prefix: int) -> float:
     """Return the margin by which the decisions are wrong (inf: they can never be right).
 
@@ -138,8 +155,7 @@ def _judge_pairs(
 def _judge_redundancy(
     unit: Array, valid: Array, gone: Array, head: Array, threshold: float, capacity: int
 ) -> float:
-    total, others = unit[valid].sum(0), max(int(valid.sum()) - 1, 1)
-    score = ((total - unit) * unit).sum(1) / others
+    score = _redundancy(unit, valid)
     stayed = valid & ~gone
     wrong = _judge_choice(score, gone, stayed, threshold, capacity)
     if not capacity and stayed.sum() == 1:
@@ -150,6 +166,12 @@ def _judge_redundancy(
     similarity = unit[gone] @ unit[stayed].T
     chosen = (unit[gone] * unit[head[gone]]).sum(1)
     return float(max(wrong, (similarity.max(1) - chosen).max(initial=0.0)))
+
+
+def _redundancy(unit: Array, valid: Array) -> Array:
+    """Return the mean similarity float64[M] of every patch to the other valid ones."""
+    total, others = unit[valid].sum(0), max(int(valid.sum()) - 1, 1)
+    return np.asarray(((total - unit) * unit).sum(1) / others)
 
 
 def _judge_choice(

@@ -10,11 +10,11 @@ import onnx
 from onnx import numpy_helper
 
 from simprune_deploy.common.versions import __version__
-from simprune_deploy.onnx.function_body import OP_TYPE
+from simprune_deploy.onnx.function_body import NAMING_ATTRIBUTES, OP_TYPE, count_outputs
 from simprune_deploy.onnx.metadata import ModelMetadata
 from simprune_deploy.onnx.names import prune_node_name
 from simprune_deploy.onnx.precision import PRECISIONS, module_of, value_types
-from simprune_deploy.onnx.variants import function_of, prune_nodes
+from simprune_deploy.onnx.variants import function_of, num_outputs, prune_nodes
 from simprune_deploy.parity.verdict import Check
 
 
@@ -22,7 +22,7 @@ def check_graph(graph: onnx.ModelProto, metadata: ModelMetadata) -> Check:
     """Hold nodes, attributes, function, thresholds, inputs and outputs against the metadata."""
     slips = [*_prune_slips(graph, metadata), *_threshold_slips(graph, metadata)]
     slips += [*_signature_slips(graph, metadata), *_body_slips(graph, metadata)]
-    slips += _precision_slips(graph, metadata)
+    slips += [*_precision_slips(graph, metadata), *_naming_slips(graph, metadata)]
     numbers: dict[str, Any] = {"prune_nodes": len(prune_nodes(graph)), "slips": slips}
     if slips:
         return Check("graph", False, f"the graph contradicts its description: {slips[0]}", numbers)
@@ -59,6 +59,28 @@ def _prune_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[st
         shape = dims.get(node.input[0])
         if shape is not None and len(shape) and shape[-1].dim_value != metadata.embed_dim:
             yield f"its tokens have {shape[-1].dim_value} channels, not {metadata.embed_dim}"
+
+
+def _naming_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:
+    """Hold every prune node to what TensorRT finds the plugin by, and to the outputs of its form.
+
+    TensorRT wants all that its layer has; a function computes those that are named, read or not.
+    """
+    if metadata.has_function:
+        wanted, form = num_outputs(metadata), "what the model reads"
+    else:
+        wanted = count_outputs(bool(metadata.pruning.capacities))
+        form = "all that TensorRT's layer has"
+    for node in prune_nodes(graph):
+        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        for name, value in NAMING_ATTRIBUTES.items():
+            if name not in found:
+                yield f"{node.name} has no {name}, which is to be {value!r}"
+            elif found[name] != value.encode():
+                yield f"{node.name} has {name} {found[name]!r}, not {value.encode()!r}"
+        named = [name for name in node.output if name]
+        if len(node.output) != wanted or len(named) != wanted:
+            yield f"{node.name} names {len(named)} outputs, not {wanted}: {form}"
 
 
 def _threshold_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterator[str]:

@@ -16,7 +16,7 @@ def print_export(result: ExportResult) -> None:
     """Print what was exported, and the verdict on it."""
     console = Console()
     facts = result.manifest["model"]
-    pruning = facts["pruning"]
+    pruning, usual = facts["pruning"], facts["export"]["opt_tokens"]
     print_facts(
         console,
         {
@@ -27,6 +27,7 @@ def print_export(result: ExportResult) -> None:
             **_thresholds(pruning),
             "precision": facts["export"]["precision"],
             "patches kept": pruning["capacities"] or "as many as the image needs",
+            **({"tokens TensorRT tunes for": usual} if usual else {}),
             "written": ", ".join(
                 f"{result.folder / name} ({entry['bytes'] / 1e6:.1f} MB)"
                 for name, entry in result.manifest["files"].items()
@@ -36,6 +37,8 @@ def print_export(result: ExportResult) -> None:
     )
     if result.calibrated is not None:
         console.print(f"calibrated: {result.calibrated}", highlight=False, markup=False)
+    if result.precision_note:
+        console.print(result.precision_note, highlight=False, markup=False, soft_wrap=True)
     for each in result.assumed:
         console.print(each, style="yellow", highlight=False, markup=False)
     console.print()

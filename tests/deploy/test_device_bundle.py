@@ -680,6 +680,13 @@ class TestCommandLine:
             "tar -xzf out.tar.gz, then its README.md",
         ):
             assert text in out
+        # what the export has is kept, and what it costs is said
+        assert out.splitlines()[-1] == (
+            "the model is float32, and TensorRT fuses no float32 attention: to have it fused, "
+            "export again with --precision fp16"
+        )
+        manifest = read_manifest(tmp_path / "out")
+        assert manifest["model"]["export"]["precision"] == "fp32"
         mode = (tmp_path / "out" / "plugin" / "build.sh").stat().st_mode
         assert mode & stat.S_IXUSR
 
@@ -688,6 +695,13 @@ class TestCommandLine:
         made = Path(unverified["bundle"]["folder"])
         assert made.name == "vit-jetson-orin-nx-jetson-agx-thor"
         assert made.parent == Path(unverified["output"]).parent
+        # nobody asked for a precision, and a Jetson's TensorRT wants 16 bits
+        assert unverified["manifest"]["model"]["export"]["precision"] == "fp16"
+        assert unverified["precision_note"] == (
+            "precision: float16, because TensorRT, which builds the engine of jetson-orin-nx, "
+            "jetson-agx-thor, fuses no float32 attention; --precision fp32 for float32"
+        )
+        assert unverified["bundle"]["advice"] == ""
         export = ("export", DEMO, "-o", unverified["output"])
         assert "vit already exists" in refusal(*export, "--target", "orin-nx,jetson-thor")
 
@@ -704,6 +718,41 @@ class TestCommandLine:
         assert code == 1
         assert "no bundle was made: the parity check did not pass" in out
         assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+        said = [line for line in out.splitlines() if line.startswith("precision: ")]
+        assert len(said) == 1
+        assert said[0].startswith("precision: float16, because TensorRT, which builds the engine")
+        assert said[0].endswith("; --precision fp32 for float32")
+
+    @pytest.mark.parametrize(
+        ("targets", "asked", "precision"),
+        [
+            (("rtx-ada", ORIN), None, "fp16"),  # one file for both: the device decides
+            (("rtx-ada",), None, "fp32"),
+            ((ORIN,), "fp32", "fp32"),
+        ],
+    )
+    def test_a_device_among_the_targets_chooses_float16_unless_a_precision_is_asked_for(
+        self, targets: tuple[str, ...], asked: Any, precision: str, pictures: Path, tmp_path: Path
+    ) -> None:
+        if "rtx-ada" in targets:
+            pytest.importorskip("tensorrt_rtx")
+        # above 1 nothing is pruned, the parity check does not pass, and nothing is built
+        result = sd.export(
+            DEMO,
+            tmp_path / "vit",
+            sd.ExportOptions(precision=asked),
+            threshold=1.5,
+            layers=[1],
+            images=pictures,
+            targets=targets,
+        )
+        assert result.manifest["model"]["export"]["precision"] == precision
+        in_keys = precision == "fp32"
+        assert result.manifest["model"]["export"]["log_size_in_keys"] is in_keys
+        chosen = precision == "fp16"
+        assert bool(result.precision_note) is chosen
+        assert (f"{result.folder}\nprecision: float16, because" in str(result)) is chosen
+        assert "precision='fp32' for float32" in result.precision_note or not chosen
 
     def test_an_export_stays_when_its_bundle_cannot_be_made(
         self, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

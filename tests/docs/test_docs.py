@@ -51,6 +51,7 @@ def test_the_python_pages_examples_run_in_order(
         exec(compile(example, "python.md", "exec"), names)
         printed.append(capsys.readouterr().out)
     assert "verdict: passed" in printed[0]
+    assert "precision: float16, because TensorRT, which builds the engine of" in printed[0]
     assert "vit-jetson-orin.tar.gz" in printed[0]
     assert "of the tokens, top-1" in printed[1]
     assert printed[1].splitlines()[-1] == names["found"].report.status == "passed"

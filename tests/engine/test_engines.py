@@ -40,6 +40,10 @@ from simprune_deploy.engine.folder_engines import build_ahead
 from simprune_deploy.engine.profile import optimization_profile
 from simprune_deploy.engine.targets import HERE, Fact, find_targets
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from engine_build import fused_attentions
+
 DEMO = ROOT / "examples" / "fashion_mnist" / "vit"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 needs_rtx = pytest.mark.skipif(
@@ -139,6 +143,7 @@ class TestRealBuilds:
         made = export(tmp_path / "fixed", tokens=60, **options)
         (engine,) = build_ahead(made, find_targets("rtx,dgx-spark"))
         assert engine.metadata.precision == "fp16"
+        assert fused_attentions(engine.path, made / "model.onnx") == (6, 6)
         profile = engine.metadata.profile
         assert profile["images"]["min"] == profile["images"]["max"] == [2, 1, 28, 28]
         assert profile["threshold"] == {"min": [1], "opt": [1], "max": [2]}
@@ -154,15 +159,43 @@ class TestRealBuilds:
         assert (engine.metadata.of, engine.metadata.precision) == (of, "bf16")
         assert engine.metadata.profile["images"]["opt"] == [3, 1, 28, 28]
         assert ("threshold" in engine.metadata.profile) == (of == "diagnosis")
+        assert fused_attentions(engine.path, made / "model.onnx") == (6, 6)
         assert names_in(engine.path.parent) == {engine.path.name, engine.metadata_path.name}
 
     def test_a_full_size_vit_with_three_prune_layers(self, tmp_path: Path) -> None:
         """Random weights: what is built and how large it is depends on the graph alone."""
         vit = timm.create_model("vit_small_patch16_224", pretrained=False).eval()
-        sd.export(sd.prune(vit, threshold=0.85, layers=[3, 6, 9]), tmp_path / "s", verify=False)
+        pruned = sd.prune(vit, threshold=0.85, layers=[3, 6, 9])
+        sd.export(pruned, tmp_path / "s", sd.ExportOptions(precision="fp16"), verify=False)
         (engine,) = build_ahead(tmp_path / "s", find_targets("rtx,dgx-spark"))
         assert engine.metadata.profile["images"]["max"] == [8, 3, 224, 224]
         assert engine.path.stat().st_size > (tmp_path / "s" / "model.onnx").stat().st_size
+        assert fused_attentions(engine.path, tmp_path / "s" / "model.onnx") == (12, 12)
+
+    @pytest.mark.parametrize(("precision", "tokens"), [("fp16", "dynamic"), ("bf16", 60)])
+    def test_in_16_bits_every_attention_is_fused(
+        self, tmp_path: Path, precision: str, tokens: Any
+    ) -> None:
+        """(Other forms are counted in the tests beside this one.)"""
+        made = export(tmp_path / "demo", tokens, precision=precision)
+        (engine,) = build_ahead(made, find_targets("rtx-ada"))
+        assert fused_attentions(engine.path, made / "model.onnx") == (6, 6)
+
+    def test_in_float32_no_attention_is_fused(self, portable: BuiltEngine) -> None:
+        """Why a target with TensorRT chooses float16 where nobody asks for a precision."""
+        model = portable.path.parent.parent / "model.onnx"
+        assert fused_attentions(portable.path, model) == (0, 6)
+
+    def test_what_an_engine_does_not_name_is_not_counted(
+        self, portable: BuiltEngine, tmp_path: Path
+    ) -> None:
+        silent = tmp_path / "silent.engine"
+        silent.write_bytes(
+            portable.path.read_bytes().replace(b"Layer: Softmax_4", b"Layer: Hardmax")
+        )
+        model = portable.path.parent.parent / "model.onnx"
+        with pytest.raises(ValueError, match=r"names no kernel of Softmax_4$"):
+            fused_attentions(silent, model)
 
     def test_progress_names_the_builders_phases(self, folder: Path) -> None:
         said: list[str] = []

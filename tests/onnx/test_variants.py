@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,69 @@ def test_the_graph_check_wants_the_function_exactly_where_the_facts_say_so() -> 
     assert "it has a function, and says that it has none" in extra.summary
 
 
+Break = Callable[[onnx.NodeProto], None]
+
+
+def without_attribute(name: str) -> Break:
+    def broken(node: onnx.NodeProto) -> None:
+        node.attribute.remove(next(each for each in node.attribute if each.name == name))
+
+    return broken
+
+
+def with_text(name: str, text: bytes) -> Break:
+    def broken(node: onnx.NodeProto) -> None:
+        next(each for each in node.attribute if each.name == name).s = text
+
+    return broken
+
+
+def one_output_less(node: onnx.NodeProto) -> None:
+    del node.output[-1:]
+
+
+def one_output_more(node: onnx.NodeProto) -> None:
+    node.output.append("one/too/many")
+
+
+def last_output_without_a_name(node: onnx.NodeProto) -> None:
+    node.output[-1] = ""
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (without_attribute("plugin_version"), "has no plugin_version, which is to be '2'"),
+        (with_text("plugin_version", b"1"), "has plugin_version b'1', not b'2'"),
+        (without_attribute("plugin_namespace"), "has no plugin_namespace, which is to be ''"),
+        (with_text("plugin_namespace", b"other"), "has plugin_namespace b'other', not b''"),
+        (one_output_less, "names {less} outputs, not {wanted}: {form}"),
+        (one_output_more, "names {more} outputs, not {wanted}: {form}"),
+        (last_output_without_a_name, "names {less} outputs, not {wanted}: {form}"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "in_tensorrt", "wanted"),
+    [(DYNAMIC, False, 2), (FIXED, False, 2), (DYNAMIC, True, 5), (FIXED, True, 4)],
+)
+def test_the_graph_check_names_the_node_that_tensorrt_would_misread(
+    tokens: str, in_tensorrt: bool, wanted: int, break_it: Break, said: str
+) -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(traced(tokens, "fp32"))
+    if in_tensorrt:
+        graph = without_function(graph)
+    assert check_graph(graph, read_metadata(graph)).passed
+    node = prune_nodes(graph)[1]
+    break_it(node)
+    check = check_graph(graph, read_metadata(graph))
+    form = "all that TensorRT's layer has" if in_tensorrt else "what the model reads"
+    line = said.format(less=wanted - 1, more=wanted + 1, wanted=wanted, form=form)
+    assert check.passed is False
+    assert check.summary == f"the graph contradicts its description: {node.name} {line}"
+    assert len(check.numbers["slips"]) == 1
+
+
 def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
     model = pruned(CLASS_TOKEN)
     stripped = without_function(traced(DYNAMIC, "fp32"))
@@ -229,6 +293,14 @@ def test_a_proof_of_a_stripped_file_says_what_ran(tmp_path: Path) -> None:
     again = json.loads(answer.stdout)
     assert again["status"] == "passed"
     assert [each["check"] for each in again["skipped"]] == ["plugin"]
+
+    without_attribute("plugin_version")(prune_nodes(stripped)[0])  # in it no version but 1 is found
+    onnx.save(stripped, tmp_path / "model.onnx")
+    answer = CliRunner().invoke(app, ["verify", str(tmp_path / "model.onnx"), "--json"])
+    assert answer.exit_code == 1, answer.output
+    broken = json.loads(answer.stdout)
+    assert broken["status"] == "failed"
+    assert "prune_before_block_0 has no plugin_version" in broken["reason"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -20,6 +20,7 @@ from simprune_deploy.parity.decisions import (
     compared_similarities,
     float_noise,
     has_finite_features,
+    kept_at_threshold,
     similarity_matrix,
     violation,
 )
@@ -123,6 +124,20 @@ def test_the_operator_on_exact_data_is_right_without_any_noise(values: dict[str,
     for record in records_of(case):
         # a mean of similarities is rounded, everything else is exact
         assert judge(case, record) <= (1e-7 if case.selection == "redundancy" else 0)
+
+
+@settings(REPRODUCIBLE, max_examples=200)
+@given(CASES)
+def test_what_would_stay_at_the_threshold_is_what_stays_with_dynamic_counts(
+    values: dict[str, Any],
+) -> None:
+    """Whatever capacity the layer itself has."""
+    make = exact_case if values["selection"] == "pairs" else random_case
+    case = make(**values)
+    dynamic = records_of(dataclasses.replace(case, capacity=0, multiple_of=1))
+    for record, free in zip(records_of(case), dynamic, strict=True):
+        found = kept_at_threshold(record, config_of(case), case.prefix)
+        assert found == len(free.heads()) - case.prefix
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

@@ -20,6 +20,7 @@ from simprune_deploy.common.errors import (
     InvalidArgumentError,
     UnsupportedModelError,
     argument,
+    spelled,
 )
 from simprune_deploy.common.files import (
     check_destination,
@@ -74,6 +75,16 @@ class DeviceBundle:
     archive: Path
     manifest: dict[str, Any]
 
+    @property
+    def advice(self) -> str:
+        """What would make the engine faster, in a line; empty if nothing is known."""
+        if self.manifest["model"]["export"].get("precision", "fp32") != "fp32":
+            return ""
+        return spelled(
+            "the model is float32, and TensorRT fuses no float32 attention: to have it fused, "
+            f"export again with {argument('precision', 'fp16')}"
+        )
+
     def __str__(self) -> str:
         return f"{self.archive} ({self.archive.stat().st_size / 1e6:.1f} MB), and as {self.folder}"
 
@@ -86,6 +97,7 @@ class DeviceBundle:
                 "bytes": self.archive.stat().st_size,
                 "sha256": sha256(self.archive),
             },
+            "advice": self.advice,
             "manifest": self.manifest,
         }
 
