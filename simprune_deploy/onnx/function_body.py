@@ -8,10 +8,13 @@ definition in :mod:`simprune_deploy.pruning.operator` step by step. What shaped 
   the decisions is computed at run time; with dynamic counts the token count is the only number
   that the host reads.
 * Tokens travel with their size as one more channel, multiplied by it: a merge is then a plain sum,
-  and a padding slot a row of zeros. A row of zeros in front and one behind the tokens give padding
-  slots something to read and every even patch an odd neighbour.
+  and a padding slot a row of zeros. Rows of zeros in front of the tokens and behind them give
+  padding slots something to read and every even patch an odd neighbour.
 * The slots are filled by one scatter of row numbers. Index 0 takes what does not stay.
 * Even and odd patches are compared, so the largest matrix is a quarter of N x N.
+* "pairs" with dynamic counts, which most models have, leaves 47 nodes a layer in ONNX Runtime, 48
+  with one prefix token, 51 with more (3 besides for a threshold at run time, 4 for 16 bits); with
+  fixed counts it leaves 41, 40 with one prefix token.
 
 One function serves every prune layer of a model; what a model has one of (selection, reduction,
 prefix tokens, ...) picks the text. Constants are tensors, because optimizers turn a `value_float`
@@ -112,26 +115,26 @@ def build_function(variant: BodyVariant, opset: int) -> onnx.FunctionProto:
 
 
 def _steps(variant: BodyVariant) -> list[str]:
+    if variant.selection == "pairs" and not variant.fixed_capacity:
+        return _steps_of_dynamic_pairs(variant)
     pairs, merges = variant.selection == "pairs", variant.reduction == "merge"
-    row_behind = not (pairs and variant.fixed_capacity)
     steps = [
-        _constants(variant, row_behind),
+        _constants(variant, row_behind=not pairs),
         _WIDE if variant.in_float32 else _WIDE_OF_16_BITS,
-        _FEATURES,
-        _UNIT_WITH_ROW_BEHIND if row_behind else _UNIT,
+        _NORM,
+        _SIZES,
+        _UNIT if pairs else _UNIT_WITH_ROW_BEHIND,
     ]
     if pairs:
-        steps += _PAIRS_OF_FIXED_COUNT if variant.fixed_capacity else _PAIRS
+        steps += [_SIMILARITY, _PAIRS_OF_FIXED_COUNT]
         steps.append(_even_slot(variant.num_prefix_tokens) + _PAIR_SLOTS)
-        steps += [_ALL_STAY if variant.fixed_capacity else _VALID_STAY, _PAIR_DEST]
     else:
         steps += [_SCORES, _HIGHEST_GO if variant.fixed_capacity else _HIGH_GO, _PATCH_SLOTS]
     steps.append(_ROWS)
     if variant.fixed_capacity:
         steps.append(_FIXED_COUNT)
     else:
-        steps.append(_COUNT if variant.multiple_of == 1 else _COUNT_ROUNDED_UP)
-        steps += [_NUM_KEPT] if variant.num_outputs == len(OUTPUTS) else []
+        steps += [_DEST_SUMMED, *_count(variant)]
     steps += [_COMPACT, _PAIR_MEMBERS if pairs else _PATCH_MEMBERS]
     if merges:
         steps += [_WEIGHTED, _MERGE_PAIRS if pairs else _MERGE_PATCHES]
@@ -143,6 +146,43 @@ def _steps(variant: BodyVariant) -> list[str]:
         steps += [_PAIR_INDEX if pairs else _PATCH_INDEX, _ASSIGNED_COUNT]
         steps += [_PAIR_ASSIGNMENT if pairs else _PATCH_ASSIGNMENT, _ASSIGNMENT]
     return steps
+
+
+def _steps_of_dynamic_pairs(variant: BodyVariant) -> list[str]:
+    """Return the steps of "pairs" with dynamic counts, whose rows stay in their order."""
+    prefix, merges = variant.num_prefix_tokens, variant.reduction == "merge"
+    steps = [
+        _constants(variant, row_behind=True),
+        _paired_constants(variant),
+        _WIDE if variant.in_float32 else _WIDE_OF_16_BITS,
+        _NORM,
+        _PAIRED_UNIT,
+        _PAIRED_SIMILARITY,
+        _PAIRED_VALIDITY,
+        (_ANY_ODD, _BEHIND_A_ZERO, _BEHIND_THE_PREFIX)[min(prefix, 2)],
+        _PARTNERS,
+        _BEST_OF_PATCHES if prefix > 1 else _BEST,
+        _GOES,
+        _PAIRED_SLOTS,
+        *_count(variant),
+        _PAIRED_ROWS,
+        _PAIRED_MEMBERS,
+    ]
+    if merges:
+        steps += [_PAIRED_WEIGHTED, _PAIRED_MERGE]
+        steps += [_MEAN, _MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED]
+    else:
+        steps += [_PAIRED_DROP, _HEAD]
+    steps.append(_LOG_SIZES)
+    if variant.num_outputs > NUM_READ:
+        steps.append(_PAIRED_INDEX + _PAIRED_ASSIGNMENT)
+    return steps
+
+
+def _count(variant: BodyVariant) -> list[str]:
+    """Return the steps from `slot_numbers` to K, as the variant wants it."""
+    steps = [_COUNT if variant.multiple_of == 1 else _COUNT_ROUNDED_UP]
+    return steps + ([_NUM_KEPT] if variant.num_outputs == len(OUTPUTS) else [])
 
 
 # Each step below reads names of the steps before it. Shapes are in the comments; B is the batch,
@@ -171,6 +211,8 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
         "around": [0, 1, 0, 0, int(row_behind), 0],
         "around_and_size": [0, 1, 0, 0, int(row_behind), 1],
         "sums_and_sizes": [variant.embed_dim, 1],
+        "i_column": [0, -1, 1],
+        "i_row": [0, 1, -1],
         "i_multiple": [multiple_of],
         "i_multiple_less_one": [multiple_of - 1],
     }
@@ -188,18 +230,45 @@ def _constants(variant: BodyVariant, row_behind: bool) -> str:
         "f_norm_floor": "1e-12",
         "f_pad": f"{PAD_LOG_SIZE}",
         "f_never": "-4.0",  # the similarity of what cannot be a partner
-        "f_least": "-2.0",
-        "f_above": "4.0",
+        "f_least": "-2.0",  # a threshold that all partners reach, and nothing without one
         "f_last": "-8.0",  # the score of what cannot go
         "f_tiny": "1e-30",
     }
-    lines = [
-        f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
-        for name, values in ints.items()
-    ]
+    lines = [_int_constant(name, values) for name, values in ints.items()]
     lines += [f"{n} = Constant <value = int64 {{{value}}}> ()" for n, value in scalars.items()]
     lines += [f"{n} = Constant <value = float {{{value}}}> ()" for n, value in floats.items()]
     return "\n".join(lines)
+
+
+def _int_constant(name: str, values: list[int]) -> str:
+    return f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
+
+
+def _paired_constants(variant: BodyVariant) -> str:
+    """Return what dynamic pairs have besides: where rows of zeros stand, and where slices begin.
+
+    Two or three rows of zeros in front make an even number with the prefix, so that the first patch
+    is in an even row. Rows 0 and 1 are always among them. With more than one prefix token there are
+    `lead` more in front of row 0, for slices that look from a row to one in front of it.
+    """
+    prefix = variant.num_prefix_tokens
+    zeros = 2 + prefix % 2
+    lead = 0 if prefix < 2 else prefix + prefix % 2
+    sliced = 0 if variant.in_float32 else prefix  # the prefix's features are not there then
+    ints = {
+        "i_zeros": [zeros],
+        "i_lead": [lead],
+        "i_lead_and_one": [lead + 1],
+        "i_before_lead": [-lead],
+        "around_unit": [0, zeros + sliced, 0, 0, 1, 0],
+        "around_tokens": [0, zeros, 0, 0, 1, 0],
+        "around_rows": [0, lead + zeros, 0, 0, 1, 0],
+        "around_rows_and_size": [0, lead + zeros, 0, 0, 1, 1],
+        "rows_of_sums": [0, -1, variant.embed_dim + 1],
+    }
+    lines = [_int_constant(name, values) for name, values in ints.items()]
+    lines.append(f"f_half_pad = Constant <value = float {{{PAD_LOG_SIZE / 2}}}> ()")
+    return "\n" + "\n".join(lines)
 
 
 # unit float[B, N + 1, F], the last row zero; in 16 bits only the patches' rows, float[B, M + 1, F]:
@@ -214,9 +283,11 @@ _WIDE_OF_16_BITS = """
     patch_features = Slice (features, i_prefix, i_end, i_one)
     wide = Cast <to = 1> (patch_features)
 """
-_FEATURES = """
+_NORM = """
     norm = ReduceL2 <keepdims = 1> (wide, i_last)
     safe_norm = Max (norm, f_norm_floor)
+"""
+_SIZES = """
     log_column = Unsqueeze (log_size, i_two)
     token_sizes = Exp (log_column)
     sizes = Pad (token_sizes, around)
@@ -230,46 +301,19 @@ _UNIT_WITH_ROW_BEHIND = """
     valid = Greater (sizes, f_zero)
 """
 
-# best float[B, E, 1] and partner int64[B, E, 1]: every even row's most similar odd one.
-# below bool[B, E, 1]: it stays if it is valid. Less is false at a threshold that is not a number,
-# which therefore becomes one that nothing reaches.
+# Of "pairs" with a fixed count. similarity float[B, E, O]
 _SIMILARITY = """
     even_unit = Slice (unit, i_even_unit, i_end, i_one, i_two)
     odd_unit = Slice (unit, i_odd_unit, i_end, i_one, i_two)
     odd_unit_turned = Transpose <perm = [0, 2, 1]> (odd_unit)
     similarity = MatMul (even_unit, odd_unit_turned)
-    num_odd = Shape <start = 1, end = 2> (odd_unit)
 """
-_LIMIT = """
-    limit_is_number = Less (threshold, f_above)
-    limit_from_below = Max (threshold, f_least)
-    limit_row = Where (limit_is_number, limit_from_below, f_above)
-    limit = Reshape (limit_row, limit_shape)
-"""
-_PAIRS = [
-    _SIMILARITY,
-    """
-    even_valid = Slice (valid, i_front, i_end, i_one, i_two)
-    odd_valid = Slice (valid, i_second, i_end, i_one, i_two)
-    odd_gap = Where (odd_valid, f_zero, f_never)
-    odd_gap_row = Transpose <perm = [0, 2, 1]> (odd_gap)
-    partner_similarity = Add (similarity, odd_gap_row)
-    best = ReduceMax <keepdims = 1> (partner_similarity, i_last)
-    partner = ArgMax <axis = 2, keepdims = 1> (partner_similarity)
-    """,
-    _LIMIT,
-    """
-    below = Less (best, limit)
-    stays = And (below, even_valid)
-    pair_counts = Where (stays, s_two, s_one)
-    """,
-]
 
-# A model with fixed counts has no padding. By rank: the (M - capacity) most alike go, the lower
-# number first among equals.
-_PAIRS_OF_FIXED_COUNT = [
-    _SIMILARITY,
-    """
+# best float[B, E, 1] and partner int64[B, E, 1]: every even row's most similar odd one. stays, and
+# below, bool[B, E, 1]: it does not go. A model with fixed counts has no padding. By rank: the
+# (M - capacity) most alike go, the lower number first among equals.
+_PAIRS_OF_FIXED_COUNT = """
+    num_odd = Shape <start = 1, end = 2> (odd_unit)
     best = ReduceMax <keepdims = 1> (similarity, i_last)
     partner = ArgMax <axis = 2, keepdims = 1> (similarity)
     capacity_scalar = Constant <value_int : int = @capacity> ()
@@ -285,8 +329,7 @@ _PAIRS_OF_FIXED_COUNT = [
     pair_counts = ScatterElements <axis = 1> (pair_ones, ranked_index, rank_counts)
     stays = Greater (pair_counts, s_one)
     below = Identity (stays)
-    """,
-]
+"""
 
 
 def _even_slot(prefix: int) -> str:
@@ -304,15 +347,7 @@ _PAIR_SLOTS = """
     even_dest = Where (stays, even_slot, s_zero)
     odd_slot_of_all = Add (even_slot, s_one)
     odd_slot = Slice (odd_slot_of_all, i_zero, num_odd, i_one)
-"""
-_VALID_STAY = """
-    odd_dest = Where (odd_valid, odd_slot, s_zero)
-"""
-_ALL_STAY = """
-    odd_dest = Identity (odd_slot)
-"""
-_PAIR_DEST = """
-    patch_dest = Concat <axis = 1> (even_dest, odd_dest)
+    patch_dest = Concat <axis = 1> (even_dest, odd_slot)
 """
 
 # Of "redundancy": patches in their own order, with the row of zeros behind them (M + 1 of them).
@@ -393,14 +428,15 @@ _FIXED_COUNT = """
 # (A sum along an axis of length 1 changes nothing: TensorRT-RTX lets a size depend on the data
 # where it comes out of a loop, which a CumSum is to it, and otherwise takes small tensors for
 # shapes that it must know.)
+_DEST_SUMMED = """
+    slot_numbers = CumSum (dest, s_two)
+"""
 _COUNT = """
-    dest_summed = CumSum (dest, s_two)
-    slots = ReduceMax <keepdims = 0> (dest_summed, i_axes)
+    slots = ReduceMax <keepdims = 0> (slot_numbers, i_axes)
     slots_end = Add (slots, i_one)
 """
 _COUNT_ROUNDED_UP = """
-    dest_summed = CumSum (dest, s_two)
-    slots_needed = ReduceMax <keepdims = 0> (dest_summed, i_axes)
+    slots_needed = ReduceMax <keepdims = 0> (slot_numbers, i_axes)
     slots_raised = Add (slots_needed, i_multiple_less_one)
     multiples = Div (slots_raised, i_multiple)
     slots_rounded = Mul (multiples, i_multiple)
@@ -504,9 +540,8 @@ _HEAD = """
 """
 
 _LOG_SIZES = """
-    slot_log_sizes = Log (slot_sizes)
-    bounded_log_sizes = Max (slot_log_sizes, f_pad)
-    kept_log_size = Squeeze (bounded_log_sizes, i_two)
+    slot_log_sizes = ReduceLogSum <keepdims = 0> (slot_sizes, i_two)
+    kept_log_size = Max (slot_log_sizes, f_pad)
 """
 
 # From rows back to positions, and from slots to assignments. Only where a node names them: a
@@ -538,7 +573,7 @@ _PAIR_ASSIGNMENT = """
     even_sizes_there = Slice (sizes, i_front, i_end, i_one, i_two)
     even_is_there = Greater (even_sizes_there, f_zero)
     even_assigned = Where (even_is_there, even_target, s_zero)
-    split_assigned = Concat <axis = 1> (even_assigned, odd_dest)
+    split_assigned = Concat <axis = 1> (even_assigned, odd_slot)
     num_even_targets = Shape <start = 1, end = 2> (even_assigned)
     patch_numbers = Slice (row_numbers, i_zero, assigned_patches, i_one)
     patch_halves = Div (patch_numbers, s_two)
@@ -560,6 +595,148 @@ _ASSIGNED_COUNT = """
 _ASSIGNMENT = """
     front_assigned = Slice (front_dest, i_one, i_end, i_one)
     assigned = Concat <axis = 1> (front_assigned, patch_assigned)
+    assigned_slot = Sub (assigned, s_one)
+    assignment = Squeeze (assigned_slot, i_two)
+"""
+
+
+# "pairs" with dynamic counts. Rows keep their order: two or three of zeros, the prefix, the
+# patches, one of zeros; R in all. An even row and the odd one behind it are a pair, of which there
+# are H. (Even rows are sliced without the last row: where it would be half a pair, it is one of
+# zeros.) So a cumulative sum over the rows gives the slots, and pairs side by side, [B, H, 2 C],
+# are rows again, of which none had to be moved.
+
+# unit float[B, R, F], zero where no token is, nor in 16 bits (see above) the prefix
+_PAIRED_UNIT = """
+    unit_rows = Div (wide, safe_norm)
+    unit = Pad (unit_rows, around_unit)
+"""
+_PAIRED_SIMILARITY = """
+    even_unit = Slice (unit, i_zero, i_last, i_one, i_two)
+    odd_unit = Slice (unit, i_one, i_end, i_one, i_two)
+    even_unit_turned = Transpose <perm = [0, 2, 1]> (even_unit)
+    similarity = MatMul (odd_unit, even_unit_turned)
+"""
+
+# log_rows, sizes float and is_padding bool[B, lead + R, 1]; rows of zeros are padding
+_PAIRED_VALIDITY = """
+    log_column = Unsqueeze (log_size, i_two)
+    log_rows = Pad (log_column, around_rows, f_pad)
+    sizes = Exp (log_rows)
+    is_padding = LessOrEqual (log_rows, f_half_pad)
+    even_padding = Slice (is_padding, i_lead, i_last, i_one, i_two)
+    odd_padding = Slice (is_padding, i_lead_and_one, i_end, i_one, i_two)
+"""
+
+# no_partner bool[B, H, 1]: the odd row is no valid patch. Which it is if it is not padding and
+# a certain row in front of it is not either: one that is a token for every patch (padding is
+# behind) and zeros for every prefix token. With one prefix token that is the row before it; with
+# more the one `lead` rows before it, in the same half. no_patch bool[B, H, 1] is that one's being
+# padding, and true to even rows of the prefix as well.
+_ANY_ODD = """
+    no_partner = Identity (odd_padding)
+"""
+_BEHIND_A_ZERO = """
+    no_partner = Or (even_padding, odd_padding)
+"""
+_BEHIND_THE_PREFIX = """
+    no_patch = Slice (is_padding, i_one, i_before_lead, i_one, i_two)
+    no_partner = Or (no_patch, odd_padding)
+"""
+
+# similarity float[B, H, H], odd rows first. partner int64[B, 1, H]: every even row's most similar
+# odd patch, and best float[B, 1, H] how similar, which is read there: no second pass over the
+# matrix. goes bool[B, 1, H], of padding too. GreaterOrEqual is false at a threshold that is not a
+# number; one below every similarity is raised, so that nothing goes without a partner.
+_PARTNERS = """
+    partner_similarity = Where (no_partner, f_never, similarity)
+    partner = ArgMax <axis = 1, keepdims = 1> (partner_similarity)
+    best_of_all = GatherElements <axis = 1> (partner_similarity, partner)
+"""
+_BEST = """
+    best = Identity (best_of_all)
+"""
+_BEST_OF_PATCHES = """
+    no_patch_row = Reshape (no_patch, i_row)
+    best = Where (no_patch_row, f_never, best_of_all)
+"""
+_GOES = """
+    limit_is_low = Less (threshold, f_least)
+    limit_row = Where (limit_is_low, f_least, threshold)
+    limit = Reshape (limit_row, limit_shape)
+    goes = GreaterOrEqual (best, limit)
+"""
+
+# row_stays int64[B, 2 H, 1]: 1 where a row gets a slot; dest: which, from 1 on, and 0 where none.
+# (A Reshape launches nothing, unlike the Transpose that would do the same.)
+_PAIRED_SLOTS = """
+    goes_column = Reshape (goes, i_column)
+    even_without_slot = Or (goes_column, even_padding)
+    pairs_without_slot = Concat <axis = 2> (even_without_slot, odd_padding)
+    without_slot = Reshape (pairs_without_slot, i_column)
+    row_stays = Where (without_slot, s_zero, s_one)
+    slot_numbers = CumSum (row_stays, s_one)
+    dest = Mul (slot_numbers, row_stays)
+"""
+
+# rows int64[B, K, 1]: the row that heads each slot. Slots of padding have what was there before, a
+# 0 or a 1, which are rows of zeros.
+_PAIRED_ROWS = """
+    row_ones = Max (row_stays, i_one)
+    row_numbers = CumSum <exclusive = 1> (row_ones, s_one)
+    slot_rows = ScatterElements <axis = 1> (row_stays, dest, row_numbers)
+    rows = Slice (slot_rows, i_one, slots_end, i_one)
+"""
+
+# members float[B, H, H]: 1 where an even row (column) goes to an odd one (row), into zeros that
+# take no shape from the host
+_PAIRED_MEMBERS = """
+    no_members = Sub (similarity, similarity)
+    share = Cast <to = 1> (goes)
+    members = ScatterElements <axis = 1> (no_members, partner, share)
+"""
+
+# Tokens times their sizes, and the sizes: weighted float[B, lead + R, C]; source: of every row
+_PAIRED_WEIGHTED = """
+    wide_tokens = Cast <to = 1> (tokens)
+    framed = Pad (wide_tokens, around_rows_and_size, f_one)
+    weighted = Mul (framed, sizes)
+"""
+_PAIRED_MERGE = """
+    even = Slice (weighted, i_lead, i_last, i_one, i_two)
+    odd = Slice (weighted, i_lead_and_one, i_end, i_one, i_two)
+    gained = MatMul (members, even)
+    merged = Add (odd, gained)
+    merged_pairs = Concat <axis = 2> (even, merged)
+    source = Reshape (merged_pairs, rows_of_sums)
+"""
+_PAIRED_DROP = """
+    source = Pad (tokens, around_tokens)
+    even_sizes = Slice (sizes, i_lead, i_last, i_one, i_two)
+    odd_sizes = Slice (sizes, i_lead_and_one, i_end, i_one, i_two)
+    gained_sizes = MatMul (members, even_sizes)
+    merged_sizes = Add (odd_sizes, gained_sizes)
+    size_pairs = Concat <axis = 2> (even_sizes, merged_sizes)
+    source_sizes = Reshape (size_pairs, i_column)
+"""
+
+_PAIRED_INDEX = """
+    row_behind_zeros = Sub (rows, i_zeros)
+    position = Max (row_behind_zeros, s_zero)
+    kept_index = Squeeze (position, i_two)
+"""
+_PAIRED_ASSIGNMENT = """
+    even_dest = Slice (dest, i_zero, i_end, i_one, i_two)
+    odd_dest = Slice (dest, i_one, i_end, i_one, i_two)
+    partner_column = Reshape (partner, i_column)
+    partner_slot = GatherElements <axis = 1> (odd_dest, partner_column)
+    even_target = Where (goes_column, partner_slot, even_dest)
+    even_assigned = Where (even_padding, s_zero, even_target)
+    assigned_pairs = Concat <axis = 2> (even_assigned, odd_dest)
+    assigned_rows = Reshape (assigned_pairs, i_column)
+    num_inputs = Shape <start = 1, end = 2> (tokens)
+    assigned_end = Add (num_inputs, i_zeros)
+    assigned = Slice (assigned_rows, i_zeros, assigned_end, i_one)
     assigned_slot = Sub (assigned, s_one)
     assignment = Squeeze (assigned_slot, i_two)
 """

@@ -367,6 +367,53 @@ def test_nothing_is_pruned_at_a_threshold_that_is_not_a_number(variant: BodyVari
     )
 
 
+@pytest.mark.parametrize("prefix", range(8))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_prefix(prefix: int, reduction: str) -> None:
+    """The body treats none, one and more prefix tokens apart, and odd numbers and even ones.
+
+    They are copies of the first patch, which would go to them, and they to others, if they could.
+    """
+    for seed in range(25):
+        case = exact_case(
+            seed,
+            batch=3,
+            patches=1 + seed % 9,
+            prefix=prefix,
+            reduction=reduction,
+            multiple_of=(1, 8)[seed % 2],
+            dim=DIM,
+        )
+        case.tokens[:, :prefix] = case.tokens[:, prefix:][:, :1]
+        assert_same(run_onnx(case), case.expected())
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("threshold", [-np.inf, -5.0, 5.0, np.inf])
+def test_thresholds_out_of_range(prefix: int, threshold: float) -> None:
+    for patches in (1, 2, 7):
+        case = exact_case(
+            3, patches=patches, prefix=prefix, threshold=threshold, padding="none", dim=DIM
+        )
+        case.log_size[-1, prefix + 1 :] = PAD
+        assert_same(run_onnx(case), case.expected())
+
+
+@pytest.mark.parametrize("patches", [7, 8])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_padding_is(prefix: int, patches: int) -> None:
+    """Whatever is not larger than half of PAD, to the bit; here of the last patch."""
+    half = np.float32(PAD / 2)
+    above, below = np.nextafter(half, np.float32([0, -np.inf]))
+    last = prefix + patches - 1
+    for log_size, is_valid in ((-200.0, True), (above, True), (half, False), (below, False)):
+        case = exact_case(5, patches=patches, prefix=prefix, threshold=2.0, padding="none", dim=DIM)
+        case.log_size[:, -1] = log_size
+        actual = run_onnx(case)
+        assert (actual.assignment[:, -1] == (last if is_valid else -1)).all()
+        assert actual.kept_index.shape[1] == last + is_valid
+
+
 @every_variant
 def test_zero_vectors(variant: BodyVariant) -> None:
     for threshold in (-1.0, 0.0, 0.5):
@@ -504,10 +551,19 @@ def nodes_at_run_time(model: onnx.ModelProto, path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize(("fixed", "batch", "most"), [(False, "batch", 60), (True, 2, 42)])
+@pytest.mark.parametrize(("fixed", "batch", "most"), [(False, "batch", 50), (True, 2, 41)])
 @pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    ("runtime_threshold", "half"), [(False, False), (True, False), (True, True)]
+)
 def test_few_nodes_are_left_at_run_time(
-    fixed: bool, batch: int | str, most: int, prefix: int, tmp_path: Path
+    fixed: bool,
+    batch: int | str,
+    most: int,
+    prefix: int,
+    runtime_threshold: bool,
+    half: bool,
+    tmp_path: Path,
 ) -> None:
     """Every node is a launch on a GPU. With fixed shapes none of them computes a shape."""
     variant = BodyVariant("pairs", "merge", fixed, prefix, DIM)
@@ -516,9 +572,15 @@ def test_few_nodes_are_left_at_run_time(
         num_tokens=17 + prefix if fixed else "tokens",
         batch=batch,
         num_outputs=2,
+        kind=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
     )
-    model.graph.input.remove(model.graph.input[-1])
-    model.graph.initializer.append(helper.make_tensor("threshold", TensorProto.FLOAT, [1], [0.9]))
+    most += 4 * half + (not fixed and prefix > 1)
+    if runtime_threshold:
+        most += 3 * (not fixed)
+    else:
+        model.graph.input.remove(model.graph.input[-1])
+        constant = helper.make_tensor("threshold", TensorProto.FLOAT, [1], [0.9])
+        model.graph.initializer.append(constant)
     found = nodes_at_run_time(model, tmp_path / "optimized.onnx")
     assert len(found) <= most, collections.Counter(found)
     if fixed:
