@@ -99,19 +99,22 @@ def load_track(name: str, images: int, weights: Path) -> Track:
     return _track(name, vit, pixels, None, 1)
 
 
-def load_halves(name: str, weights: Path, pixels: int = 224) -> tuple[Track, Track]:
+def load_halves(
+    name: str, weights: Path, pixels: int = 224, images: int = 1000
+) -> tuple[Track, Track]:
     """Load a track in two halves: what is found is found on the first, and told of the second.
 
     Args:
-        name: "fashion" (its first 1000 images) or "photographs" (all 74).
+        name: "fashion" (its first images) or "photographs" (all 74).
         weights: Folder of the photographs' model and of the photographs.
         pixels: Side of a photograph, as the model sees it. Default 224.
+        images: How many of Fashion-MNIST. Default 1000.
 
     Raises:
         SimpruneError: a photograph or the model is missing.
     """
     if name == "fashion":
-        whole = _fashion(1000)
+        whole = _fashion(images)
         return whole.every(2), whole.every(2, start=1)
     vit = _photographs_model(weights, pixels)
     preprocessing = Preprocessing.of_model(vit)
