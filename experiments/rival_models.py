@@ -3,7 +3,7 @@
 Each is written from its paper; public code was read where the paper leaves something open, and none
 of it is here. A model takes one image at a time, as a device does and as the timed files do: what a
 method decides for a batch it decides for a batch of one. All of them reduce inside a block, between
-attention and MLP, and compare its keys averaged over the heads.
+attention and MLP, and all but ATM compare its keys averaged over the heads.
 
 * :class:`ToMe`: "Token Merging: Your ViT But Faster", Bolya et al., ICLR 2023, arXiv 2210.09461,
   section 3 and appendix D; code: facebookresearch/ToMe.
@@ -317,26 +317,36 @@ class ATM(Rival):
     large ones are merged. Of an image as many pairs go as reach the threshold: the paper counts
     for a whole batch, and this is a batch of one.
 
-    Chosen here: the smaller ones go into the larger; ToMe's metric, order and sizes in attention;
-    alpha, beta and split are searched for on other pictures, as the paper does for its models.
+    Chosen here: the smaller ones go into the larger; ToMe's order and sizes in attention. What is
+    compared, the thresholds and `split` are searched for on other pictures. By its keys, which the
+    methods before it compare, a DINOv2 loses several times as much as by tokens: the keys of some
+    blocks are all alike, and thresholds that only fall cannot suit that.
 
     Args:
         vit: As of :class:`Rival`.
         thresholds: Of every block, of :func:`atm_thresholds`; above 1 it merges nothing.
         split: Blocks that pair as ToMe does. Default: all of them.
+        compared: "tokens" (the default), behind the attention, or "keys", their mean over heads.
     """
 
     counts_depend_on_image = True
 
     def __init__(
-        self, vit: nn.Module, thresholds: Sequence[float], split: int | None = None
+        self,
+        vit: nn.Module,
+        thresholds: Sequence[float],
+        split: int | None = None,
+        compared: str = "tokens",
     ) -> None:
         super().__init__(vit)
+        if compared not in ("tokens", "keys"):
+            raise InvalidArgumentError(f"compared {compared!r} is unknown: use tokens or keys")
+        self.compared = compared
         self.thresholds = _for_blocks(thresholds, self.depth, "thresholds")
         self.split = self.depth if split is None else split
 
     def settings(self) -> dict[str, Any]:
-        return {"thresholds": self.thresholds, "split": self.split}
+        return {"thresholds": self.thresholds, "split": self.split, "compared": self.compared}
 
     def reduce(
         self, index: int, tokens: torch.Tensor, size: torch.Tensor | None, metric: torch.Tensor
@@ -344,7 +354,8 @@ class ATM(Rival):
         threshold = self.thresholds[index]
         if threshold > 1:
             return tokens, size
-        prefix, unit = self.prefix, _unit(metric)
+        prefix = self.prefix
+        unit = _unit(tokens[0] if self.compared == "tokens" else metric)
         size = torch.ones_like(tokens[..., :1]) if size is None else size
         both = (tokens, size)
         if index < self.split:

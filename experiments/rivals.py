@@ -111,9 +111,9 @@ def build_random(vit: torch.nn.Module, strength: float) -> Rival:
     return RandomDrop(vit, tome_schedule(strength * patches_of(vit) / 2, depth_of(vit)))
 
 
-def build_atm(vit: torch.nn.Module, strength: float, beta: float, split: int) -> Rival:
+def build_atm(vit: torch.nn.Module, strength: float, beta: float, **choice: Any) -> Rival:
     # similarities crowd near 1, and so must the thresholds that are tried
-    return ATM(vit, atm_thresholds(1 - strength**3, beta, depth_of(vit)), split)
+    return ATM(vit, atm_thresholds(1 - strength**3, beta, depth_of(vit)), **choice)
 
 
 FAMILIES = {
@@ -137,8 +137,9 @@ FAMILIES = {
         ATM,
         build_atm,
         lambda depth: [
-            {"beta": beta, "split": split}
-            for beta in (0.0, 0.01, 0.03)
+            {"beta": beta, "split": split, "compared": compared}
+            for compared, betas in (("tokens", (0.0, 0.005, 0.01, 0.02)), ("keys", (0.0, 0.01)))
+            for beta in betas
             for split in (depth, depth * 2 // 3)
         ],
     ),
@@ -334,9 +335,12 @@ def to_row(name: str, target: float, share: float, losses: np.ndarray, values: C
         "target": target,
         "flops": round(share, 4),
         "images": len(losses),
-        **loss_cells(losses),
+        "loss": "",
+        "loss low": "",
+        "loss high": "",
         **untimed,
         "setting": json.dumps(values),
+        **loss_cells(losses),
     }
 
 
@@ -445,7 +449,7 @@ def time_shares(
 ) -> None:
     """Time what is not timed yet, share by share, and write the rows after each."""
     timed = spread(len(track.images), args.timed)
-    dense = rivals_file(DENSE, Rival(track.vit).eval(), track, timed, 0.0)
+    dense: File | None = None
     of_ours = {each.name: each.file for each in joined}
     for target in args.shares:
         wanted = [row for row in rows if float(row["target"]) == target and not row["speedup"]]
@@ -459,6 +463,7 @@ def time_shares(
                 files[name] = rivals_file(name, model, track, timed, float(row["loss"]))
         if not files:
             continue
+        dense = dense or rivals_file(DENSE, Rival(track.vit).eval(), track, timed, 0.0)
         found = time_together(files, dense, args.rounds, len(timed))
         for row in wanted:
             row |= found.get(row["method"], {})
