@@ -53,7 +53,8 @@ def tiny(class_token: bool = True) -> Any:
     vit = timm.create_model(
         "vit_tiny_patch16_224", depth=DEPTH, num_classes=5, init_values=0.5, **sizes, **kinds
     )
-    torch.nn.init.normal_(vit.pos_embed)
+    for weights in (each for each in vit.parameters() if each.ndim > 1):
+        torch.nn.init.normal_(weights, std=0.3)  # so that what is lost shows in the output
     return vit.eval()
 
 
@@ -88,7 +89,7 @@ def test_without_reduction_it_is_the_dense_model(models: ModuleType, class_token
     ]
     (image,) = pictures(1)
     for model in nothing:
-        torch.testing.assert_close(model.eval()(image), vit(image), rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.eval()(image), vit(image), rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -261,7 +262,7 @@ def test_the_file_is_the_model(scripts: dict[str, ModuleType], name: str) -> Non
             counts: list[int] = []
             wanted = model(image, counts)
             (found,) = session.run(None, {"images": image.numpy()})
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
             seen.add(tuple(counts))
     assert (len(seen) > 1) == model.counts_depend_on_image
     again = type(model)(vit, **json.loads(json.dumps(model.settings()))).eval()
