@@ -4,12 +4,12 @@
     python experiments/rivals.py fashion --ours ours=exported -o docs/method/rivals-fashion.csv
 
 Every rival (rival_models.py) is set to each share of the unpruned model's FLOPs, and what its paper
-leaves open is chosen by the loss there, on the half of the pictures that calibrates; the numbers
-are of the other half. *Loss* is 1000 x (1 - cosine of the output to the unpruned model's). Every
-rival but ATC, which no ONNX file can hold, becomes a file for one image, whose own outputs give the
-loss and which is timed in ONNX Runtime on one thread, in turn with the unpruned model's file and
-the others at that share. ``--ours NAME=FOLDER`` (repeatable) lets an exported folder join where its
-share is nearest. For ATC there is a loss at equal FLOPs, and no time.
+leaves open is chosen by the loss there, on some of the half of the pictures that calibrates; the
+numbers are of the other half. *Loss* is 1000 x (1 - cosine of the output to the unpruned model's).
+Every rival but ATC, which no ONNX file can hold, becomes a file for one image, whose own outputs
+give the loss and which is timed in ONNX Runtime on one thread, in turn with the unpruned model's
+file and the others at that share. ``--ours NAME=FOLDER`` (repeatable) lets an exported folder join
+where its share is nearest. For ATC there is a loss at equal FLOPs, and no time.
 
 First every rival is set and its loss taken in PyTorch, a row at a time; then each share is timed. A
 run that is interrupted goes on where it was, and ``--rounds 0`` leaves the timing to a later one.
@@ -223,18 +223,32 @@ def between(low: tuple[float, float], high: tuple[float, float | None], target: 
     return left + min(max(line, 0.1), 0.9) * (right - left)
 
 
-def choose(family: Family, target: float, track: Track) -> Rival | None:
-    """Set a rival to a share, with the choice that loses least there; None if it is not reached."""
-    choices = family.choices(depth_of(track.vit))
-    settings = [at_share(family, choice, target, track) for choice in choices]
-    models = [model for model, share in settings if abs(share - target) < REACHED]
-    if len(models) < 2:
-        return models[0] if models else None
+def choose(family: Family, target: float, few: Track, half: Track) -> Rival | None:
+    """Set a rival to a share, with the choice that loses least there; None if it is not reached.
+
+    Args:
+        family: The rival.
+        target: The share.
+        few: Pictures to find the choice on.
+        half: Pictures to find the strength on, where they differ in their counts.
+    """
+    tried = [
+        (choice, *at_share(family, choice, target, few))
+        for choice in family.choices(depth_of(few.vit))
+    ]
+    reached = [each for each in tried if abs(each[2] - target) < REACHED]
+    if not reached:
+        return None
 
     def loss(model: Rival) -> float:
-        return float(losses_of(run_rival(model, track.images)[0], track).mean())
+        return float(losses_of(run_rival(model, few.images)[0], few).mean())
 
-    return min(models, key=loss)
+    alone = len(reached) == 1
+    choice, model, _ = reached[0] if alone else min(reached, key=lambda each: loss(each[1]))
+    if model.counts_depend_on_image:
+        model, share = at_share(family, choice, target, half)
+        return model if abs(share - target) < REACHED else None
+    return model
 
 
 @contextlib.contextmanager
@@ -404,7 +418,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the FLOPs")
     parser.add_argument("--ours", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--images", type=int, default=1000, help="of Fashion-MNIST; default 1000")
-    parser.add_argument("--calibrate", type=int, default=12, help="pictures; default 12")
+    parser.add_argument("--calibrate", type=int, default=12, help="to choose by; default 12")
     parser.add_argument("--timed", type=int, default=40, help="pictures; default 40, at most all")
     parser.add_argument("--rounds", type=int, default=10, help="over them; 0: time nothing")
     parser.add_argument("--weights", type=Path, default=Path("real-weights"))
@@ -425,7 +439,7 @@ def set_rivals(args: argparse.Namespace, rows: list[Row], first: Track, track: T
     done = {(row["method"], float(row["target"])) for row in rows}
     for target in args.shares:
         for name in (each for each in args.rivals if (each, target) not in done):
-            model = choose(FAMILIES[name], target, few)
+            model = choose(FAMILIES[name], target, few, first)
             if model is None:
                 print(f"{name} does not reach {target} of the FLOPs", file=sys.stderr)
                 continue
