@@ -60,7 +60,7 @@ test-gpu:
 BENCH = $(RUN)/simprune-deploy bench --backend onnxruntime --threads 1 --warm-up 2 \
 	--images real-weights/photographs --thresholds 1.1,0.9,0.8
 benchmark: setup
-	$(RUN)/python examples/real_weights.py real-weights --force
+	$(RUN)/python examples/real_weights.py real-weights --photographs imagenet --force
 	for pixels in 224 518; do \
 		$(RUN)/simprune-deploy export real-weights/vit_small_dinov2_focus --img-size $$pixels \
 			--layers 3,6,9 --runtime-threshold --images real-weights/photographs \

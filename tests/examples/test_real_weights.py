@@ -25,7 +25,8 @@ LAYERS = [3, 6, 9]
 def _real_weights() -> None:
     if not MODEL.is_dir() or not PHOTOGRAPHS.is_dir():
         script = ROOT / "examples" / "real_weights.py"
-        subprocess.run([sys.executable, str(script), str(FOLDER)], check=True)
+        options = ["--photographs", "imagenet"]
+        subprocess.run([sys.executable, str(script), str(FOLDER), *options], check=True)
 
 
 @pytest.mark.parametrize("size", [224, 518])
