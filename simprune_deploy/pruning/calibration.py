@@ -58,7 +58,7 @@ STEEPNESS = 6.0
 """By how much the logarithm of the loss grows with that of the FLOPs saved: what compares
 candidates whose FLOPs come out a little apart."""
 
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.03
 """Of the logarithm of the loss: less is noise."""
 
 AIMS, CLOSE = 4, 0.002
@@ -346,11 +346,10 @@ def calibrate(
     layers: Sequence[int] | None = None,
     sweeps: int = len(STEPS),
     layer_cost: float = LAYER_COST,
+    hold_out: bool = True,
     progress: Progress = silent,
 ) -> Calibrated:
     """Find what is compared, in which blocks, and how tolerantly, so that least is lost.
-
-    From :data:`HELD_OUT_FROM` pictures on every other one is held out.
 
     Args:
         vit: A timm ``VisionTransformer``.
@@ -360,6 +359,8 @@ def calibrate(
         layers: The blocks to prune inside. Default None: whichever lose least.
         sweeps: How often every block is tried with more and with less; 0: all alike. Default 2.
         layer_cost: What a prune layer costs, as a share of the dense model's time. Default 0.004.
+        hold_out: Calibrate on every other picture only, and measure on the rest, where there are
+            :data:`HELD_OUT_FROM` or more. Default True.
         progress: Called with a word on each step.
 
     Raises:
@@ -376,7 +377,7 @@ def calibrate(
     progress("running the dense model on the pictures")
     calibrator = Calibrator(vit, images)
     numbers = list(range(len(images)))
-    apart = len(numbers) >= HELD_OUT_FROM
+    apart = hold_out and len(numbers) >= HELD_OUT_FROM
     known, others = (numbers[::2], numbers[1::2]) if apart else (numbers, [])
     search = _Search(calibrator, known, share, layer_cost, progress)
     starts = list(search.starts(features, layers))
