@@ -128,13 +128,17 @@ class Calibrated:
 
     def __str__(self) -> str:
         found, config = self.measured, self.config
-        which = "held-out pictures" if self.held_out else "the pictures it was calibrated on"
+        count = len(found.losses)
+        which = (
+            f"{count} held-out pictures"
+            if self.held_out
+            else (f"the {count} pictures it was calibrated on")
+        )
         low, high = interval_of_mean(found.losses)
         return (
-            f"{config.features} inside blocks {format_numbers(config.layers)}: on "
-            f"{len(found.losses)} {which} {found.flops.mean():.1%} of the blocks' FLOPs, a cosine "
-            f"of {1 - found.losses.mean():.4f} to the dense model's output "
-            f"({1 - high:.4f} to {1 - low:.4f}), of {1 - found.losses.max():.4f} at worst"
+            f"{config.features} inside blocks {format_numbers(config.layers)}: on {which} "
+            f"{found.flops.mean():.1%} of the blocks' FLOPs, a cosine of "
+            f"{1 - found.losses.mean():.4f} to the dense model's output ({1 - high:.4f} to {1 - low:.4f}), of {1 - found.losses.max():.4f} at worst"
         )
 
     def to_dict(self) -> dict[str, Any]:
