@@ -33,7 +33,7 @@ class CalibratedCurve:
 
     Args:
         shares: Of the dense blocks' FLOPs, ascending, in (0, 1).
-        tolerances: For every share, one number a prune layer, at most 3 (a threshold of -2).
+        tolerances: For every share, one number a prune layer.
 
     Raises:
         SimpruneError: a number is out of its range, or their numbers disagree.
@@ -55,8 +55,8 @@ class CalibratedCurve:
                 f"{len(self.shares)} calibrated shares need as many rows of tolerances, each with "
                 "one number a prune layer"
             )
-        if not all(math.isfinite(each) and each <= 3 for row in self.tolerances for each in row):
-            raise InvalidArgumentError("a calibrated tolerance is not a number of at most 3")
+        if not all(math.isfinite(each) for row in self.tolerances for each in row):
+            raise InvalidArgumentError("a calibrated tolerance is not a finite number")
 
     @property
     def num_layers(self) -> int:

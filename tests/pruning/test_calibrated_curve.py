@@ -74,8 +74,8 @@ def test_a_configuration_prunes_below_a_share_of_one() -> None:
         ((0.5, 1.0), ((0.1,), (0.1,)), "ascend"),
         ((0.5,), ((0.1,), (0.1,)), "as many rows"),
         ((0.5, 0.6), ((0.1,), (0.1, 0.2)), "one number a prune layer"),
-        ((0.5,), ((math.nan,),), "not a number"),
-        ((0.5,), ((4.0,),), "not a number of at most 3"),
+        ((0.5,), ((math.nan,),), "not a finite number"),
+        ((0.5,), ((math.inf,),), "not a finite number"),
     ],
 )
 def test_numbers_that_are_no_curve_are_refused(shares: Any, tolerances: Any, words: str) -> None:
