@@ -70,8 +70,8 @@ class _Unpruning:
         self.graph = graph
         self.constants = {each.name for each in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
-        self.log_sizes: set[str] = set()
-        """Values that are made of log-sizes alone."""
+        self.log_sizes = {value.name for value in graph.input[1:]}
+        """Values that are made of log-sizes and thresholds alone."""
         self.longer_keys: set[str] = set()
         """Keys that had the log-sizes as one more channel."""
         self.means: dict[str, str] = {}

@@ -268,7 +268,7 @@ class PrunedViT(nn.Module):
         if threshold is None:
             return [number.new_full((1,), each) for each in curve.at(self.config.threshold)]
         starts, widths, slopes = (number.new_tensor(each) for each in curve.ramps())
-        share = torch.where(number < 1, number, torch.ones_like(number))  # no number: 1
+        share = torch.where(number < 1, number, number.new_tensor(1.0))  # no number: 1
         climbed = (share[:, None] - starts).clamp_min(0).minimum(widths)
         tolerances = number.new_tensor(curve.tolerances[0]) + climbed @ slopes
         return list(tolerances.unbind(1))

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from cli import cli
 from places import ROOT
+
+from simprune_deploy.onnx.dense import dense
 
 MODEL = ROOT / "examples" / "fashion_mnist" / "vit"
 IMAGES = ROOT / "examples" / "fashion_mnist" / "test_slice.npz"
@@ -59,6 +62,10 @@ def test_the_configuration_is_exported_and_one_number_moves_along_its_curve(
     np.testing.assert_allclose(each[0], one[0], atol=1e-4)
     np.testing.assert_allclose(each[1], run(2.0)[1], atol=1e-4)
     assert np.abs(each[1] - one[1]).max() > 1e-3
+
+    unpruned = dense(onnx.load(folder / "model.onnx")).SerializeToString()
+    (plain,) = onnxruntime.InferenceSession(unpruned).run(None, {"images": images})
+    np.testing.assert_allclose(plain, run(1.0), atol=1e-4)
 
     inspected = json.loads(cli("inspect", folder, "--json").out)
     assert inspected["pruning"]["curve"] == pruning["curve"]
