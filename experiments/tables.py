@@ -3,8 +3,8 @@
     python experiments/tables.py
 
 A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
-("cosine", "accuracy") and for the curves "value" or "lead". ``--check`` only compares, and fails if
-a number in the page is not that of its file.
+("cosine", "accuracy", "loss") and for the curves "value" or "lead", for the rivals "rivals".
+``--check`` only compares, and fails if a number in the page is not that of its file.
 """
 
 from __future__ import annotations
@@ -58,6 +58,23 @@ def choices(rows: Rows, measure: str) -> list[list[str]]:
     return lines
 
 
+def losses(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every method, a column for every share of FLOPs: mean, median, worst loss."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [["method", *(f"{float(target):.0%} of the FLOPs" for target in targets)]]
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        each = sorted(map(float, row["losses"].split()))
+        middle = (each[(len(each) - 1) // 2] + each[len(each) // 2]) / 2
+        text = (
+            f"{float(row[measure]):.1f}, {middle:.1f}, {each[-1]:.0f} at {float(row['flops']):.3f}"
+        )
+        name = "ours" if row["method"].startswith("ours") else row["method"]
+        found.setdefault(name, {})[row["target"]] = text
+    lines += [[name, *(cells.get(each, "-") for each in targets)] for name, cells in found.items()]
+    return lines
+
+
 def number(text: str, measure: str) -> str:
     return f"{float(text):.1%}" if measure == "accuracy" else f"{float(text):.4f}"
 
@@ -78,7 +95,8 @@ def make_table(folder: Path, name: str, what: str) -> str:
     with (folder / name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     measure, _, form = what.partition(" ")
-    maker = {"value": curve_values, "lead": curve_leads, "": choices}[form]
+    makers = {"value": curve_values, "lead": curve_leads, "": choices, "rivals": losses}
+    maker = makers[form]
     head, *lines = maker(rows, measure)
     rule = ["---"] * len(head)
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
