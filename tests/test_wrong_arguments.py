@@ -51,7 +51,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"model": "m", "data": "d", "max_drop": 0.1, "class_order": "text"},
         "class_order 'text' is unknown: use timm or torchvision",
     ),
-    (sd.TuneRequest, {"model": "m", "data": "d"}, r"give one wish: max_drop=0\.005, min_speedup="),
+    (sd.TuneRequest, {"model": "m", "data": "d"}, r"give one wish: flops=0\.6, max_drop=0\.005, "),
     (
         sd.TuneRequest,
         {"model": "m", "data": "d", "max_drop": 0.0},

@@ -306,9 +306,10 @@ def _records(
     for layer, found in (traces or {}).items():
         log_size = found["log_size"][row]
         patches = int((log_size > PAD_LOG_SIZE / 2).sum()) - prefix
-        threshold = config.layer_threshold(
-            config.layers.index(layer), float(limit), patches / metadata.num_patches
-        )
+        threshold = float(limit)
+        if layer in config.layers:  # an export that can prune nothing has no layers
+            position, left = config.layers.index(layer), patches / metadata.num_patches
+            threshold = config.layer_threshold(position, threshold, left)
         arrays = {what: array[row] for what, array in found.items()}
         records[layer] = PruneRecord(threshold=threshold, **arrays)
     return records

@@ -382,6 +382,7 @@ def identity_of(
         "cut": cut_of(source.metadata.num_classes, options.cut),
         "proportional attention": pruning.proportional_attention,
         "multiple of": pruning.multiple_of,
+        "curve": pruning.curve and pruning.curve.to_dict(),
         "version": __version__,
     }
 

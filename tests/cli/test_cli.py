@@ -439,7 +439,7 @@ class TestExport:
         assert config == {
             **{"threshold": 0.3, "layers": [0, 2], "selection": "redundancy", "reduction": "drop"},
             **{"proportional_attention": False, "capacities": [40, 20], "multiple_of": 1},
-            **{"place": "inside", "features": "keys"},
+            **{"place": "inside", "features": "keys", "curve": None},
         }
         assert "prunes inside blocks" in answer.out
         inspected = call("inspect", folder, "--json").json
@@ -569,7 +569,7 @@ class TestVerify:
         ("output", "index", "name"),
         [
             ("merged", 1, "odd"),  # an odd patch takes in itself, not those that went to it
-            ("stays", 0, "even_valid"),  # what goes is kept as well
+            ("even_without_slot", 0, "even_padding"),  # what goes is kept as well
             ("slot_rows", 2, "dest"),  # slots are filled with other tokens
         ],
     )
@@ -716,8 +716,9 @@ class TestVerdict:
             elif change == "multiple":
                 attributes["multiple_of"].i = 4
             elif change == "comparison":
-                node = next(n for n in graph.functions[0].node if "below" in n.output)
-                node.op_type = "LessOrEqual"
+                node = next(n for n in graph.functions[0].node if "goes" in n.output)
+                assert node.op_type == "GreaterOrEqual"
+                node.op_type = "Greater"
             else:
                 change_weight(graph, "threshold", lambda value: value + 1e-6)
 
