@@ -111,7 +111,7 @@ def sharper(graph: onnx.ModelProto) -> None:
 
 def lower(graph: onnx.ModelProto) -> None:
     """Let one layer fold patches that are a little less alike."""
-    node = [each for each in graph.graph.node if each.name.startswith("Less_below")][1]
+    node = [each for each in graph.graph.node if each.name.startswith("GreaterOrEqual_goes")][1]
     (limit,) = (each for each in graph.graph.node if node.input[1] in each.output)
     limit.output[0] = "as_it_was"
     place = list(graph.graph.node).index(node)
