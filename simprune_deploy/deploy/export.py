@@ -52,6 +52,7 @@ from simprune_deploy.onnx.exported_folder import (
     UNVERIFIED,
 )
 from simprune_deploy.onnx.options import ExportOptions
+from simprune_deploy.pruning.calibrated_curve import check_flops
 from simprune_deploy.pruning.config import (
     Features,
     Place,
@@ -144,11 +145,7 @@ class ExportRequest:
         if self.per_target and not self.targets:
             raise says_how_to_build()
         if self.flops is not None:
-            if not 0 < self.flops < 1:
-                raise InvalidArgumentError(
-                    f"{argument('flops', self.flops)} is outside (0, 1): give a share of the dense "
-                    "blocks' FLOPs, 0.6 or 60%"
-                )
+            check_flops(self.flops)
             if self.threshold is not None:
                 raise InvalidArgumentError(
                     f"{argument('flops')} finds a threshold for every layer, and "

@@ -123,6 +123,19 @@ class CalibratedCurve:
             raise ArtifactError(f"the calibrated curve is damaged: {error!r}") from error
 
 
+def check_flops(share: float) -> None:
+    """Refuse a share of the FLOPs to calibrate for that is outside (0, 1).
+
+    Raises:
+        SimpruneError: it is.
+    """
+    if not 0 < share < 1:
+        raise InvalidArgumentError(
+            f"{argument('flops', share)} is outside (0, 1): give a share of the dense blocks' "
+            "FLOPs, 0.6 or 60%"
+        )
+
+
 def check_fits(curve: CalibratedCurve, layers: Sequence[int]) -> None:
     """Refuse a curve of other layers.
 

@@ -33,7 +33,7 @@ from simprune_deploy.pruning.attention import (
     run_block,
     sizes_of,
 )
-from simprune_deploy.pruning.calibrated_curve import IDENTITY, CalibratedCurve
+from simprune_deploy.pruning.calibrated_curve import IDENTITY, CalibratedCurve, check_flops
 from simprune_deploy.pruning.config import FEATURES, Features, PruneConfig, format_numbers
 from simprune_deploy.pruning.cost import BlockTokens, flops_share, spread_over_blocks
 from simprune_deploy.pruning.model import PrunedViT
@@ -135,7 +135,7 @@ class Calibrated:
         which = (
             f"{count} held-out pictures"
             if self.held_out
-            else (f"the {count} pictures it was calibrated on")
+            else f"the {count} pictures it was calibrated on"
         )
         low, high = interval_of_mean(found.losses)
         return (
@@ -186,7 +186,8 @@ class Calibrator:
     """
 
     def __init__(self, vit: torch.nn.Module, images: torch.Tensor) -> None:
-        self.model = PrunedViT(vit, PruneConfig()).eval()
+        # with a layer, so that its head pools by the sizes; what runs is decided in each run
+        self.model = PrunedViT(vit, PruneConfig(layers=(0,))).eval()
         self.vit = self.model.vit
         if len(images) < LEAST_IMAGES:
             raise InvalidArgumentError(
@@ -195,7 +196,7 @@ class Calibrator:
             )
         with torch.inference_mode():
             chunks = [image[None] for image in images]
-            self.tokens = [self._embedded(chunk) for chunk in chunks]
+            self.tokens = [self.model.embed(chunk) for chunk in chunks]
             self.dense = torch.cat([self.vit(chunk) for chunk in chunks]).double()
         if bool((self.dense == self.dense[0]).all()):
             raise InvalidArgumentError(
@@ -207,11 +208,6 @@ class Calibrator:
     @property
     def depth(self) -> int:
         return len(self.vit.blocks)
-
-    def _embedded(self, images: torch.Tensor) -> torch.Tensor:
-        vit = self.vit
-        tokens: torch.Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        return tokens
 
     def usable_blocks(self, features: Features) -> list[int]:
         """Return the blocks inside which these features can be compared."""
@@ -304,9 +300,8 @@ class Calibrator:
                 spread[i].append(BlockTokens(before, each.shape[1]))
                 tokens[i] = mlp_half(block, each)
             kept.append([each.shape[1] - prefix for each in tokens])
-        with_layers = PrunedViT(self.vit, dataclasses.replace(model.config, layers=(0,)))
         outputs = [
-            with_layers.forward_head(self.vit.norm(each), log_size)
+            model.forward_head(self.vit.norm(each), log_size)
             for each, log_size in zip(tokens, log_sizes, strict=True)
         ]
         total = prefix + patches
@@ -373,8 +368,7 @@ def calibrate(
         SimpruneError: the share is outside (0, 1) or cannot be reached, the pictures show nothing,
             or the model has no block that can be pruned inside.
     """
-    if not 0 < share < 1:
-        raise InvalidArgumentError(f"{argument('flops', share)} is outside (0, 1): give 0.6 or 60%")
+    check_flops(share)
     if not math.isfinite(layer_cost) or not 0 <= layer_cost < 0.1:
         raise InvalidArgumentError(
             f"{argument('layer_cost', layer_cost)} is outside [0, 0.1): give the share of the "

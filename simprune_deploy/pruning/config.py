@@ -134,8 +134,8 @@ class PruneConfig:
     @property
     def prunes(self) -> bool:
         """Whether the configuration's own threshold, or fixed counts, can prune anything."""
-        highest = 1.0 if self.curve is None else math.nextafter(1.0, 0.0)
-        return bool(self.layers) and (bool(self.capacities) or self.threshold <= highest)
+        can = self.threshold <= 1 if self.curve is None else self.threshold < 1
+        return bool(self.layers) and (bool(self.capacities) or can)
 
     def layer_threshold(self, position: int, threshold: float, left: float) -> float:
         """Return the cosine threshold of a prune layer for an image.

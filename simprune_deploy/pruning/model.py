@@ -143,6 +143,12 @@ class PrunedViT(nn.Module):
         tokens, log_size = self.forward_features(images, threshold, traces)
         return self.forward_head(tokens, log_size)
 
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [B, N, D] of images ahead of the first block."""
+        vit = self.vit
+        tokens: torch.Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        return tokens
+
     def forward_features(
         self,
         images: torch.Tensor,
@@ -152,7 +158,7 @@ class PrunedViT(nn.Module):
         """Return the final tokens [B, K, D] and their float32[B, K] log_size."""
         vit = self.vit
         limits = self._limits(threshold, images.device)
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        tokens = self.embed(images)
         log_size = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
         sizes: Sizes | None = None
         inside = self.config.place == "inside"

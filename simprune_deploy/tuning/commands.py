@@ -18,6 +18,7 @@ from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
+from simprune_deploy.pruning.calibrated_curve import check_flops
 from simprune_deploy.pruning.config import (
     Features,
     Place,
@@ -271,11 +272,7 @@ class TuneRequest(_Measured):
     def _check_calibrates(self) -> None:
         """Refuse what does not go with a share of FLOPs."""
         assert self.flops is not None
-        if not 0 < self.flops < 1:
-            raise InvalidArgumentError(
-                f"{argument('flops', self.flops)} is outside (0, 1): give a share of the dense "
-                "blocks' FLOPs, 0.6 or 60%"
-            )
+        check_flops(self.flops)
         wishes = (self.max_drop, self.min_speedup, self.target_latency)
         if wishes != (None, None, None):
             raise InvalidArgumentError(
