@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+
+BATCHES = (1, 8, 32)
+"""The batches of which reports say what is left of the FLOPs, where they are not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +104,58 @@ def spread_over_blocks(
         read, current = current, by_layer.get(block, current)
         found.append(BlockTokens(read if place == "inside" else current, current))
     return found
+
+
+def padded_flops_share(
+    shape: BlockShape,
+    dense_tokens: int,
+    layers: Sequence[int],
+    kept: Sequence[Mapping[int, int]],
+    depth: int,
+    place: str,
+    batch: int,
+    multiple_of: int = 1,
+) -> float:
+    """Return the share of the dense FLOPs that batches of measured images take, on average.
+
+    Every prune layer gives a whole batch as many slots as its image with the most tokens needs.
+    The mean over all batches that can be drawn from the images, each image as often as chance has
+    it, is exact and takes no drawing: half a block sees the slots of one layer alone, so a mean
+    over each layer's own largest counts will do, whatever the layers have to do with one another.
+
+    Args:
+        shape: Of a block.
+        dense_tokens: Before any pruning.
+        layers: The prune layers' blocks.
+        kept: For each of them, how many images keep how many tokens, prefix included.
+        depth: How many blocks there are.
+        place: Whether the layers are "before" their blocks or "inside" them.
+        batch: Images in a batch. 1: the mean of what the images take alone.
+        multiple_of: What the slots are rounded up to a multiple of. Default 1.
+    """
+    attention, mlp = [attention_flops(shape, dense_tokens)], [mlp_flops(shape, dense_tokens)]
+    for counts in kept:
+        chances = _chances_of_largest(counts, batch)
+        slots = [min(dense_tokens, -(-most // multiple_of) * multiple_of) for most in chances]
+        for means, flops in ((attention, attention_flops), (mlp, mlp_flops)):
+            pairs = zip(slots, chances.values(), strict=True)
+            means.append(sum(chance * flops(shape, count) for count, chance in pairs))
+    # which layer's slots each half of a block sees: the layers' numbers, spread as tokens are
+    seen = spread_over_blocks(0, layers, range(1, len(kept) + 1), depth, place)
+    total = sum(attention[int(each.attention)] + mlp[int(each.mlp)] for each in seen)
+    return total / (depth * block_flops(shape, dense_tokens))
+
+
+def _chances_of_largest(counts: Mapping[int, int], batch: int) -> dict[int, float]:
+    """Return how likely each number is to be the largest of a batch, in ascending order.
+
+    All of a batch are at most k with the chance ``F(k)^B``, of which those that are all below k
+    are taken off.
+    """
+    ordered = sorted(counts)
+    images = sum(counts.values())
+    within = [0, *itertools.accumulate(counts[most] for most in ordered)]
+    return {
+        most: (upto / images) ** batch - (below / images) ** batch
+        for most, (below, upto) in zip(ordered, itertools.pairwise(within), strict=True)
+    }
