@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simprune_deploy.evaluate.statistics import Interval, paired_drop
+from simprune_deploy.pruning.cost import BATCHES
 from simprune_deploy.tuning.results import DENSE, OURS, Measurement, SweepResult
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+PADDED = f"FLOPs at {'/'.join(map(str, BATCHES))}"
+"""The column that says what batches take of the dense model's FLOPs."""
 
 MISSING = "-"
 """What a table says where nothing was measured."""
@@ -67,6 +71,7 @@ COLUMNS = (
     Column("most moved", lambda cell: cell.worst_moved, "{:.3f}".format),
     Column("tokens", lambda cell: cell.tokens_processed, "{:.0%}".format),
     Column("GFLOPs", lambda cell: cell.gflops, "{:.3g}".format),
+    Column(PADDED, lambda cell: cell.padded_flops_share.get(1), "{:.0%}".format),
     Column("ms", lambda cell: cell.milliseconds, "{:.2f}".format),
     Column("speed-up", lambda cell: cell.speedup, "{:.2f}x".format),
     Column("peak MB", lambda cell: cell.peak_memory and cell.peak_memory / 1e6, "{:,.0f}".format),
@@ -83,12 +88,24 @@ LEGEND = {
     "most moved": "the largest such distance",
     "tokens": "mean share of the dense model's tokens over all blocks",
     "GFLOPs": "of the blocks, for one image",
+    PADDED: "of the blocks, as a share of the dense model's, in batches of so many of these "
+    "images: each layer is padded to the image of its batch that keeps the most",
     "speed-up": "against the dense model, timed in turn with it",
 }
 """What the headings mean."""
 
 
-DISPENSABLE = ("top-5", "worst", "most moved", "peak MB", "cosine", "GFLOPs", "ms", "as dense")
+DISPENSABLE = (
+    "top-5",
+    "worst",
+    "most moved",
+    "peak MB",
+    "cosine",
+    "GFLOPs",
+    "ms",
+    "as dense",
+    PADDED,
+)
 """What a narrow terminal leaves out, in this order."""
 
 
@@ -139,6 +156,9 @@ def _field(column: Column, cell: Measurement) -> str:
     if column.title == "change" and (drop := drop_of(cell)) is not None:
         # of an accuracy that fell by 1 with bounds 0.4 and 1.6, the change is -1 (-1.6 to -0.4)
         text += f" ({points(-drop.high)} to {points(-drop.low)})"
+    if column.title == PADDED:
+        shares = [share for _, share in sorted(cell.padded_flops_share.items())]
+        text = f"{'/'.join(f'{100 * share:.0f}' for share in shares)}%"
     return text
 
 
@@ -223,10 +243,12 @@ def to_csv(result: SweepResult) -> str:
 
 def _record(cell: Measurement) -> dict[str, Any]:
     values = cell.to_dict()
-    setting = values.pop("setting")
+    setting, padded = values.pop("setting"), values.pop("padded_flops_share")
     del values["classes"]
     drop = drop_of(cell)
     record = {"name": cell.setting.name, **setting, **values}
+    for batch in BATCHES:
+        record[f"flops_share_at_{batch}"] = padded.get(str(batch))
     record["drop"] = drop and drop.estimate
     record["drop_low"] = drop and drop.low
     record["drop_high"] = drop and drop.high

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from simprune_deploy.evaluate.classes import ClassResult
 from simprune_deploy.evaluate.datasets import DataSet
 from simprune_deploy.predict.source import ModelSource
-from simprune_deploy.pruning.cost import attention_flops, block_flops, mlp_flops
+from simprune_deploy.pruning.cost import (
+    BATCHES,
+    attention_flops,
+    block_flops,
+    mlp_flops,
+    padded_flops_share,
+)
 from simprune_deploy.tuning.results import Measurement, Setting
 from simprune_deploy.tuning.tallies import COSINE_STEPS, Tally
 from simprune_deploy.tuning.timing import Timing
@@ -44,6 +50,7 @@ def measurement_of(
         kept=tuple(each / count for each in kept),
         gflops=flops / 1e9,
         flops_share=flops / dense_flops,
+        padded_flops_share=_padded(source, setting, tally),
         milliseconds=timed.milliseconds if timed else None,
         dense_milliseconds=timed.dense_milliseconds if timed else None,
         peak_memory=timed.peak_memory if timed else None,
@@ -83,6 +90,22 @@ def _cost(source: ModelSource, setting: Setting, tally: Tally) -> tuple[float, f
             flops += attentions * images * attention_flops(block, seen)
             flops += mlps * images * mlp_flops(block, seen)
     return tokens / (tally.images * metadata.depth * metadata.num_tokens), flops / tally.images
+
+
+def _padded(source: ModelSource, setting: Setting, tally: Tally) -> dict[int, float]:
+    """Return by batch what share of the dense FLOPs is left, padding included, on average."""
+    metadata, prefix = source.metadata, source.metadata.num_prefix_tokens
+    if setting.tokens is not None:
+        # fixed counts are what runs, whatever an image keeps: nothing is left to chance
+        kept = [{prefix + patches: tally.images} for patches in setting.tokens]
+    else:
+        kept = [
+            {prefix + patches: images for patches, images in counts.items()}
+            for counts in tally.kept
+        ]
+    model = (metadata.block, metadata.num_tokens, setting.layers, kept, metadata.depth)
+    rounded = metadata.pruning.multiple_of
+    return {batch: padded_flops_share(*model, setting.place, batch, rounded) for batch in BATCHES}
 
 
 def _stretches(layers: Sequence[int], depth: int, place: str) -> list[tuple[int, int]]:

@@ -107,6 +107,9 @@ class Measurement:
         kept: Mean patches kept after each prune layer.
         gflops: Mean GFLOPs of the blocks for one image.
         flops_share: Share of the dense model's.
+        padded_flops_share: The same by batch (1, 8 and 32), as batches run: each layer has as many
+            slots as its fixed count says, or as the image of the batch that keeps the most needs.
+            The mean over batches drawn from these images; empty if no image was counted.
         milliseconds: Median time of one image, batch `timing_batch`.
         dense_milliseconds: The dense model's, measured side by side with it.
         peak_memory: Bytes.
@@ -138,6 +141,7 @@ class Measurement:
     speedup_high: float | None = None
     moved: float | None = None
     worst_moved: float | None = None
+    padded_flops_share: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -163,18 +167,23 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Return the cell as JSON types."""
         values = dataclasses.asdict(self)
-        return {**values, "setting": self.setting.to_dict(), "speedup": self.speedup}
+        padded = {str(batch): share for batch, share in self.padded_flops_share.items()}
+        apart = {"setting": self.setting.to_dict(), "padded_flops_share": padded}
+        return {**values, **apart, "speedup": self.speedup}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurement:
         """Build a cell from :meth:`to_dict`'s result."""
         rest = {name: value for name, value in values.items() if name != "speedup"}
+        # sweeps that were stored before there was such a thing have none
+        padded = rest.get("padded_flops_share", {})
         return cls(
             **{
                 **rest,
                 "setting": Setting.from_dict(values["setting"]),
                 "kept": tuple(values["kept"]),
                 "classes": tuple(ClassResult(**each) for each in values["classes"]),
+                "padded_flops_share": {int(batch): share for batch, share in padded.items()},
             }
         )
 

@@ -76,6 +76,7 @@ def cell(setting: Setting, lost: int, won: int, tokens: float, time: float | Non
         kept=tuple(196 * tokens for _ in setting.layers),
         gflops=0.35 * tokens,
         flops_share=tokens,
+        padded_flops_share={1: tokens, 8: tokens + (1 - tokens) / 4, 32: (1 + tokens) / 2},
         milliseconds=time,
         dense_milliseconds=time and 3.0,
         right_only_here=won,
@@ -271,6 +272,28 @@ def test_csv_has_all_digits_and_the_bounds(sweep: SweepResult) -> None:
     assert float(rows[2]["tokens_processed"]) == 0.45
     assert float(rows[2]["drop_high"]) == paired_drop(18, 6, IMAGES).high
     assert rows[5]["milliseconds"] == ""
+    batches = [float(rows[2][f"flops_share_at_{batch}"]) for batch in (1, 8, 32)]
+    assert batches == list(sweep.cells[2].padded_flops_share.values())
+
+
+def test_what_batches_take_is_one_column(sweep: SweepResult, tmp_path: Path) -> None:
+    head, _, *rows = to_markdown(sweep).splitlines()
+    column = [title.strip() for title in head.split("|")].index("FLOPs at 1/8/32")
+    assert [row.split("|")[column].strip() for row in rows[:3]] == [
+        "100/100/100%",
+        "60/70/80%",
+        "45/59/72%",
+    ]
+    # a sweep of an earlier version has no such numbers, and says nothing of them
+    sweep.save(tmp_path / "sweep.json")
+    stored = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    for each in stored["cells"]:
+        del each["padded_flops_share"]
+    (tmp_path / "sweep.json").write_text(json.dumps(stored), encoding="utf-8")
+    earlier = load_sweep(tmp_path / "sweep.json")
+    assert "FLOPs at" not in to_markdown(earlier)
+    assert "FLOPs at" not in render_html(earlier)
+    assert list(csv.DictReader(io.StringIO(to_csv(earlier))))[2]["flops_share_at_8"] == ""
 
 
 @given(st.text())

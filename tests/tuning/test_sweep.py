@@ -174,6 +174,17 @@ def test_cells_say_what_a_loop_over_single_images_says(
             assert cell.gflops == pytest.approx(flops.sum(1).mean() / 1e9, rel=1e-3)
             dense_flops = 6 * (2 * 197 * 12 * 96**2 + 4 * 197**2 * 96)
             assert cell.flops_share == pytest.approx(flops.sum(1).mean() / dense_flops, rel=1e-3)
+            assert cell.padded_flops_share[1] == pytest.approx(cell.flops_share)
+            # of the images in order of a block's cost, the i-th is a batch's largest that often
+            flops.sort(axis=0)
+            for batch, share in cell.padded_flops_share.items():
+                often = np.diff((np.arange(COUNT + 1) / COUNT) ** batch)
+                assert share == pytest.approx(often @ flops.sum(1) / dense_flops, rel=1e-2)
+    assert [each.padded_flops_share for each in cells[:1]] == [{1: 1.0, 8: 1.0, 32: 1.0}]
+    assert all(
+        each.padded_flops_share[1] < each.padded_flops_share[8] < each.padded_flops_share[32] < 1
+        for each in cells[1:]
+    )
 
 
 def test_counts_of_the_graph_are_the_decisions_of_the_graph(exported: Path) -> None:
@@ -300,6 +311,9 @@ def test_fixed_tokens_and_other_rules(source: ModelSource, data: DataSet, tmp_pa
     _, *cells = measured(source, data, tmp_path / "s", [fixed, redundancy, HIGH])
     assert cells[0].kept == (98, 60, 40)
     assert len({cell.tokens_processed for cell in cells}) == 3
+    alone, *batches = cells[0].padded_flops_share.values()
+    assert batches == [alone, alone]
+    assert alone == pytest.approx(cells[0].flops_share)
 
 
 def test_outputs_that_are_no_numbers_stop_it(tmp_path: Path, source: ModelSource) -> None:
