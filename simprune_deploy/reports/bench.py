@@ -12,6 +12,9 @@ from simprune_deploy.common.errors import argument, spelled
 from simprune_deploy.evaluate.timing import LEVEL
 from simprune_deploy.reports.terminal import print_facts
 
+MUCH_GIVEN_BACK = 1 / 3
+"""Of what an image alone saves: beyond this share padding is worth a sentence."""
+
 
 def print_benchmark(report: dict[str, Any]) -> None:
     """Print what was timed, on what, and how it went."""
@@ -95,6 +98,22 @@ def _print_memory(console: Console, models: list[dict[str, Any]]) -> None:
     console.print(table, highlight=False)
 
 
+def _padding(name: str, padded: dict[str, Any]) -> list[str]:
+    """Say what batches take, and where they give back much of what an image alone saves."""
+    shares = padded["flops_share"]
+    texts = " / ".join(f"{share:.0%}" for share in shares.values())
+    lines = [f"{name}: FLOPs at batch {' / '.join(shares)}: {texts}"]
+    if padded["given_back"] > MUCH_GIVEN_BACK:
+        lines.append(
+            spelled(
+                f"{name}: batches of {padded['batch']} give back {padded['given_back']:.0%} of "
+                f"what an image alone saves: export fixed counts with {argument('tokens')}, or "
+                "run smaller batches"
+            )
+        )
+    return lines
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     rows = [row for row in report["models"] if "speedup" in row]
     lines = [""]
@@ -105,10 +124,17 @@ def _notes(report: dict[str, Any]) -> list[str]:
             continue
         kept = ", ".join(f"{count:g} from block {layer}" for layer, count in tokens["kept"].items())
         lines.append(f"{row['name']}: tokens of {tokens['before']}, mean over the batches: {kept}")
+        if tokens["padded"] is not None:
+            lines += _padding(row["name"], tokens["padded"])
     lines.append(
         "speed-up: the median over the blocks; allowed: dense FLOPs over pruned, without the "
         "pruning's own work; tokens: the share that the blocks process"
     )
+    if any(row["tokens"].get("padded") for row in rows):
+        lines.append(
+            "FLOPs: of the blocks, as a share of the dense model's, in batches of these images: "
+            "each layer is padded to the image of its batch that keeps the most"
+        )
     if any(row["speedup"]["low"] is None for row in rows):
         lines.append(spelled(f"too few blocks for an interval: raise {argument('iterations')}"))
     if report["machine_was_busy"]:

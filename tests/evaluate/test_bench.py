@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from simprune_deploy.engine.engine_metadata import FileStamp, metadata_path
 from simprune_deploy.engine.flavours import load_module
 from simprune_deploy.engine.gpu import Gpu, NoGpuError, find_gpu
 from simprune_deploy.evaluate.bench import bench, models
-from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens
+from simprune_deploy.evaluate.bench.inputs import _batches, count_tokens, padding
 from simprune_deploy.evaluate.bench.machine import describe_machine, is_busy
 from simprune_deploy.evaluate.bench.request import BenchRequest
 from simprune_deploy.evaluate.memory import MemoryRun, probe
@@ -328,6 +330,58 @@ def test_a_batch_keeps_as_many_tokens_as_its_image_with_the_most(exported: Path)
     together = quick(exported, iterations=1, warm_up=0, batch=4)["models"][1]
     assert together["tokens"]["kept"]["1"] > alone["kept"]["1"]
     assert together["latency_ms"]["runs"] == 1
+    padded = (alone["padded"], together["tokens"]["padded"])
+    # of the same images; this export takes four at most
+    assert padded[0] == padded[1]
+    assert (list(padded[0]["flops_share"]), padded[0]["batch"]) == (["1", "4"], 4)
+
+
+def with_pruning(exported: Path, batch: tuple[int, int], **changes: Any) -> Any:
+    metadata = source_of_export(exported).metadata
+    pruning = dataclasses.replace(metadata.pruning, **changes)
+    export = {**metadata.export, "batch": list(batch)}
+    return dataclasses.replace(metadata, pruning=pruning, export=export)
+
+
+def test_what_padding_gives_back(exported: Path) -> None:
+    half = [Counter({197: 1, 99: 1})] * 2
+    found = padding(with_pruning(exported, (1, 64)), LAYERS, half, timed=1)
+    assert found is not None
+    assert (list(found["flops_share"]), found["batch"]) == (["1", "8", "32"], 32)
+    # an image with all its tokens is in one batch of two, and in nearly every one of 32
+    assert found["given_back"] == 1
+    found = padding(with_pruning(exported, (1, 64)), LAYERS, half, timed=2)
+    assert found is not None
+    assert (list(found["flops_share"]), found["batch"]) == (["1", "2", "8", "32"], 2)
+    assert found["given_back"] == pytest.approx(0.5, abs=1e-3)
+    found = padding(with_pruning(exported, (16, 16)), LAYERS, half, timed=16)
+    assert found is not None
+    assert list(found["flops_share"]) == ["1", "16"]
+    whole = [Counter({197: 2})] * 2
+    found = padding(with_pruning(exported, (1, 8)), LAYERS, whole, timed=1)
+    assert found == {"flops_share": {"1": 1.0, "8": 1.0}, "batch": 8, "given_back": 0.0}
+    fixed = with_pruning(exported, (1, 8), capacities=(98, 60))
+    assert padding(fixed, LAYERS, half, timed=1) is None
+    assert padding(with_pruning(exported, (1, 1)), LAYERS, half, timed=1) is None
+
+
+def test_much_that_padding_gives_back_is_told_with_the_way_out(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = quick(exported, iterations=1, warm_up=0)
+    padded = report["models"][1]["tokens"]["padded"]
+    padded |= {"flops_share": {"1": 0.5, "8": 0.61, "32": 0.7}, "batch": 32}
+    sentence = "pruned: batches of 32 give back 40% of what an image alone saves: export fixed "
+    for given_back, told in ((0.4, True), (0.33, False)):
+        padded["given_back"] = given_back
+        print_benchmark(report)
+        printed = capsys.readouterr().out
+        assert "pruned: FLOPs at batch 1 / 8 / 32: 50% / 61% / 70%\n" in printed
+        assert (f"{sentence}counts with tokens, or run smaller batches" in printed) == told
+        assert ("give back" in printed) == told
+    report["models"][1]["tokens"]["padded"] = None
+    print_benchmark(report)
+    assert "FLOPs at" not in capsys.readouterr().out
 
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:

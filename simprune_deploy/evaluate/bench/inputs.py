@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from simprune_deploy.onnx.exported_folder import GOLDEN
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.predict.records import Array
 from simprune_deploy.predict.source import ModelSource
+
+if TYPE_CHECKING:
+    from simprune_deploy.onnx.metadata import ModelMetadata
 
 MOST_IMAGES = 16
 
@@ -104,12 +108,15 @@ def count_tokens(source: ModelSource, batches: Sequence[Array], threshold: float
     try:
         with source.spec().open() as predictor:
             layers = predictor.layers
+            alone: list[Counter[int]] = [Counter() for _ in layers]
             for images in batches:
                 found = predictor.answer(
                     images, threshold=threshold, decisions=True, batches=[range(len(images))]
                 )
                 records = found.records or {}
                 counts = [float(len(records[layer][0].kept_index)) for layer in layers]
+                for counter, layer in zip(alone, layers, strict=True):
+                    counter.update(len(record.heads()) for record in records[layer])
                 place = metadata.pruning.place
                 total, depth = metadata.num_tokens, metadata.depth
                 by_block = spread_over_blocks(total, layers, counts, depth, place)
@@ -125,4 +132,42 @@ def count_tokens(source: ModelSource, batches: Sequence[Array], threshold: float
         "kept": dict(zip(map(str, layers), means, strict=True)),
         "processed_share": round(float(np.mean(shares)), 4),
         "allowed_speedup": round(1 / float(np.mean(costs)), 4),
+        "padded": padding(metadata, layers, alone, len(batches[0])),
+    }
+
+
+def padding(
+    metadata: ModelMetadata, layers: Sequence[int], kept: Sequence[Counter[int]], timed: int
+) -> dict[str, Any] | None:
+    """Return what padding leaves of the saving in batches; None where it takes nothing of it.
+
+    It takes nothing where counts are fixed, or single images are all that the export takes.
+
+    Args:
+        metadata: Of the export.
+        layers: The prune layers' blocks.
+        kept: For each of them, how many images kept how many tokens, prefix included.
+        timed: The batch that was timed.
+
+    Returns:
+        ``flops_share``, by batch; and for the batch that was timed, or the largest of these where
+        single images were, as ``batch``, the share of the saving that padding gives back, as
+        ``given_back``.
+    """
+    from simprune_deploy.pruning.cost import BATCHES, padded_flops_share
+
+    config, (low, high) = metadata.pruning, metadata.batch
+    if config.capacities or high == 1:
+        return None
+    taken = {1, timed, *(min(max(batch, low), high) for batch in BATCHES)}
+    model = (metadata.block, metadata.num_tokens, layers, kept, metadata.depth, config.place)
+    shares = {
+        batch: padded_flops_share(*model, batch, config.multiple_of) for batch in sorted(taken)
+    }
+    batch = timed if timed > 1 else max(taken)
+    saved = 1 - shares[1]
+    return {
+        "flops_share": {str(batch): round(share, 4) for batch, share in shares.items()},
+        "batch": batch,
+        "given_back": round((shares[batch] - shares[1]) / saved, 4) if saved > 0 else 0.0,
     }
