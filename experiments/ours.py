@@ -17,6 +17,7 @@ from tracks import TRACKS, load_halves, run
 
 import simprune_deploy as sd
 from simprune_deploy.pruning.calibration import calibrate
+from simprune_deploy.pruning.config import FEATURES
 from simprune_deploy.pruning.model import PrunedViT
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.85, 0.75, 0.65, 0.55, 0.5])
     parser.add_argument("--images", type=int, default=1000, help="of Fashion-MNIST; default 1000")
     parser.add_argument("--calibrate", type=int, default=40, help="pictures, at most; default 40")
-    parser.add_argument("--features", choices=("tokens", "keys", "mean-keys"), help="default: best")
+    parser.add_argument("--features", choices=FEATURES, help="default: best")
     parser.add_argument("--weights", type=Path, default=Path("real-weights"))
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of folders")
     args = parser.parse_args()

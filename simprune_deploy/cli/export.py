@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Place = Literal["before", "inside"]
-Features = Literal["tokens", "keys", "mean-keys"]
+Features = Literal["tokens", "keys", "mean-keys", "tokens+keys"]
 Precision = Literal["fp32", "fp16", "bf16"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
 
@@ -102,7 +102,8 @@ def export(
         str | None,
         typer.Option(
             help="'dynamic'; or K: patches left after the last prune layer, with static shapes; "
-            "or one count per layer: 150,110,80.  [default: dynamic]",
+            "or one count per layer: 150,110,80; or 'fixed': the counts that --flops found.  "
+            "[default: dynamic]",
             show_default=False,
         ),
     ] = None,
@@ -264,7 +265,8 @@ def _print(result: ExportResult) -> None:
 
 
 def _parse_tokens(text: str | None) -> str | int | list[int] | None:
-    if text is None or text == "dynamic":
+    if text is None or text in ("dynamic", "fixed"):
         return text
-    counts = parse_numbers(text, "--tokens", "'dynamic', a number, or one per layer: 150,110,80")
+    example = "'dynamic', 'fixed', a number, or one per layer: 150,110,80"
+    counts = parse_numbers(text, "--tokens", example)
     return counts[0] if len(counts) == 1 else counts

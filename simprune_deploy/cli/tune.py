@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,7 +19,6 @@ from simprune_deploy.cli.export import FeaturesChoice, PlaceChoice, Reduction, S
 from simprune_deploy.cli.grids import parse_layer_sets
 from simprune_deploy.cli.sweep import (
     BackendName,
-    BatchSize,
     Classes,
     ClassOrder,
     Cut,
@@ -71,6 +70,14 @@ def tune(
     ] = None,
     place: PlaceChoice = None,
     features: FeaturesChoice = None,
+    tokens: Annotated[
+        Literal["dynamic", "fixed"] | None,
+        typer.Option(
+            help="With --flops: thresholds, or fixed counts.  [default: thresholds for single "
+            "pictures, for batches whichever loses less]",
+            show_default=False,
+        ),
+    ] = None,
     selection: Annotated[Selection, typer.Option(help="How patches are chosen.")] = "pairs",
     reduction: Annotated[Reduction, typer.Option(help="What becomes of them.")] = "merge",
     confidence: Annotated[str, typer.Option(help="Of the interval of the drop.")] = "95%",
@@ -85,7 +92,14 @@ def tune(
     no_labels: NoLabels = False,
     cut: Cut = None,
     max_unreadable: MaxUnreadable = "1%",
-    batch: BatchSize = 32,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Pictures a run; timing is of one. With --flops: the batch that is served, whose "
+            "padding the share counts.  [default: 32; with --flops 1]",
+            show_default=False,
+        ),
+    ] = None,
     timing: Timing = 200,
     cells: Annotated[
         Path | None,
@@ -112,6 +126,8 @@ def tune(
             model=model,
             data=data,
             flops=None if flops is None else parse_share(flops),
+            tokens=tokens,
+            served=None if flops is None else batch,
             max_drop=None if max_drop is None else parse_share(max_drop),
             min_speedup=min_speedup,
             target_latency=None if target_latency is None else _milliseconds(target_latency),
@@ -129,7 +145,7 @@ def tune(
             labels=not no_labels,
             cut=cut,
             max_unreadable=parse_share(max_unreadable),
-            batch=batch,
+            batch=32 if batch is None or flops is not None else batch,
             timing=timing,
             cells=cells,
             output=output,

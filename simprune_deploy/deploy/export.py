@@ -33,6 +33,7 @@ from simprune_deploy.deploy.bundle.packing import (
     default_output,
     make_bundle,
 )
+from simprune_deploy.deploy.calibrated import FIXED, at_wish, calibrated
 from simprune_deploy.deploy.triton import (
     TritonModel,
     check_batch,
@@ -86,6 +87,7 @@ class ExportRequest:
         threshold, layers, selection, reduction, proportional_attention, tokens, multiple_of, place,
             features: As :func:`simprune_deploy.prune` takes them. Default None: the model's own, or
             its defaults.
+            `tokens` "fixed": the counts of the calibrated curve.
         config: A file of ``tune`` with these; what is given here overrides it.
         flops: The share of the blocks' FLOPs that is wanted, in (0, 1): a point of the calibrated
             curve of `config` or of the model, or without one calibrated now, on the pictures.
@@ -192,6 +194,8 @@ class ExportRequest:
         if self.flops is not None and "curve" in asked:
             asked["curve"].check_share(self.flops)
             asked["threshold"] = self.flops
+        if asked.get("tokens") == FIXED:  # the model says how many they are
+            del asked["tokens"]
         simple = ["threshold", "selection", "reduction", "multiple_of", "place"]
         if "place" in asked:  # else it is the checkpoint's, and keys may go with it
             simple.append("features")
@@ -322,15 +326,15 @@ def export(
         check_can_build_here(str(graph_options.precision))
     progress("loading PyTorch and the checkpoint")
     pruned, source, words = _pruned(request, pruning)
-    calibrated = None
+    found = None
     if request.flops is not None and pruned.config.curve is None:
-        pruned, calibrated = _calibrated(request, pruned, progress)
-    result = _export_folder(request, pruned, graph_options, source, calibrated, progress)
+        pruned, found = calibrated(request, pruned, progress)
+    result = _export_folder(request, pruned, graph_options, source, found, progress)
     after = _Afterwards(request, result, targets, devices, progress)
     return dataclasses.replace(
         result,
         checkpoint=words,
-        calibrated=calibrated,
+        calibrated=found,
         precision_note=note,
         **after.make(),
     )
@@ -369,44 +373,7 @@ def _pruned(
         raise for_checkpoints(request.checkpoint)
     if pruning or not isinstance(model, PrunedViT):
         model = prune(model, **pruning)
-    if request.flops is not None and model.config.curve is not None:
-        model.config.curve.check_share(request.flops)
-        model = prune(model, threshold=request.flops)
-    return model, source or {}, words
-
-
-def _calibrated(
-    request: ExportRequest, model: PrunedViT, progress: Progress
-) -> tuple[PrunedViT, Calibrated]:
-    """Calibrate the model for the share of FLOPs that is wanted, on the pictures of the check."""
-    import torch
-
-    from simprune_deploy.common.images import Preprocessing, load_as_taken
-    from simprune_deploy.pruning.calibration import calibrate
-    from simprune_deploy.pruning.model import PrunedViT
-
-    for name, kept in (("selection", "pairs"), ("reduction", "merge"), ("place", "inside"),
-                       ("tokens", "dynamic"), ("multiple_of", 1)):  # fmt: skip
-        if getattr(request, name) not in (None, kept):
-            raise InvalidArgumentError(
-                f"{argument('flops')} calibrates with {argument(name, kept)}: drop "
-                f"{argument(name)}, or give {argument('threshold')} in place of "
-                f"{argument('flops')}"
-            )
-    pictures = load_as_taken(
-        request.images, Preprocessing.of_model(model), graph_normalizes=False, uint8=False
-    )
-    assert request.flops is not None
-    layers = model.config.layers if request.layers not in (None, "auto") else None
-    found = calibrate(
-        model.vit,
-        torch.from_numpy(pictures.pixels),
-        request.flops,
-        features=request.features,
-        layers=layers,
-        progress=progress,
-    )
-    return PrunedViT(model.vit, found.config), found
+    return at_wish(request, model), source or {}, words
 
 
 def _export_folder(

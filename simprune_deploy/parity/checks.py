@@ -35,6 +35,7 @@ from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks, tokens_share
 
 MAX_TURNED = 0.5
+SAME_THRESHOLD = 1e-6
 """If float noise turned a decision in more than this share of the images, what is left is too
 little to compare outputs on."""
 
@@ -446,11 +447,13 @@ def _overruled(run: Run, pruning: Pruning) -> dict[str, Any]:
     layer's fixed count, of what the layer read.
     """
     config, prefix = pruning.config, pruning.num_prefix_tokens
-    own = np.float32(config.threshold)
-    records = {
-        layer: [record for record in run.records[layer] if np.float32(record.threshold) == own]
-        for layer in config.layers
-    }
+    patches = pruning.num_tokens - prefix
+    reached = [patches, *config.capacities]
+    records = {}
+    for position, layer in enumerate(config.layers):
+        own = config.layer_threshold(position, config.threshold, reached[position] / patches)
+        found = run.records[layer]
+        records[layer] = [each for each in found if abs(each.threshold - own) < SAME_THRESHOLD]
     return {
         "threshold": config.threshold,
         "images": len(records[config.layers[0]]),
@@ -465,8 +468,11 @@ def _overruled(run: Run, pruning: Pruning) -> dict[str, Any]:
 
 
 def _overruled_in_words(overruled: dict[str, Any], config: PruneConfig) -> str:
-    count, threshold = overruled["images"], config.threshold
-    what = f"the fixed counts remove patches less alike than the threshold of {threshold}"
+    count, number = overruled["images"], config.threshold
+    threshold = f"the threshold of {number}"
+    if config.curve is not None:
+        threshold = f"the calibrated thresholds for {number:.0%} of the FLOPs"
+    what = f"the fixed counts remove patches less alike than {threshold}"
     if not any(overruled["by_layer"].values()):
         return f"{what} in none of {count} images"
     where = [f"{found} of {count} at block {at}" for at, found in overruled["by_layer"].items()]

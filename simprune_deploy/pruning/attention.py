@@ -25,6 +25,8 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional
 
+from simprune_deploy.pruning.operator import unit_features
+
 KEY_CHANNELS = 8
 """More channels a head where sizes ride in the keys; kernels want widths in steps of 8."""
 
@@ -231,7 +233,8 @@ def features_of(kind: str, tokens: torch.Tensor, keys: torch.Tensor | None) -> t
     """Return what a prune layer compares, [B, N, F].
 
     Args:
-        kind: "tokens" (F = D), "keys" (all heads side by side), "mean-keys" (F = head width).
+        kind: "tokens" (F = D), "keys" (all heads side by side), "mean-keys" (F = head width),
+            "tokens+keys" (F = D + head width, each part scaled to length one).
         tokens: [B, N, D].
         keys: [B, heads, N, head width].
     """
@@ -240,4 +243,7 @@ def features_of(kind: str, tokens: torch.Tensor, keys: torch.Tensor | None) -> t
     assert keys is not None  # the configuration was checked against the model
     if kind == "mean-keys":
         return keys.mean(1)
+    if kind == "tokens+keys":
+        parts = (unit_features(tokens.float()), unit_features(keys.mean(1).float()))
+        return torch.cat(parts, 2).to(tokens.dtype)
     return keys.transpose(1, 2).flatten(2)

@@ -1,10 +1,8 @@
 """Find how tolerant each prune layer should be, from pictures without labels.
 
-The loss is what pruning does to the dense model's output. The pictures run through the model layer
-by layer, each with its own tokens: at a prune layer all of them are there, so the tolerance that
-lets as many patches go as are wished *on average* is a quantile, and needs no search. What is
-compared is how many are wished, where, and by which features. That tolerances fall with an image's
-own patches (:mod:`simprune_deploy.pruning.calibrated_curve`) is worth as much as all of that.
+What is compared is how many patches are wished to go, where, and by which features, at equal cost
+(:mod:`simprune_deploy.pruning.calibrator` runs it). That tolerances fall with an image's own
+patches (:mod:`simprune_deploy.pruning.calibrated_curve`) is worth as much as all of that.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,29 +21,23 @@ from simprune_deploy.common.errors import (
     argument,
 )
 from simprune_deploy.common.progress import Progress, silent
-from simprune_deploy.pruning.attention import (
-    Sizes,
-    attention_half,
-    features_of,
-    has_keys,
-    has_two_halves,
-    mlp_half,
-    run_block,
-    sizes_of,
+from simprune_deploy.pruning.calibrated_curve import (
+    FLOOR,
+    CalibratedCurve,
+    Tolerances,
+    check_flops,
 )
-from simprune_deploy.pruning.calibrated_curve import IDENTITY, CalibratedCurve, check_flops
-from simprune_deploy.pruning.config import FEATURES, Features, PruneConfig, format_numbers
-from simprune_deploy.pruning.cost import BlockTokens, flops_share, spread_over_blocks
-from simprune_deploy.pruning.model import PrunedViT
-from simprune_deploy.pruning.operator import similarity_prune, unit_features
+from simprune_deploy.pruning.calibrator import Calibrator, Candidate, OnAverage, Pass
+from simprune_deploy.pruning.config import Features, PruneConfig, format_numbers
+from simprune_deploy.pruning.cost import BATCHES
+
+CHOICES: tuple[Features, ...] = ("tokens+keys", "mean-keys", "tokens", "keys")
+"""What may be compared; one further behind is taken if it loses less by more than noise."""
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the FLOPs: where a curve has its knots, as far as they can be reached."""
 
 RESAMPLES = 2000
-LEAST_IMAGES = 4
-"""Fewer show nothing of what images have in common."""
-
 LAYER_COST = 0.004
 """What a prune layer costs of a dense forward, in time: 0.3 to 0.6 % measured on a CPU."""
 
@@ -72,43 +64,6 @@ every block by itself, searched on 37 photographs, lost less on these and more o
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """How a model could be pruned: what is compared inside which blocks, and where patches go.
-
-    Attributes:
-        features: What is compared.
-        weights: One a block: how much of the patches goes there, relative to the others; 0 is no
-            prune layer.
-    """
-
-    features: Features
-    weights: tuple[float, ...]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks inside which patches go."""
-        return tuple(block for block, weight in enumerate(self.weights) if weight)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One run of pictures through a pruned model.
-
-    Attributes:
-        losses: float64[n], ``1 - cosine`` of the output to the dense model's; of a single output
-            the squared difference over the dense outputs' variance.
-        flops: float64[n], the share of the dense blocks' FLOPs.
-        kept: int64[n, layers], patches behind each prune layer.
-        tolerances: Of the layers.
-    """
-
-    losses: np.ndarray
-    flops: np.ndarray
-    kept: np.ndarray
-    tolerances: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Calibrated:
     """What calibration found.
 
@@ -117,12 +72,17 @@ class Calibrated:
         calibration: The pictures that it was found with, pruned at that share.
         held_out: Others, that it was not; None if there were too few for both.
         evaluated: How many ways of pruning were compared.
+        batch: The images of a batch whose FLOPs are that share.
+        rejected: The mean loss of fixed counts, if thresholds were taken, or the other way round,
+            on the same pictures; None if they were not compared.
     """
 
     config: PruneConfig
     calibration: Pass
     held_out: Pass | None
     evaluated: int
+    batch: int = 1
+    rejected: float | None = None
 
     @property
     def measured(self) -> Pass:
@@ -138,11 +98,27 @@ class Calibrated:
             else f"the {count} pictures it was calibrated on"
         )
         low, high = interval_of_mean(found.losses)
+        counts = f", {format_numbers(config.capacities)} patches" if config.capacities else ""
+        padded = f" in batches of {self.batch}, padded" if self.batch > 1 else ""
         return (
-            f"{config.features} inside blocks {format_numbers(config.layers)}: on {which} "
-            f"{found.flops.mean():.1%} of the blocks' FLOPs, a cosine of "
+            f"{config.features} inside blocks {format_numbers(config.layers)}{counts}: on {which} "
+            f"{found.padded(self.batch):.1%} of the blocks' FLOPs{padded}, a cosine of "
             f"{1 - found.losses.mean():.4f} to the dense model's output "
             f"({1 - high:.4f} to {1 - low:.4f}), of {1 - found.losses.max():.4f} at worst"
+            f"{self.comparison}"
+        )
+
+    @property
+    def comparison(self) -> str:
+        """What thresholds and fixed counts lose, in words; empty if they were not compared."""
+        if self.rejected is None:
+            return ""
+        taken, other = "thresholds", "fixed counts"
+        if self.config.capacities:
+            taken, other = other, taken
+        return (
+            f"; {taken} lose {self.calibration.losses.mean():.4f} in such batches, {other} "
+            f"{self.rejected:.4f}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,6 +127,8 @@ class Calibrated:
         return {
             "share": self.config.threshold,
             "evaluated": self.evaluated,
+            "batch": self.batch,
+            "rejected_loss": self.rejected,
             **{name: each and _described(each) for name, each in found.items()},
         }
 
@@ -161,7 +139,7 @@ def _described(found: Pass) -> dict[str, Any]:
         "loss": float(found.losses.mean()),
         "loss_95": list(interval_of_mean(found.losses)),
         "worst_loss": float(found.losses.max()),
-        "flops": float(found.flops.mean()),
+        "flops": {str(size): found.padded(size) for size in BATCHES},
         "kept": [float(each) for each in found.kept.mean(0)],
     }
 
@@ -174,172 +152,6 @@ def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-class Calibrator:
-    """A model and pictures, ready to be run in many ways.
-
-    Args:
-        vit: A timm ``VisionTransformer``.
-        images: float32[n, C, H, W], normalized.
-
-    Raises:
-        SimpruneError: there are too few pictures, or all are alike.
-    """
-
-    def __init__(self, vit: torch.nn.Module, images: torch.Tensor) -> None:
-        # with a layer, so that its head pools by the sizes; what runs is decided in each run
-        self.model = PrunedViT(vit, PruneConfig(layers=(0,))).eval()
-        self.vit = self.model.vit
-        if len(images) < LEAST_IMAGES:
-            raise InvalidArgumentError(
-                f"{len(images)} pictures are too few to calibrate on: give {LEAST_IMAGES} or more, "
-                "better dozens"
-            )
-        with torch.inference_mode():
-            chunks = [image[None] for image in images]
-            self.tokens = [self.model.embed(chunk) for chunk in chunks]
-            self.dense = torch.cat([self.vit(chunk) for chunk in chunks]).double()
-        if bool((self.dense == self.dense[0]).all()):
-            raise InvalidArgumentError(
-                f"all {len(images)} pictures give the same output, which shows nothing of what "
-                f"pruning loses: give others with {argument('images')}"
-            )
-        self.shape = self.model.block_shape
-
-    @property
-    def depth(self) -> int:
-        return len(self.vit.blocks)
-
-    def usable_blocks(self, features: Features) -> list[int]:
-        """Return the blocks inside which these features can be compared."""
-        fits = has_two_halves if features == "tokens" else has_keys
-        return [index for index, block in enumerate(self.vit.blocks) if fits(block)]
-
-    def left_at(self, candidate: Candidate, share: float) -> list[float]:
-        """Return the share of the patches left behind each of the candidate's layers.
-
-        So that the blocks' FLOPs are that share of the dense ones: each layer lets a part of the
-        patches that reach it go, in proportion to its weight, and at most half.
-
-        Raises:
-            SimpruneError: even half in every layer is not enough.
-        """
-        weights = [candidate.weights[layer] for layer in candidate.layers]
-
-        def left(scale: float) -> list[float]:
-            return list(np.cumprod([1 - min(0.5, scale * weight) for weight in weights]))
-
-        low, high = 0.0, 0.5 / min(weights)
-        if (least := self.flops_of(candidate, left(high))) > share:
-            raise InvalidArgumentError(
-                f"{argument('flops', share)} cannot be reached: {len(weights)} prune layers fold "
-                f"half of the patches each, and {least:.0%} of the FLOPs are left"
-            )
-        for _ in range(40):
-            middle = (low + high) / 2
-            if self.flops_of(candidate, left(middle)) > share:
-                low = middle
-            else:
-                high = middle
-        return left(high)
-
-    def flops_of(self, candidate: Candidate, left: Sequence[float]) -> float:
-        """Return the share of FLOPs where shares `left` of the patches pass the layers."""
-        patches, prefix = self.model.num_patches, self.model.num_prefix_tokens
-        kept = [prefix + each * patches for each in left]
-        total = prefix + patches
-        spread = spread_over_blocks(total, candidate.layers, kept, self.depth, "inside")
-        return flops_share(self.shape, total, spread)
-
-    @torch.inference_mode()
-    def run(
-        self,
-        candidate: Candidate,
-        images: Sequence[int],
-        left: Sequence[float] | None = None,
-        tolerances: Sequence[float] | None = None,
-    ) -> Pass:
-        """Run pictures with tolerances, or with those that leave shares of the patches on average.
-
-        Args:
-            candidate: What is compared where.
-            images: Their numbers.
-            left: For each layer, the share of all patches behind it; or
-            tolerances: one for each layer.
-        """
-        model, prefix, patches = self.model, self.model.num_prefix_tokens, self.model.num_patches
-        tokens = [self.tokens[image] for image in images]
-        log_sizes = [each.new_zeros(each.shape[:2], dtype=torch.float32) for each in tokens]
-        sizes: list[Sizes | None] = [None] * len(images)
-        spread: list[list[BlockTokens]] = [[] for _ in images]
-        kept: list[list[int]] = []
-        found: list[float] = []
-        for index, block in enumerate(self.vit.blocks):
-            if index not in candidate.layers:
-                for i, each in enumerate(tokens):
-                    spread[i].append(BlockTokens(each.shape[1], each.shape[1]))
-                    tokens[i] = run_block(block, each, sizes[i])
-                continue
-            halves = [attention_half(block, *pair) for pair in zip(tokens, sizes, strict=True)]
-            features = [features_of(candidate.features, each, keys) for each, keys in halves]
-            reach = [(each.shape[1] - prefix) / patches for each in tokens]
-            position = len(found)
-            if tolerances is not None:
-                tolerance = tolerances[position]
-            else:
-                assert left is not None
-                going = sum(reach) - left[position] * len(images)
-                tolerance = _quantile(features, reach, prefix, round(going * patches))
-            found.append(tolerance)
-            for i, (each, _) in enumerate(halves):
-                limit = torch.tensor([1 - tolerance * reach[i]])
-                before = each.shape[1]
-                each, log_sizes[i], *_ = similarity_prune(
-                    each, features[i], log_sizes[i], limit, prefix
-                )
-                sizes[i] = sizes_of(log_sizes[i], each)
-                spread[i].append(BlockTokens(before, each.shape[1]))
-                tokens[i] = mlp_half(block, each)
-            kept.append([each.shape[1] - prefix for each in tokens])
-        outputs = [
-            model.forward_head(self.vit.norm(each), log_size)
-            for each, log_size in zip(tokens, log_sizes, strict=True)
-        ]
-        total = prefix + patches
-        return Pass(
-            self._losses(torch.cat(outputs).double(), images),
-            np.array([flops_share(self.shape, total, each) for each in spread]),
-            np.array(kept, np.int64).reshape(len(kept), len(images)).T,
-            tuple(found),
-        )
-
-    def _losses(self, outputs: torch.Tensor, images: Sequence[int]) -> np.ndarray:
-        dense = self.dense[list(images)]
-        if dense.shape[1] == 1:
-            off = (outputs - dense).square()[:, 0] / self.dense.var().clamp_min(1e-30)
-            return np.asarray(off.numpy())
-        return np.asarray(1 - torch.cosine_similarity(outputs, dense, dim=1).numpy())
-
-
-def _quantile(
-    features: Sequence[torch.Tensor], reach: Sequence[float], prefix: int, going: int
-) -> float:
-    """Return the tolerance at which so many patches of all images together go."""
-    needed = []
-    for each, left in zip(features, reach, strict=True):
-        unit = unit_features(each[:, prefix:].float())[0]
-        if len(unit) < 2:
-            continue
-        best = (unit[0::2] @ unit[1::2].T).amax(1)
-        needed.append((1 - best.double().numpy()) / left)
-    ranked = np.sort(np.concatenate(needed)) if needed else np.zeros(0)
-    going = min(going, len(ranked))
-    if going < 1:
-        return IDENTITY
-    if going == len(ranked):
-        return float(ranked[-1] + 1e-6)
-    return float((ranked[going - 1] + ranked[going]) / 2)
-
-
 def calibrate(
     vit: torch.nn.Module,
     images: torch.Tensor,
@@ -347,6 +159,8 @@ def calibrate(
     *,
     features: Features | None = None,
     layers: Sequence[int] | None = None,
+    batch: int = 1,
+    tokens: Literal["dynamic", "fixed"] | None = None,
     layer_cost: float = LAYER_COST,
     hold_out: bool = True,
     progress: Progress = silent,
@@ -359,6 +173,10 @@ def calibrate(
         share: Of the dense blocks' FLOPs that may be spent, in (0, 1).
         features: What is compared. Default None: whichever loses least.
         layers: The blocks to prune inside. Default None: whichever lose least.
+        batch: Images that run together, all padded to the one with the most tokens; the share is of
+            such batches. Default 1.
+        tokens: "dynamic", by thresholds, or "fixed" counts. Default None: by thresholds for single
+            images, for batches whichever loses less.
         layer_cost: What a prune layer costs, as a share of the dense model's time. Default 0.004.
         hold_out: Calibrate on every other picture only, and measure on the rest, where there are
             :data:`HELD_OUT_FROM` or more. Default True.
@@ -369,17 +187,13 @@ def calibrate(
             or the model has no block that can be pruned inside.
     """
     check_flops(share)
-    if not math.isfinite(layer_cost) or not 0 <= layer_cost < 0.1:
-        raise InvalidArgumentError(
-            f"{argument('layer_cost', layer_cost)} is outside [0, 0.1): give the share of the "
-            "dense model's time that a prune layer takes, as 0.4%"
-        )
+    _check_costs(layer_cost, batch)
     progress("running the dense model on the pictures")
     calibrator = Calibrator(vit, images)
     numbers = list(range(len(images)))
     apart = hold_out and len(numbers) >= HELD_OUT_FROM
     known, others = (numbers[::2], numbers[1::2]) if apart else (numbers, [])
-    search = _Search(calibrator, known, share, layer_cost, progress)
+    search = _Search(calibrator, known, share, layer_cost, batch, progress)
     starts = list(search.starts(features, layers))
     if not starts:
         wanted = "" if features is None else f" by their {features}"
@@ -390,21 +204,40 @@ def calibrate(
     best = search.best_of(starts)
     best = search.best_of([best, *search.others(best, every_block=layers is None)])
     progress("calibrating the curve")
-    curve = _curve(calibrator, best, known, share)
+    curve = _curve(calibrator, best, known, share, batch)
+    point, counts = curve.at(share), curve.counts(share, calibrator.model.num_patches)
+    ways: dict[str, Tolerances | tuple[int, ...]] = {"dynamic": point, "fixed": counts}
+    wanted_ways = [tokens or "dynamic"] if tokens or batch == 1 else list(ways)
+    found = {way: calibrator.run(best, known, ways[way]) for way in wanted_ways}
+    taken, *rejected = sorted(found, key=lambda way: search.at_equal_cost(found[way], share))
     config = PruneConfig(
         threshold=share,
         layers=best.layers,
+        capacities=counts if taken == "fixed" else (),
         place="inside",
         features=best.features,
         curve=curve,
     )
-    tolerances = curve.at(share)
     return Calibrated(
         config,
-        calibrator.run(best, known, tolerances=tolerances),
-        calibrator.run(best, others, tolerances=tolerances) if others else None,
+        found[taken],
+        calibrator.run(best, others, ways[taken]) if others else None,
         len(search.seen),
+        batch,
+        *[float(found[way].losses.mean()) for way in rejected],
     )
+
+
+def _check_costs(layer_cost: float, batch: int) -> None:
+    if not math.isfinite(layer_cost) or not 0 <= layer_cost < 0.1:
+        raise InvalidArgumentError(
+            f"{argument('layer_cost', layer_cost)} is outside [0, 0.1): give the share of the "
+            "dense model's time that a prune layer takes, as 0.4%"
+        )
+    if batch < 1:
+        raise InvalidArgumentError(
+            f"{argument('batch', batch)} must be 1 or more: the images that run together"
+        )
 
 
 class _Search:
@@ -416,17 +249,18 @@ class _Search:
         images: list[int],
         share: float,
         layer_cost: float,
+        batch: int,
         progress: Progress,
     ) -> None:
         self.calibrator, self.images, self.share = calibrator, images, share
-        self.layer_cost, self.progress = layer_cost, progress
+        self.layer_cost, self.batch, self.progress = layer_cost, batch, progress
         self.seen: dict[Candidate, float] = {}
 
     def starts(
         self, features: Features | None, layers: Sequence[int] | None
     ) -> Iterator[Candidate]:
         """Give a candidate for everything that may be compared, all its blocks alike."""
-        choices = cast("tuple[Features, ...]", FEATURES) if features is None else (features,)
+        choices = CHOICES if features is None else (features,)
         for each in choices:
             usable = self.calibrator.usable_blocks(each)
             wanted = usable if layers is None else list(layers)
@@ -458,43 +292,56 @@ class _Search:
         """Return the logarithm of the mean loss at the wanted cost, prune layers counted."""
         if candidate not in self.seen:
             self.progress(f"comparing ways of pruning: {len(self.seen) + 1}")
-            unused = self.calibrator.depth - len(candidate.layers)
-            share = min(self.share + self.layer_cost * unused, 0.99)
+            run = self.calibrator
+            # the share is what the costliest prune layers, in all blocks, leave of the time
+            costliest = Candidate(CHOICES[0], (1.0,) * run.depth)
+            spared = run.cost_of_layers(costliest, self.layer_cost) - run.cost_of_layers(
+                candidate, self.layer_cost
+            )
+            share = min(self.share + spared, 0.99)
             try:
-                left = self.calibrator.left_at(candidate, share)
+                left = run.left_at(candidate, share)
             except InvalidArgumentError:
                 if not self.seen:  # the first one: all blocks
                     raise
                 self.seen[candidate] = math.inf
                 return math.inf
-            found = self.calibrator.run(candidate, self.images, left)
-            over = math.log(float(found.flops.mean()) / share)
-            self.seen[candidate] = math.log(found.losses.mean() + 1e-12) + STEEPNESS * over
+            found = run.run(candidate, self.images, OnAverage(left, FLOOR * left[-1]))
+            self.seen[candidate] = self.at_equal_cost(found, share)
         return self.seen[candidate]
+
+    def at_equal_cost(self, found: Pass, share: float) -> float:
+        """Return the logarithm of a mean loss, as if exactly that share had been spent."""
+        over = math.log(found.padded(self.batch) / share)
+        return float(math.log(found.losses.mean() + 1e-12) + STEEPNESS * over)
 
 
 def _curve(
-    calibrator: Calibrator, candidate: Candidate, images: list[int], share: float
+    calibrator: Calibrator, candidate: Candidate, images: list[int], share: float, batch: int
 ) -> CalibratedCurve:
     """Return the tolerances at every share that can be reached, that of the user among them."""
-    shares, rows = [], []
+    shares, rows, rows_left = [], [], []
     for wanted in sorted({*SHARES, share}):
-        aim, row = wanted, None
+        try:
+            left = calibrator.left_at(candidate, wanted)
+        except InvalidArgumentError:
+            if wanted == share:
+                raise
+            continue
+        shares.append(wanted)
+        rows_left.append(left)
+        aim, floor = wanted, FLOOR * left[-1]
         for _ in range(AIMS):
+            found = calibrator.run(candidate, images, OnAverage(left, floor))
+            # images differ, attention is of the square of their tokens, and batches are padded
+            short = wanted - found.padded(batch)
+            if abs(short) < CLOSE:
+                break
+            aim = min(max(aim + short, 0.01), 0.999)
             try:
                 left = calibrator.left_at(candidate, aim)
             except InvalidArgumentError:
                 break
-            found = calibrator.run(candidate, images, left)
-            row = found.tolerances
-            # images differ, and attention is of the square of their tokens
-            short = wanted - float(found.flops.mean())
-            if abs(short) < CLOSE:
-                break
-            aim = min(max(aim + short, 0.01), 0.999)
-        if row is not None:
-            shares.append(wanted)
-            rows.append(row)
-    if share not in shares:
-        calibrator.left_at(candidate, share)  # says what can be reached
-    return CalibratedCurve(tuple(shares), tuple(rows))
+        assert found.tolerances is not None
+        rows.append(found.tolerances.layers)
+    return CalibratedCurve(tuple(shares), tuple(rows), tuple(rows_left))

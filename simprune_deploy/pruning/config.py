@@ -18,8 +18,9 @@ SELECTIONS = ("pairs", "redundancy")
 REDUCTIONS = ("merge", "drop")
 PLACES = ("before", "inside")
 """Before a block, or inside it, between its attention and its MLP."""
-FEATURES = ("tokens", "keys", "mean-keys")
-"""What is compared: tokens, the keys of all heads side by side, or their mean over the heads."""
+FEATURES = ("tokens", "keys", "mean-keys", "tokens+keys")
+"""What is compared: tokens, the keys of all heads side by side, their mean over the heads, or a
+token and its mean key, each scaled to length one, side by side (the mean of both cosines)."""
 
 USUALLY_LEFT = 0.4
 """Of the patches, behind all prune layers of a model of which nothing better is known."""
@@ -27,7 +28,7 @@ USUALLY_LEFT = 0.4
 Selection = Literal["pairs", "redundancy"]
 Reduction = Literal["merge", "drop"]
 Place = Literal["before", "inside"]
-Features = Literal["tokens", "keys", "mean-keys"]
+Features = Literal["tokens", "keys", "mean-keys", "tokens+keys"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class PruneConfig:
             default) keeps as many as the image needs.
         multiple_of: Round the number of tokens up to a multiple of this. Default 1.
         place: Prune "before" the blocks (the default), or "inside" them, between attention and MLP.
-        features: Compare "tokens" (the default), or a block's "keys" or "mean-keys" (averaged over
-            the heads), which wants layers inside blocks.
+        features: Compare "tokens" (the default), or a block's "keys", "mean-keys" (averaged over
+            the heads) or "tokens+keys" (both), which wants layers inside blocks.
         curve: Thresholds for each layer, calibrated. Default None: `threshold`, in all of them.
 
     Raises:
@@ -147,7 +148,7 @@ class PruneConfig:
         """
         if self.curve is None:
             return threshold
-        return 1.0 - self.curve.at(threshold)[position] * left
+        return self.curve.at(threshold).threshold(position, left)
 
     def capacity_of(self, position: int) -> int:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""

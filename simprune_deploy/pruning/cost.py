@@ -90,6 +90,11 @@ def allowed_speedup(
     return dense / (embed_flops + flops_of(shape, tokens_by_block))
 
 
+def comparing_flops(patches: float, width: int) -> float:
+    """Return the FLOPs of comparing every other of n patches with the rest, by F numbers each."""
+    return patches**2 / 2 * width
+
+
 def spread_over_blocks(
     dense_tokens: int, layers: Sequence[int], kept: Sequence[float], depth: int, place: str
 ) -> list[BlockTokens]:

@@ -29,7 +29,7 @@ from simprune_deploy.pruning.attention import (
     run_block,
     sizes_of,
 )
-from simprune_deploy.pruning.calibrated_curve import CalibratedCurve
+from simprune_deploy.pruning.calibrated_curve import LEAST_PART, CalibratedCurve
 from simprune_deploy.pruning.config import (
     PAD_LOG_SIZE,
     PruneConfig,
@@ -198,7 +198,7 @@ class PrunedViT(nn.Module):
             tokens,
             features,
             log_size,
-            self._limit_of(position, limits[position], log_size),
+            self._limit_of(position, limits, log_size),
             num_prefix_tokens=self.num_prefix_tokens,
             selection=config.selection,
             reduction=config.reduction,
@@ -263,7 +263,7 @@ class PrunedViT(nn.Module):
     def _limits(
         self, threshold: float | torch.Tensor | None, device: torch.device
     ) -> list[torch.Tensor]:
-        """Return for each prune layer its threshold, or with a curve its tolerance.
+        """Return for each prune layer its threshold; with a curve the floor, then its tolerance.
 
         Each float32[1], or [B] for thresholds of the images' own.
         """
@@ -272,21 +272,28 @@ class PrunedViT(nn.Module):
         if curve is None or not layers:
             return [number] * layers
         if threshold is None:
-            return [number.new_full((1,), each) for each in curve.at(self.config.threshold)]
+            point = curve.at(self.config.threshold)
+            return [number.new_full((1,), each) for each in (point.floor, *point.layers)]
         starts, widths, slopes = (number.new_tensor(each) for each in curve.ramps())
         share = torch.where(number < 1, number, number.new_tensor(1.0))  # no number: 1
         climbed = (share[:, None] - starts).clamp_min(0).minimum(widths)
-        tolerances = number.new_tensor(curve.tolerances[0]) + climbed @ slopes
-        return list(tolerances.unbind(1))
+        lowest = curve.at(0.0)
+        found = number.new_tensor((lowest.floor, *lowest.layers)) + climbed @ slopes
+        return list(found.unbind(1))
 
-    def _limit_of(self, position: int, limit: torch.Tensor, log_size: torch.Tensor) -> torch.Tensor:
-        """Return a prune layer's threshold, float32[1] or [B], of its tolerance if it has one."""
-        if self.config.curve is None or self.config.capacities:
-            return limit
-        if position == 0:  # all patches are there
-            return 1 - limit
+    def _limit_of(
+        self, position: int, limits: Sequence[torch.Tensor], log_size: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a prune layer's threshold, float32[1] or [B], of what :meth:`_limits` gave."""
+        if self.config.curve is None:
+            return limits[position]
+        floor, tolerance = limits[0], limits[1 + position]
+        if self.config.capacities or position == 0:  # all patches are there
+            return 1 - tolerance
         tokens = log_size.clamp_max(0).exp().sum(1)  # padding counts e to the PAD, 0
-        return 1 - limit * ((tokens - self.num_prefix_tokens) / self.num_patches)
+        at_floor = self.num_prefix_tokens + floor * self.num_patches
+        part = (tokens - at_floor) / ((1 - floor) * self.num_patches)
+        return 1 - tolerance * part.clamp_min(LEAST_PART)
 
     def get_extra_state(self) -> torch.Tensor:
         """Return what `state_dict` carries beside the weights, for :func:`read_extra_state`."""
@@ -336,7 +343,8 @@ def prune(
         multiple_of: Round token counts up to a multiple of this. Default 1.
         place: Prune "before" the blocks, or "inside" them, between attention and MLP. Default
             "before".
-        features: Compare "tokens", or inside blocks their "keys" or "mean-keys". Default "tokens".
+        features: Compare "tokens", or inside blocks their "keys", "mean-keys" or "tokens+keys".
+            Default "tokens".
         curve: Thresholds of its own for each layer, as ``tune`` finds them for these layers.
             Default: the model's; with other layers it no longer fits.
 

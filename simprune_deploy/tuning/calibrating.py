@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class CalibratedModel:
             "place": config.place,
             "features": config.features,
             "proportional_attention": config.proportional_attention,
-            "tokens": "dynamic",
+            "tokens": list(config.capacities) or "dynamic",
             "multiple_of": config.multiple_of,
             "curve": config.curve and config.curve.to_dict(),
         }
@@ -85,6 +85,11 @@ class CalibratedModel:
             "environment": self.environment,
         }
 
+    @property
+    def _served(self) -> str:
+        batch = self.calibrated.batch
+        return f" in batches of {batch}, padded" if batch > 1 else ""
+
     def save(self, path: Path) -> None:
         """Write it as JSON; it appears whole or not at all."""
         with staged_file(path) as staging:
@@ -95,17 +100,22 @@ class CalibratedModel:
         config, found = self.calibrated.config, self.calibrated.measured
         of = "held out" if self.calibrated.held_out else "those it was calibrated on: too few"
         facts: dict[str, Any] = {
-            "wish": f"{self.share:.0%} of the blocks' FLOPs",
+            "wish": f"{self.share:.0%} of the blocks' FLOPs{self._served}",
             "compares": config.features,
             "prunes inside blocks": format_numbers(config.layers),
             "compared": f"{self.calibrated.evaluated} ways of pruning",
             "measured on": f"{len(found.losses)} pictures ({of})",
-            "FLOPs": f"{found.flops.mean():.1%} of the blocks'",
+            "FLOPs": (
+                f"{found.padded(1):.1%} of the blocks', padded in batches of 8 "
+                f"{found.padded(8):.1%}, of 32 {found.padded(32):.1%}"
+            ),
             "cosine to the dense output": (
                 f"{1 - found.losses.mean():.4f}, at worst {1 - found.losses.max():.4f}"
             ),
             "patches left": " -> ".join(f"{each:.0f}" for each in found.kept.mean(0)),
         }
+        if self.calibrated.comparison:
+            facts["by"] = self.calibrated.comparison.removeprefix("; ")
         if self.timed is not None and self.timed.speedup is not None:
             facts["speed-up"] = (
                 f"{self.timed.speedup:.2f} ({self.timed.milliseconds:.2f} ms, dense "
@@ -121,6 +131,8 @@ def calibrated_source(
     *,
     features: Features | None,
     layers: tuple[int, ...] | None,
+    batch: int,
+    tokens: Literal["dynamic", "fixed"] | None,
     progress: Progress,
 ) -> tuple[ModelSource, Calibrated]:
     """Return a checkpoint's model with thresholds calibrated on pictures, and what they lose.
@@ -137,7 +149,14 @@ def calibrated_source(
         )
     pixels = torch.from_numpy(_pictures(data))
     found = calibrate(
-        source.model.vit, pixels, share, features=features, layers=layers, progress=progress
+        source.model.vit,
+        pixels,
+        share,
+        features=features,
+        layers=layers,
+        batch=batch,
+        tokens=tokens,
+        progress=progress,
     )
     return source_of_model(source.name, PrunedViT(source.model.vit, found.config)), found
 

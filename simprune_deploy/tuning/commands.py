@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import DestinationError, InvalidArgumentError, argument
@@ -234,10 +234,15 @@ class TuneRequest(_Measured):
         selection: "pairs" (the default) or "redundancy".
         reduction: "merge" (the default) or "drop".
         place: "before" or "inside" the blocks. Default None: the model's, or "before".
-        features: Compare "tokens", "keys" or "mean-keys". Default None: the model's, or "tokens".
+        features: Compare "tokens", "keys", "mean-keys" or "tokens+keys". Default None: the model's,
+            or "tokens".
+        tokens: With `flops`, prune by "dynamic" counts, which thresholds give, or by "fixed" ones.
+            Default None: thresholds for single images, for batches whichever loses less.
         confidence: Of the interval of the drop, in (0, 1). Default 0.95.
         overflow: Fix token counts that this share of the pictures exceeds. Default None: counts
             stay dynamic.
+        served: With `flops`, the images of a batch as it will be served: the share is of batches
+            that are padded to their largest image. Default None: 1.
         backend: What runs the model. Default None: "onnxruntime".
         cells: Folder that keeps what was measured; a sweep's will do. Default None: none.
         output: File for ``export --config``. Default None: NAME-tuned.json.
@@ -253,8 +258,10 @@ class TuneRequest(_Measured):
     reduction: Reduction = "merge"
     place: Place | None = None
     features: Features | None = None
+    tokens: Literal["dynamic", "fixed"] | None = None
     confidence: float = 0.95
     overflow: float | None = None
+    served: int | None = None
     cells: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -263,6 +270,11 @@ class TuneRequest(_Measured):
             self._check_calibrates()
             return
         wanted = self.objective
+        for name in ("tokens", "served"):
+            if getattr(self, name) is not None:
+                raise InvalidArgumentError(
+                    f"{argument(name)} is for {argument('flops')}: add it, or drop {argument(name)}"
+                )
         if not self.timing and not wanted.of_accuracy:
             raise InvalidArgumentError(
                 f"{argument(wanted.kind.replace('-', '_'))} needs times, and "
@@ -370,6 +382,8 @@ def _tune_by_flops(request: TuneRequest, bar: ProgressBar) -> CalibratedModel:
             request.flops,
             features=request.features,
             layers=_only_set(request, source),
+            batch=request.served or 1,
+            tokens=request.tokens,
             progress=_step_of(bar),
         )
         started = request.started(found, backend, folder, runner, bar, True, False)

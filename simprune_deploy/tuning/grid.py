@@ -42,7 +42,7 @@ class Grid:
         reductions: "merge", "drop" or both.
         tokens: Counts.
         place: "before" those blocks, or "inside" them.
-        features: What is compared: "tokens", "keys" or "mean-keys".
+        features: What is compared: "tokens", "keys", "mean-keys" or "tokens+keys".
 
     Raises:
         InvalidArgumentError: a threshold is out of its range.

@@ -33,7 +33,7 @@ class Setting:
         reduction: "merge" or "drop"; of "ours" only.
         tokens: Patches left after each prune layer, where they are fixed. Default: the image's.
         place: "before" or "inside" those blocks.
-        features: What is compared: "tokens", "keys" or "mean-keys".
+        features: What is compared: "tokens", "keys", "mean-keys" or "tokens+keys".
     """
 
     method: str

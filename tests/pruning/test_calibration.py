@@ -12,14 +12,15 @@ import torch
 import simprune_deploy as sd
 from simprune_deploy.common.errors import InvalidArgumentError, UnsupportedModelError
 from simprune_deploy.common.images import Preprocessing
-from simprune_deploy.pruning.calibrated_curve import CalibratedCurve
+from simprune_deploy.pruning.calibrated_curve import FLOOR, CalibratedCurve
 from simprune_deploy.pruning.calibration import (
     HELD_OUT_FROM,
+    LAYER_COST,
     Calibrated,
-    Calibrator,
-    Candidate,
     calibrate,
 )
+from simprune_deploy.pruning.calibrator import Calibrator, Candidate, OnAverage
+from simprune_deploy.pruning.config import FEATURES
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, prune
 
 FASHION = Path(__file__).parents[2] / "examples" / "fashion_mnist"
@@ -46,10 +47,12 @@ def test_the_calibrator_runs_what_the_model_runs(
     vit: torch.nn.Module, images: torch.Tensor
 ) -> None:
     calibrator = Calibrator(vit, images[:4])
-    for features in ("tokens", "keys", "mean-keys"):
+    for features in FEATURES:
         candidate = Candidate(features, (0.0, 1.0, 2.0, 0.0, 1.0, 0.0))
-        found = calibrator.run(candidate, range(4), calibrator.left_at(candidate, 0.6))
-        curve = CalibratedCurve((0.6,), (found.tolerances,))
+        left = calibrator.left_at(candidate, 0.6)
+        found = calibrator.run(candidate, range(4), OnAverage(left, FLOOR * left[-1]))
+        assert found.tolerances is not None
+        curve = CalibratedCurve((0.6,), (found.tolerances.layers,), (left,))
         model = prune(
             vit,
             threshold=0.6,
@@ -67,7 +70,7 @@ def test_the_calibrator_runs_what_the_model_runs(
                 assert kept == found.kept[image].tolist()
                 loss = 1 - torch.cosine_similarity(output[0].double(), dense[image].double(), dim=0)
                 assert found.losses[image] == pytest.approx(float(loss), abs=1e-6)
-        again = calibrator.run(candidate, range(4), tolerances=found.tolerances)
+        again = calibrator.run(candidate, range(4), found.tolerances)
         np.testing.assert_array_equal(again.kept, found.kept)
 
 
@@ -114,7 +117,7 @@ def test_an_image_does_not_depend_on_its_batch(
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
-def test_what_is_chosen_lost_least_on_its_own_pictures(
+def test_what_is_chosen_lost_least_on_its_own_pictures_at_equal_cost(
     vit: torch.nn.Module, images: torch.Tensor
 ) -> None:
     few = images[:6]
@@ -122,9 +125,14 @@ def test_what_is_chosen_lost_least_on_its_own_pictures(
     assert free.held_out is None
     assert free.evaluated > 10
     calibrator = Calibrator(vit, few)
-    for features in ("tokens", "keys", "mean-keys"):
+    layers = free.config.layers
+    weights = tuple(float(block in layers) for block in range(calibrator.depth))
+    own = calibrator.cost_of_layers(Candidate(free.config.features, weights), LAYER_COST)
+    for features in FEATURES:
         alike = Candidate(features, (1.0,) * 6)
-        found = calibrator.run(alike, range(6), calibrator.left_at(alike, 0.6))
+        more = calibrator.cost_of_layers(alike, LAYER_COST) - own
+        left = calibrator.left_at(alike, 0.6 - more)
+        found = calibrator.run(alike, range(6), OnAverage(left, FLOOR * left[-1]))
         assert free.calibration.losses.mean() < 1.2 * found.losses.mean()
 
 

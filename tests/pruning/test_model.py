@@ -12,6 +12,7 @@ import torch
 from architectures import ARCHITECTURES, Architecture, build, photographs, with_args
 from timm.layers import Attention
 from torch import nn
+from torch.nn import functional
 
 from simprune_deploy.common.errors import SimpruneError, UnsupportedModelError
 from simprune_deploy.pruning import attention, model
@@ -103,6 +104,13 @@ def test_keys_side_by_side_and_their_mean() -> None:
     assert torch.equal(features_of("keys", tokens, keys), torch.cat(by_head, 2))
     mean = sum(by_head) / 3
     torch.testing.assert_close(features_of("mean-keys", tokens, keys), mean)
+    both = features_of("tokens+keys", tokens, keys)
+    assert both.shape == (2, 5, 12 + 4)
+    cosines = [functional.cosine_similarity(each[:, 0], each[:, 1], -1) for each in (tokens, mean)]
+    torch.testing.assert_close(
+        functional.cosine_similarity(both[:, 0], both[:, 1], -1), (cosines[0] + cosines[1]) / 2
+    )
+    assert features_of("tokens+keys", tokens.half(), keys.half()).dtype == torch.float16
 
 
 @every_architecture
@@ -350,6 +358,10 @@ def by_hand(pruned: PrunedViT, images: torch.Tensor) -> tuple[torch.Tensor, list
                 "tokens": lambda: x,  # noqa: B023
                 "keys": lambda: keys[0].permute(0, 2, 1, 3).reshape(*x.shape[:2], -1),  # noqa: B023
                 "mean-keys": lambda: keys[0].mean(1),  # noqa: B023
+                "tokens+keys": lambda: torch.cat(
+                    [functional.normalize(each, dim=-1) for each in (x, keys[0].mean(1))],  # noqa: B023
+                    2,
+                ),
             }[config.features]()
             compared.append(features)
             choices = (config.selection, config.reduction)
