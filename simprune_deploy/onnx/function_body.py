@@ -12,9 +12,10 @@ definition in :mod:`simprune_deploy.pruning.operator` step by step. What shaped 
   padding slots something to read and every even patch an odd neighbour.
 * The slots are filled by one scatter of row numbers. Index 0 takes what does not stay.
 * Even and odd patches are compared, so the largest matrix is a quarter of N x N.
-* "pairs" with dynamic counts, which most models have, leaves 47 nodes a layer in ONNX Runtime, 48
-  with one prefix token, 51 with more (3 besides for a threshold at run time, 4 for 16 bits); with
-  fixed counts it leaves 41, 40 with one prefix token.
+* "pairs" with dynamic counts, which most models have, leaves 45 nodes a layer in ONNX Runtime,
+  however many prefix tokens there are, and 4 more in 16 bits; a threshold at run time takes 3 more,
+  which layers with the same threshold share. With fixed counts it leaves 41, 40 with one prefix
+  token.
 
 One function serves every prune layer of a model; what a model has one of (selection, reduction,
 prefix tokens, ...) picks the text. Constants are tensors, because optimizers turn a `value_float`
@@ -138,19 +139,19 @@ def _steps(variant: BodyVariant) -> list[str]:
     steps += [_COMPACT, _PAIR_MEMBERS if pairs else _PATCH_MEMBERS]
     if merges:
         steps += [_WEIGHTED, _MERGE_PAIRS if pairs else _MERGE_PATCHES]
-        steps += [_MEAN, _MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED]
+        steps += [_GATHERED, _MEAN]
+        steps.append(_MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED)
     else:
         steps += [_UNWEIGHTED, _DROP_PAIRS if pairs else _DROP_PATCHES, _HEAD]
     steps.append(_LOG_SIZES)
     if variant.num_outputs > NUM_READ:
-        steps += [_PAIR_INDEX if pairs else _PATCH_INDEX, _ASSIGNED_COUNT]
+        steps += [_PAIR_INDEX if pairs else _PATCH_INDEX, _NUM_INPUTS, _ASSIGNED_COUNT]
         steps += [_PAIR_ASSIGNMENT if pairs else _PATCH_ASSIGNMENT, _ASSIGNMENT]
     return steps
 
 
 def _steps_of_dynamic_pairs(variant: BodyVariant) -> list[str]:
     """Return the steps of "pairs" with dynamic counts, whose rows stay in their order."""
-    prefix, merges = variant.num_prefix_tokens, variant.reduction == "merge"
     steps = [
         _constants(variant, row_behind=True),
         _paired_constants(variant),
@@ -159,29 +160,37 @@ def _steps_of_dynamic_pairs(variant: BodyVariant) -> list[str]:
         _PAIRED_UNIT,
         _PAIRED_SIMILARITY,
         _PAIRED_VALIDITY,
-        (_ANY_ODD, _BEHIND_A_ZERO, _BEHIND_THE_PREFIX)[min(prefix, 2)],
         _PARTNERS,
-        _BEST_OF_PATCHES if prefix > 1 else _BEST,
         _GOES,
         _PAIRED_SLOTS,
-        *_count(variant),
+        *_paired_count(variant),
         _PAIRED_ROWS,
         _PAIRED_MEMBERS,
     ]
-    if merges:
-        steps += [_PAIRED_WEIGHTED, _PAIRED_MERGE]
-        steps += [_MEAN, _MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED]
+    if variant.reduction == "merge":
+        steps += [_PAIRED_WEIGHTED, _PAIRED_MERGE, _MEAN]
+        steps.append(_MEAN_IN_FLOAT32 if variant.in_float32 else _MEAN_ROUNDED)
     else:
-        steps += [_PAIRED_DROP, _HEAD]
+        steps.append(_PAIRED_DROP)
     steps.append(_LOG_SIZES)
     if variant.num_outputs > NUM_READ:
-        steps.append(_PAIRED_INDEX + _PAIRED_ASSIGNMENT)
+        steps += [_NUM_INPUTS, _PAIRED_INDEX, _PAIRED_ASSIGNMENT]
     return steps
+
+
+def _paired_count(variant: BodyVariant) -> list[str]:
+    """Return the steps from `dest` to where the slots end, and to K where it is asked for."""
+    shows_count = variant.num_outputs == len(OUTPUTS)
+    if variant.multiple_of != 1:
+        steps = [_PAIRED_COUNT_NEEDED, _ROUNDED_UP, _PAIRED_COUNT_END]
+    else:
+        steps = [_PAIRED_END, *([_PAIRED_COUNT] if shows_count else [])]
+    return steps + ([_NUM_KEPT] if shows_count else [])
 
 
 def _count(variant: BodyVariant) -> list[str]:
     """Return the steps from `slot_numbers` to K, as the variant wants it."""
-    steps = [_COUNT if variant.multiple_of == 1 else _COUNT_ROUNDED_UP]
+    steps = [_COUNT] if variant.multiple_of == 1 else [_COUNT_NEEDED, _ROUNDED_UP, _COUNT_END]
     return steps + ([_NUM_KEPT] if variant.num_outputs == len(OUTPUTS) else [])
 
 
@@ -247,24 +256,26 @@ def _int_constant(name: str, values: list[int]) -> str:
 def _paired_constants(variant: BodyVariant) -> str:
     """Return what dynamic pairs have besides: where rows of zeros stand, and where slices begin.
 
-    Two or three rows of zeros in front make an even number with the prefix, so that the first patch
-    is in an even row. Rows 0 and 1 are always among them. With more than one prefix token there are
-    `lead` more in front of row 0, for slices that look from a row to one in front of it.
+    One or two rows of zeros in front make an even number with the prefix, so that the first patch
+    is in an even row.
     """
     prefix = variant.num_prefix_tokens
-    zeros = 2 + prefix % 2
-    lead = 0 if prefix < 2 else prefix + prefix % 2
-    sliced = 0 if variant.in_float32 else prefix  # the prefix's features are not there then
+    zeros = 2 - prefix % 2
+    front = zeros + prefix
+    width = variant.embed_dim + 1 if variant.reduction == "merge" else 1  # sums, or sizes alone
     ints = {
         "i_zeros": [zeros],
-        "i_lead": [lead],
-        "i_lead_and_one": [lead + 1],
-        "i_before_lead": [-lead],
-        "around_unit": [0, zeros + sliced, 0, 0, 1, 0],
-        "around_tokens": [0, zeros, 0, 0, 1, 0],
-        "around_rows": [0, lead + zeros, 0, 0, 1, 0],
-        "around_rows_and_size": [0, lead + zeros, 0, 0, 1, 1],
-        "rows_of_sums": [0, -1, variant.embed_dim + 1],
+        "i_first": [front],
+        "i_first_odd": [front + 1],
+        "i_before_two": [-2],
+        "i_each": [1, 1, 1],
+        "around_rows": [0, zeros, 0, 0, 2, 0],
+        "around_rows_and_size": [0, zeros, 0, 0, 2, 1],
+        "around_patches": [0, front, 0, 0, 1, 0],
+        "around_gains": [0, front // 2, width, 0, 1, 0],
+        "rows_of_gains": [0, -1, width],
+        "of_stays": [1, 1, 0],
+        "of_gone": [0, 1, 0],
     }
     lines = [_int_constant(name, values) for name, values in ints.items()]
     lines.append(f"f_half_pad = Constant <value = float {{{PAD_LOG_SIZE / 2}}}> ()")
@@ -435,13 +446,17 @@ _COUNT = """
     slots = ReduceMax <keepdims = 0> (slot_numbers, i_axes)
     slots_end = Add (slots, i_one)
 """
-_COUNT_ROUNDED_UP = """
+_COUNT_NEEDED = """
     slots_needed = ReduceMax <keepdims = 0> (slot_numbers, i_axes)
+"""
+_ROUNDED_UP = """
     slots_raised = Add (slots_needed, i_multiple_less_one)
     multiples = Div (slots_raised, i_multiple)
     slots_rounded = Mul (multiples, i_multiple)
     most_slots = Shape <start = 1, end = 2> (tokens)
     slots = Min (slots_rounded, most_slots)
+"""
+_COUNT_END = """
     slots_end = Add (slots, i_one)
 """
 _NUM_KEPT = """
@@ -496,8 +511,10 @@ _MERGE_PATCHES = """
     merged = Add (patches, gained)
     source = Concat <axis = 1> (front, merged)
 """
-_MEAN = """
+_GATHERED = """
     slots_weighted = GatherND <batch_dims = 1> (source, rows)
+"""
+_MEAN = """
     slot_sums, slot_sizes = Split <axis = 2> (slots_weighted, sums_and_sizes)
     slot_divisors = Max (slot_sizes, f_tiny)
 """
@@ -588,8 +605,10 @@ _PATCH_ASSIGNMENT = """
     every_assigned = Where (patch_valid, patch_target, s_zero)
     patch_assigned = Slice (every_assigned, i_zero, assigned_patches, i_one)
 """
-_ASSIGNED_COUNT = """
+_NUM_INPUTS = """
     num_inputs = Shape <start = 1, end = 2> (tokens)
+"""
+_ASSIGNED_COUNT = """
     assigned_patches = Sub (num_inputs, i_prefix)
 """
 _ASSIGNMENT = """
@@ -600,65 +619,41 @@ _ASSIGNMENT = """
 """
 
 
-# "pairs" with dynamic counts. Rows keep their order: two or three of zeros, the prefix, the
-# patches, one of zeros; R in all. An even row and the odd one behind it are a pair, of which there
-# are H. (Even rows are sliced without the last row: where it would be half a pair, it is one of
-# zeros.) So a cumulative sum over the rows gives the slots, and pairs side by side, [B, H, 2 C],
-# are rows again, of which none had to be moved.
+# "pairs" with dynamic counts. Rows keep their order: one or two of zeros, the prefix (S in all, an
+# even number), the patches, two of zeros; R in all. An even row and the odd one behind it are a
+# pair; of pairs with a patch there are H. (Even rows are sliced without the last: where the last
+# would be half a pair, it is one of zeros.) Patches alone are compared, so that nothing has to be
+# kept from the prefix; it and all the rows in front of it get slots as if they stayed.
 
-# unit float[B, R, F], zero where no token is, nor in 16 bits (see above) the prefix
+# unit float[B, M + 1 or N + 1, F], the last row zero; similarity float[B, H, H], odd rows first
 _PAIRED_UNIT = """
     unit_rows = Div (wide, safe_norm)
-    unit = Pad (unit_rows, around_unit)
+    unit = Pad (unit_rows, behind)
 """
 _PAIRED_SIMILARITY = """
-    even_unit = Slice (unit, i_zero, i_last, i_one, i_two)
-    odd_unit = Slice (unit, i_one, i_end, i_one, i_two)
+    even_unit = Slice (unit, i_even_unit, i_last, i_one, i_two)
+    odd_unit = Slice (unit, i_odd_unit, i_end, i_one, i_two)
     even_unit_turned = Transpose <perm = [0, 2, 1]> (even_unit)
     similarity = MatMul (odd_unit, even_unit_turned)
 """
 
-# log_rows, sizes float and is_padding bool[B, lead + R, 1]; rows of zeros are padding
+# log_rows, sizes float and is_padding bool[B, R, 1]; rows of zeros are padding
 _PAIRED_VALIDITY = """
     log_column = Unsqueeze (log_size, i_two)
     log_rows = Pad (log_column, around_rows, f_pad)
     sizes = Exp (log_rows)
     is_padding = LessOrEqual (log_rows, f_half_pad)
-    even_padding = Slice (is_padding, i_lead, i_last, i_one, i_two)
-    odd_padding = Slice (is_padding, i_lead_and_one, i_end, i_one, i_two)
+    even_padding = Slice (is_padding, i_first, i_before_two, i_one, i_two)
+    odd_padding = Slice (is_padding, i_first_odd, i_last, i_one, i_two)
 """
 
-# no_partner bool[B, H, 1]: the odd row is no valid patch. Which it is if it is not padding and
-# a certain row in front of it is not either: one that is a token for every patch (padding is
-# behind) and zeros for every prefix token. With one prefix token that is the row before it; with
-# more the one `lead` rows before it, in the same half. no_patch bool[B, H, 1] is that one's being
-# padding, and true to even rows of the prefix as well.
-_ANY_ODD = """
-    no_partner = Identity (odd_padding)
-"""
-_BEHIND_A_ZERO = """
-    no_partner = Or (even_padding, odd_padding)
-"""
-_BEHIND_THE_PREFIX = """
-    no_patch = Slice (is_padding, i_one, i_before_lead, i_one, i_two)
-    no_partner = Or (no_patch, odd_padding)
-"""
-
-# similarity float[B, H, H], odd rows first. partner int64[B, 1, H]: every even row's most similar
-# odd patch, and best float[B, 1, H] how similar, which is read there: no second pass over the
-# matrix. goes bool[B, 1, H], of padding too. GreaterOrEqual is false at a threshold that is not a
-# number; one below every similarity is raised, so that nothing goes without a partner.
+# partner int64[B, 1, H]: every even row's most similar odd patch (TopK takes the lowest number on a
+# tie), and best float[B, 1, H] how similar. goes bool[B, 1, H], of padding too. GreaterOrEqual is
+# false at a threshold that is not a number, which a Max with one might drop; one below every
+# similarity is raised, so that nothing goes without a partner.
 _PARTNERS = """
-    partner_similarity = Where (no_partner, f_never, similarity)
-    partner = ArgMax <axis = 1, keepdims = 1> (partner_similarity)
-    best_of_all = GatherElements <axis = 1> (partner_similarity, partner)
-"""
-_BEST = """
-    best = Identity (best_of_all)
-"""
-_BEST_OF_PATCHES = """
-    no_patch_row = Reshape (no_patch, i_row)
-    best = Where (no_patch_row, f_never, best_of_all)
+    partner_similarity = Where (odd_padding, f_never, similarity)
+    best, partner = TopK <axis = 1, largest = 1, sorted = 1> (partner_similarity, i_one)
 """
 _GOES = """
     limit_is_low = Less (threshold, f_least)
@@ -667,25 +662,42 @@ _GOES = """
     goes = GreaterOrEqual (best, limit)
 """
 
-# row_stays int64[B, 2 H, 1]: 1 where a row gets a slot; dest: which, from 1 on, and 0 where none.
-# (A Reshape launches nothing, unlike the Transpose that would do the same.)
+# Of S + 2 H + 1 rows, the last of which gets a slot behind all others: dest int64[.., 1], the slot
+# from 0 on, and 0, which is nobody's, where there is none; row_numbers; and no_rows, zeros. The
+# three are made side by side: each has one number a row, 1, 1 and 0 where it gets a slot, 0, 1 and
+# 0 where not, and the sum of the rows before it times that number is what is wanted. (A Reshape
+# launches nothing, unlike the Transpose that would do the same.)
 _PAIRED_SLOTS = """
     goes_column = Reshape (goes, i_column)
     even_without_slot = Or (goes_column, even_padding)
     pairs_without_slot = Concat <axis = 2> (even_without_slot, odd_padding)
-    without_slot = Reshape (pairs_without_slot, i_column)
-    row_stays = Where (without_slot, s_zero, s_one)
-    slot_numbers = CumSum (row_stays, s_one)
-    dest = Mul (slot_numbers, row_stays)
+    patches_without_slot = Reshape (pairs_without_slot, i_column)
+    without_slot = Pad (patches_without_slot, around_patches)
+    each_row = Where (without_slot, of_gone, of_stays)
+    rows_before = CumSum <exclusive = 1> (each_row, s_one)
+    numbers = Mul (rows_before, each_row)
+    dest, row_numbers, no_rows = Split <axis = 2> (numbers, i_each)
 """
 
-# rows int64[B, K, 1]: the row that heads each slot. Slots of padding have what was there before, a
-# 0 or a 1, which are rows of zeros.
+# slots_end int64[1]: the slot of the row behind all others, in the image with the most
+_PAIRED_END = """
+    slots_end = ReduceMax <keepdims = 0> (dest, i_axes)
+"""
+_PAIRED_COUNT = """
+    slots = Sub (slots_end, i_zeros)
+"""
+_PAIRED_COUNT_NEEDED = """
+    last_slot = ReduceMax <keepdims = 0> (dest, i_axes)
+    slots_needed = Sub (last_slot, i_zeros)
+"""
+_PAIRED_COUNT_END = """
+    slots_end = Add (slots, i_zeros)
+"""
+
+# rows int64[B, K, 1]: the row that heads each slot. Slots of padding have row 0 or the last.
 _PAIRED_ROWS = """
-    row_ones = Max (row_stays, i_one)
-    row_numbers = CumSum <exclusive = 1> (row_ones, s_one)
-    slot_rows = ScatterElements <axis = 1> (row_stays, dest, row_numbers)
-    rows = Slice (slot_rows, i_one, slots_end, i_one)
+    slot_rows = ScatterElements <axis = 1> (no_rows, dest, row_numbers)
+    rows = Slice (slot_rows, i_zeros, slots_end, i_one)
 """
 
 # members float[B, H, H]: 1 where an even row (column) goes to an odd one (row), into zeros that
@@ -696,47 +708,55 @@ _PAIRED_MEMBERS = """
     members = ScatterElements <axis = 1> (no_members, partner, share)
 """
 
-# Tokens times their sizes, and the sizes: weighted float[B, lead + R, C]; source: of every row
+# Tokens times their sizes, and the sizes: weighted float[B, R, C]. What odd rows gain is gathered
+# apart and added then: R is odd as often as even, so that rows and pairs of rows have no sum.
 _PAIRED_WEIGHTED = """
     wide_tokens = Cast <to = 1> (tokens)
     framed = Pad (wide_tokens, around_rows_and_size, f_one)
     weighted = Mul (framed, sizes)
 """
 _PAIRED_MERGE = """
-    even = Slice (weighted, i_lead, i_last, i_one, i_two)
-    odd = Slice (weighted, i_lead_and_one, i_end, i_one, i_two)
+    even = Slice (weighted, i_first, i_before_two, i_one, i_two)
     gained = MatMul (members, even)
-    merged = Add (odd, gained)
-    merged_pairs = Concat <axis = 2> (even, merged)
-    source = Reshape (merged_pairs, rows_of_sums)
+    gained_pairs = Pad (gained, around_gains)
+    gained_rows = Reshape (gained_pairs, rows_of_gains)
+    slots_own = GatherND <batch_dims = 1> (weighted, rows)
+    slots_gained = GatherND <batch_dims = 1> (gained_rows, rows)
+    slots_weighted = Add (slots_own, slots_gained)
 """
 _PAIRED_DROP = """
-    source = Pad (tokens, around_tokens)
-    even_sizes = Slice (sizes, i_lead, i_last, i_one, i_two)
-    odd_sizes = Slice (sizes, i_lead_and_one, i_end, i_one, i_two)
+    source = Pad (tokens, around_rows)
+    kept_tokens = GatherND <batch_dims = 1> (source, rows)
+    even_sizes = Slice (sizes, i_first, i_before_two, i_one, i_two)
     gained_sizes = MatMul (members, even_sizes)
-    merged_sizes = Add (odd_sizes, gained_sizes)
-    size_pairs = Concat <axis = 2> (even_sizes, merged_sizes)
-    source_sizes = Reshape (size_pairs, i_column)
+    gained_pairs = Pad (gained_sizes, around_gains)
+    gained_rows = Reshape (gained_pairs, rows_of_gains)
+    slots_own = GatherND <batch_dims = 1> (sizes, rows)
+    slots_gained = GatherND <batch_dims = 1> (gained_rows, rows)
+    slot_sizes = Add (slots_own, slots_gained)
 """
 
+# Rows behind the tokens head slots of padding.
 _PAIRED_INDEX = """
     row_behind_zeros = Sub (rows, i_zeros)
     position = Max (row_behind_zeros, s_zero)
-    kept_index = Squeeze (position, i_two)
+    is_behind = GreaterOrEqual (position, num_inputs)
+    position_or_zero = Where (is_behind, s_zero, position)
+    kept_index = Squeeze (position_or_zero, i_two)
 """
 _PAIRED_ASSIGNMENT = """
-    even_dest = Slice (dest, i_zero, i_end, i_one, i_two)
-    odd_dest = Slice (dest, i_one, i_end, i_one, i_two)
+    even_dest = Slice (dest, i_first, i_last, i_one, i_two)
+    odd_dest = Slice (dest, i_first_odd, i_end, i_one, i_two)
     partner_column = Reshape (partner, i_column)
     partner_slot = GatherElements <axis = 1> (odd_dest, partner_column)
     even_target = Where (goes_column, partner_slot, even_dest)
     even_assigned = Where (even_padding, s_zero, even_target)
     assigned_pairs = Concat <axis = 2> (even_assigned, odd_dest)
-    assigned_rows = Reshape (assigned_pairs, i_column)
-    num_inputs = Shape <start = 1, end = 2> (tokens)
-    assigned_end = Add (num_inputs, i_zeros)
-    assigned = Slice (assigned_rows, i_zeros, assigned_end, i_one)
-    assigned_slot = Sub (assigned, s_one)
-    assignment = Squeeze (assigned_slot, i_two)
+    assigned_patches = Reshape (assigned_pairs, i_column)
+    front_assigned = Slice (dest, i_zeros, i_first, i_one)
+    assigned_rows = Concat <axis = 1> (front_assigned, assigned_patches)
+    assigned = Slice (assigned_rows, i_zero, num_inputs, i_one)
+    assigned_slot = Sub (assigned, i_zeros)
+    assigned_or_none = Max (assigned_slot, s_no_slot)
+    assignment = Squeeze (assigned_or_none, i_two)
 """
