@@ -32,7 +32,7 @@ from simprune_deploy.pruning.attention import (
 )
 from simprune_deploy.pruning.config import FEATURES, PAD_LOG_SIZE, PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, prune
-from simprune_deploy.pruning.operator import similarity_prune
+from simprune_deploy.pruning.operator import similarity_prune, unit_features
 
 NORMED_KEYS = Architecture("norm of keys", "vit_tiny_patch16_224", with_args(qk_norm=True))
 KINDS = {each.what: each for each in (*ARCHITECTURES, NORMED_KEYS)}
@@ -359,7 +359,7 @@ def by_hand(pruned: PrunedViT, images: torch.Tensor) -> tuple[torch.Tensor, list
                 "keys": lambda: keys[0].permute(0, 2, 1, 3).reshape(*x.shape[:2], -1),  # noqa: B023
                 "mean-keys": lambda: keys[0].mean(1),  # noqa: B023
                 "tokens+keys": lambda: torch.cat(
-                    [functional.normalize(each, dim=-1) for each in (x, keys[0].mean(1))],  # noqa: B023
+                    [unit_features(each) for each in (x, keys[0].mean(1))],  # noqa: B023
                     2,
                 ),
             }[config.features]()

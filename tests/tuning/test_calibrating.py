@@ -92,7 +92,7 @@ def test_one_command_calibrates_and_exports(tmp_path: Path) -> None:
     assert called.code == 0, called.out + called.err
     assert "calibrated: keys inside blocks" in called.out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["calibration"]["calibration"]["flops"] == pytest.approx(0.65, abs=0.02)
+    assert manifest["calibration"]["calibration"]["flops"]["1"] == pytest.approx(0.65, abs=0.02)
     assert manifest["calibration"]["held_out"] is None  # eight photographs come along
 
 
