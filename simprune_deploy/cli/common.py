@@ -28,6 +28,7 @@ SPELLED_OTHERWISE = {
     "output": "-o",
     "targets": "--target",
     "workspace_mib": "--workspace",
+    "served": "--batch",
     "use_plugin": "--plugin",
 }
 """The options that are not called as the library's arguments are."""

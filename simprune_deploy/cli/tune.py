@@ -78,6 +78,14 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    layer_cost: Annotated[
+        str | None,
+        typer.Option(
+            help="With --flops: what a prune layer costs, as a share of the dense model's time; "
+            "`bench` says it.  [default: 0.4%]",
+            show_default=False,
+        ),
+    ] = None,
     selection: Annotated[Selection, typer.Option(help="How patches are chosen.")] = "pairs",
     reduction: Annotated[Reduction, typer.Option(help="What becomes of them.")] = "merge",
     confidence: Annotated[str, typer.Option(help="Of the interval of the drop.")] = "95%",
@@ -128,6 +136,7 @@ def tune(
             flops=None if flops is None else parse_share(flops),
             tokens=tokens,
             served=None if flops is None else batch,
+            layer_cost=None if layer_cost is None else parse_share(layer_cost),
             max_drop=None if max_drop is None else parse_share(max_drop),
             min_speedup=min_speedup,
             target_latency=None if target_latency is None else _milliseconds(target_latency),

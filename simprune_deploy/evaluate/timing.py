@@ -199,6 +199,42 @@ def speedup(
     return Speedup(ratio, float(low), float(high), len(ratios))
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What one prune layer's own work takes, as a share of the dense model's time.
+
+    Attributes:
+        share: On average over the layers. Below 0 where noise hides it.
+        low, high: What follows from the bounds of the speed-up; None where it has none.
+    """
+
+    share: float
+    low: float | None
+    high: float | None
+
+
+def layer_cost(found: Speedup, allowed: float, layers: int) -> LayerCost | None:
+    """Return what a prune layer costs: what a speed-up lacks to the one allowed, a layer's part.
+
+    Args:
+        found: Over the dense model.
+        allowed: The speed-up that the token counts allow, without the layers' own work.
+        layers: How many prune layers there are. None of them: nothing is known of one.
+    """
+    if not layers:
+        return None
+
+    def share(ratio: float) -> float:
+        return (1 / ratio - 1 / allowed) / layers
+
+    return LayerCost(
+        share(found.ratio),
+        # the slower the model, the dearer its layers
+        None if found.high is None else share(found.high),
+        None if found.low is None else share(found.low),
+    )
+
+
 def as_json(value: Any) -> Any:
     """Return a dataclass's values as JSON types, with as many digits as times are worth."""
     return {

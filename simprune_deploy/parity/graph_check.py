@@ -88,22 +88,24 @@ def _threshold_slips(graph: onnx.ModelProto, metadata: ModelMetadata) -> Iterato
     if runtime != ("threshold" in [value.name for value in graph.graph.input]):
         yield f"it has {'no' if runtime else 'a'} threshold input"
         return
-    calibrated = metadata.pruning.curve is not None and not metadata.pruning.capacities
+    config = metadata.pruning
+    calibrated = config.curve is not None
     constants = {each.name: each for each in graph.graph.initializer}
     of_input = _made_of(graph, "threshold")
-    for node in prune_nodes(graph):
+    for position, node in enumerate(prune_nodes(graph)):
         name = node.input[3]
         if runtime:
             if name not in (of_input if calibrated else {"threshold"}):
                 yield f"{node.name} does not read the threshold input"
-        elif not calibrated and (
-            name not in constants
-            or not np.array_equal(
-                numpy_helper.to_array(constants[name]),
-                np.array([metadata.pruning.threshold], np.float32),
-            )
-        ):
-            yield f"{node.name} has another threshold than {metadata.pruning.threshold}"
+        elif calibrated and position and not config.capacities:
+            continue  # it is made of what an image has left
+        else:
+            # the others are of images with all their patches
+            wanted = np.array([config.layer_threshold(position, config.threshold, 1.0)], np.float32)
+            found = numpy_helper.to_array(constants[name]) if name in constants else None
+            near = 4 * float(np.spacing(1 + np.abs(wanted[0]))) if calibrated else 0.0
+            if found is None or found.shape != (1,) or not abs(found[0] - wanted[0]) <= near:
+                yield f"{node.name} has another threshold than {wanted[0]:g}"
 
 
 def _made_of(graph: onnx.ModelProto, name: str) -> set[str]:

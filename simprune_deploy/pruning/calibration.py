@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from simprune_deploy.common.errors import (
     argument,
 )
 from simprune_deploy.common.progress import Progress, silent
+from simprune_deploy.common.requests import check_whole
 from simprune_deploy.pruning.calibrated_curve import (
     FLOOR,
     CalibratedCurve,
@@ -187,7 +189,8 @@ def calibrate(
             or the model has no block that can be pruned inside.
     """
     check_flops(share)
-    _check_costs(layer_cost, batch)
+    check_layer_cost(layer_cost)
+    check_whole("batch", batch, 1)
     progress("running the dense model on the pictures")
     calibrator = Calibrator(vit, images)
     numbers = list(range(len(images)))
@@ -228,16 +231,19 @@ def calibrate(
     )
 
 
-def _check_costs(layer_cost: float, batch: int) -> None:
-    if not math.isfinite(layer_cost) or not 0 <= layer_cost < 0.1:
-        raise InvalidArgumentError(
-            f"{argument('layer_cost', layer_cost)} is outside [0, 0.1): give the share of the "
-            "dense model's time that a prune layer takes, as 0.4%"
-        )
-    if batch < 1:
-        raise InvalidArgumentError(
-            f"{argument('batch', batch)} must be 1 or more: the images that run together"
-        )
+def check_layer_cost(layer_cost: float) -> None:
+    """Refuse a cost of a prune layer that cannot be one.
+
+    Raises:
+        SimpruneError: it is outside [0, 0.1).
+    """
+    if isinstance(layer_cost, numbers.Real) and 0 <= layer_cost < 0.1:
+        return
+    typed = f"{100 * float(layer_cost):g}%" if isinstance(layer_cost, numbers.Real) else ""
+    raise InvalidArgumentError(
+        f"{argument('layer_cost', layer_cost, typed)} is outside [0, 0.1): give the share of the "
+        f"dense model's time that a prune layer takes, {argument('layer_cost', 0.004, '0.4%')}"
+    )
 
 
 class _Search:

@@ -114,6 +114,16 @@ def _padding(name: str, padded: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _layer_cost(cost: dict[str, Any]) -> str:
+    share, low, high = (
+        # a rounded -0.0 would be printed with its sign
+        None if cost[name] is None else f"{round(cost[name], 3) + 0.0:.1%}"
+        for name in ("share", "low", "high")
+    )
+    within = "" if low is None else f" ({low} to {high})"
+    return f"a prune layer costs {share}{within} of the dense model's time here"
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     rows = [row for row in report["models"] if "speedup" in row]
     lines = [""]
@@ -126,6 +136,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         lines.append(f"{row['name']}: tokens of {tokens['before']}, mean over the batches: {kept}")
         if tokens["padded"] is not None:
             lines += _padding(row["name"], tokens["padded"])
+        if row["layer_cost"] is not None:
+            lines.append(f"{row['name']}: {_layer_cost(row['layer_cost'])}")
     lines.append(
         "speed-up: the median over the blocks; allowed: dense FLOPs over pruned, without the "
         "pruning's own work; tokens: the share that the blocks process"

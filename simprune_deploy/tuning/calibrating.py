@@ -14,7 +14,7 @@ from simprune_deploy.common.files import staged_file, write_json
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.evaluate.datasets import DataSet, Skipped
 from simprune_deploy.predict.source import ModelSource, source_of_model
-from simprune_deploy.pruning.calibration import Calibrated, Pass, calibrate
+from simprune_deploy.pruning.calibration import LAYER_COST, Calibrated, Pass, calibrate
 from simprune_deploy.pruning.config import Features, format_numbers
 from simprune_deploy.pruning.model import PrunedViT
 from simprune_deploy.pruning.tuned_file import FORMAT
@@ -133,9 +133,18 @@ def calibrated_source(
     layers: tuple[int, ...] | None,
     batch: int,
     tokens: Literal["dynamic", "fixed"] | None,
+    layer_cost: float | None,
     progress: Progress,
 ) -> tuple[ModelSource, Calibrated]:
     """Return a checkpoint's model with thresholds calibrated on pictures, and what they lose.
+
+    Args:
+        source: The checkpoint.
+        data: The pictures.
+        share: Of the blocks' FLOPs.
+        features, layers, batch, tokens: As in :func:`calibrate`.
+        layer_cost: The same; None: as is usual.
+        progress: Called with a word on each step.
 
     Raises:
         SimpruneError: the model is an exported graph, or the pictures or the share do not do.
@@ -156,6 +165,7 @@ def calibrated_source(
         layers=layers,
         batch=batch,
         tokens=tokens,
+        layer_cost=LAYER_COST if layer_cost is None else layer_cost,
         progress=progress,
     )
     return source_of_model(source.name, PrunedViT(source.model.vit, found.config)), found

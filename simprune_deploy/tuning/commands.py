@@ -13,12 +13,13 @@ from simprune_deploy.checkpoints.options import CheckpointOptions
 from simprune_deploy.common.errors import DestinationError, InvalidArgumentError, argument
 from simprune_deploy.common.files import stem_of
 from simprune_deploy.common.progress import NO_BAR, Progress, ProgressBar
-from simprune_deploy.common.requests import as_path, request_of
+from simprune_deploy.common.requests import as_path, check_whole, request_of
 from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
 from simprune_deploy.pruning.calibrated_curve import check_flops
+from simprune_deploy.pruning.calibration import check_layer_cost
 from simprune_deploy.pruning.config import (
     Features,
     Place,
@@ -243,6 +244,8 @@ class TuneRequest(_Measured):
             stay dynamic.
         served: With `flops`, the images of a batch as it will be served: the share is of batches
             that are padded to their largest image. Default None: 1.
+        layer_cost: With `flops`, what a prune layer costs on the machine that will serve, as a
+            share of the dense model's time; ``bench`` measures it. Default None: 0.004.
         backend: What runs the model. Default None: "onnxruntime".
         cells: Folder that keeps what was measured; a sweep's will do. Default None: none.
         output: File for ``export --config``. Default None: NAME-tuned.json.
@@ -262,6 +265,7 @@ class TuneRequest(_Measured):
     confidence: float = 0.95
     overflow: float | None = None
     served: int | None = None
+    layer_cost: float | None = None
     cells: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -270,7 +274,7 @@ class TuneRequest(_Measured):
             self._check_calibrates()
             return
         wanted = self.objective
-        for name in ("tokens", "served"):
+        for name in ("tokens", "served", "layer_cost"):
             if getattr(self, name) is not None:
                 raise InvalidArgumentError(
                     f"{argument(name)} is for {argument('flops')}: add it, or drop {argument(name)}"
@@ -285,6 +289,10 @@ class TuneRequest(_Measured):
         """Refuse what does not go with a share of FLOPs."""
         assert self.flops is not None
         check_flops(self.flops)
+        if self.served is not None:
+            check_whole("served", self.served, 1)
+        if self.layer_cost is not None:
+            check_layer_cost(self.layer_cost)
         wishes = (self.max_drop, self.min_speedup, self.target_latency)
         if wishes != (None, None, None):
             raise InvalidArgumentError(
@@ -384,6 +392,7 @@ def _tune_by_flops(request: TuneRequest, bar: ProgressBar) -> CalibratedModel:
             layers=_only_set(request, source),
             batch=request.served or 1,
             tokens=request.tokens,
+            layer_cost=request.layer_cost,
             progress=_step_of(bar),
         )
         started = request.started(found, backend, folder, runner, bar, True, False)

@@ -18,7 +18,16 @@ from simprune_deploy.evaluate.bench.inputs import count_tokens, load_pictures
 from simprune_deploy.evaluate.bench.machine import describe_machine, is_busy
 from simprune_deploy.evaluate.bench.models import DENSE, TimedModel, open_models
 from simprune_deploy.evaluate.bench.request import BenchRequest
-from simprune_deploy.evaluate.timing import Plan, Times, as_json, latency, measure, speedup
+from simprune_deploy.evaluate.timing import (
+    Plan,
+    Speedup,
+    Times,
+    as_json,
+    latency,
+    layer_cost,
+    measure,
+    speedup,
+)
 from simprune_deploy.predict.source import ModelSource, source_of_export
 
 
@@ -29,7 +38,8 @@ class BenchReport:
     Attributes:
         data: In JSON types: ``model``, ``machine``, ``machine_was_busy``, ``environment``,
             ``inputs``, ``plan``, ``models`` (with latency, speed-up over the dense model and its
-            confidence interval, what the tokens allow, memory), ``trtexec``.
+            confidence interval, what the tokens allow, what a prune layer costs, memory),
+            ``trtexec``.
     """
 
     data: dict[str, Any]
@@ -146,7 +156,17 @@ def _row(
         "memory_bytes": model.memory,
     }
     if model.threshold is not None:
-        row["speedup"] = as_json(speedup(dense.whole, mine.whole))
+        found = speedup(dense.whole, mine.whole)
+        row["speedup"] = as_json(found)
         row["gpu_speedup"] = as_json(speedup(dense.gpu, mine.gpu)) if mine.gpu else None
         row["tokens"] = tokens[model.threshold]
+        row["layer_cost"] = _layer_cost(found, tokens[model.threshold])
     return row
+
+
+def _layer_cost(found: Speedup, tokens: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a prune layer costs; None where nobody counted the tokens."""
+    if "unknown" in tokens:
+        return None
+    cost = layer_cost(found, tokens["allowed_speedup"], len(tokens["kept"]))
+    return None if cost is None else as_json(cost)
