@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -106,6 +107,21 @@ def takes_checkpoint(*without: str) -> Callable[[Callable[..., None]], Callable[
         return run
 
     return decorate
+
+
+def typed(options: CheckpointOptions) -> str:
+    """Return the options that were given as one would type them, each with a space before it."""
+    words: list[str] = []
+    for name in options.given:
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if isinstance(value, Mapping):
+            words += [word for key, each in value.items() for word in (option, f"{key}={each}")]
+        elif value is True:
+            words.append(option)
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [option, text]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _numbers(name: str, text: str | None) -> list[float] | None:

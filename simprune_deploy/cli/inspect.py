@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,17 @@ def inspect(
         if as_json:
             print_json(described)
         else:
-            print_facts(Console(), described)
+            print_facts(Console(), _with_short_curve(described))
+
+
+def _with_short_curve(described: dict[str, Any]) -> dict[str, Any]:
+    """Return it with a calibrated curve in words: its hundred numbers are for --json."""
+    pruning = described.get("pruning")
+    if not pruning or not pruning.get("curve"):
+        return described
+    shares = ", ".join(f"{share:.3g}" for share in pruning["curve"]["shares"])
+    curve = f"calibrated for {shares} of the blocks' FLOPs"
+    return {**described, "pruning": {**pruning, "curve": curve}}
 
 
 def models(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from simprune_deploy.checkpoints.options import CheckpointOptions
-from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint
+from simprune_deploy.cli.checkpoints import FROM_THE_FILE, takes_checkpoint, typed
 from simprune_deploy.cli.common import (
     Json,
     errors,
@@ -168,7 +168,7 @@ def tune(
         if as_json:
             print_json({"output": str(request.file), **result.to_dict()})
         else:
-            _print(result, request.file, model)
+            _print(result, request.file, f"{model}{typed(checkpoint)}")
 
 
 def _milliseconds(text: str) -> float:

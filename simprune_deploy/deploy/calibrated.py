@@ -34,7 +34,11 @@ def at_wish(request: ExportRequest, model: PrunedViT) -> PrunedViT:
         return model
     share = model.config.threshold if request.flops is None else request.flops
     curve.check_share(share)
-    tokens = list(curve.counts(share, model.num_patches)) if request.tokens == FIXED else None
+    config, patches = model.config, model.num_patches
+    follow = config.capacities == curve.counts(config.threshold, patches) and not request.tokens
+    # counts that calibration found move along the curve; counts of the user's stay
+    fixed = request.tokens == FIXED or follow
+    tokens = list(curve.counts(share, patches)) if fixed else None
     if request.flops is None and tokens is None:
         return model
     return prune(model, threshold=share, tokens=tokens)

@@ -193,7 +193,6 @@ class ExportRequest:
             check_threshold(asked["threshold"])
         if self.flops is not None and "curve" in asked:
             asked["curve"].check_share(self.flops)
-            asked["threshold"] = self.flops
         if asked.get("tokens") == FIXED:  # the model says how many they are
             del asked["tokens"]
         simple = ["threshold", "selection", "reduction", "multiple_of", "place"]

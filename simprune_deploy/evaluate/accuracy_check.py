@@ -326,7 +326,7 @@ def _engine(
     predictor = spec.open()
     runtime = predictor.runtime
     title = (
-        f"{target}, pruned at {source.metadata.pruning.threshold:g} ({runtime.name} "
+        f"{target}, pruned at {source.metadata.pruning.point()} ({runtime.name} "
         f"{runtime.version} on {runtime.device}, {runtime.details['engine']['file']})"
     )
     return ComparedModel(title, predictor, weight_norms(source)), source

@@ -103,11 +103,11 @@ def open_model(source: ModelSource, dense: bool = False) -> ComparedModel:
     ran = [f"{runtime.name} {runtime.version}", runtime.device, *runtime.notes]
     if source.model is not None:
         pruned = bool(pruning.layers) and not dense
-        what = f"{source.name}, {f'pruned at {pruning.threshold:g}' if pruned else 'dense'}"
+        what = f"{source.name}, {f'pruned at {pruning.point()}' if pruned else 'dense'}"
     else:
         ran.append(source.metadata.precision)
         pruned = bool(pruning.layers)
-        how = "without its pruning" if dense else f"pruned at {pruning.threshold:g}"
+        how = "without its pruning" if dense else f"pruned at {pruning.point()}"
         what = f"{source.name}, {how}" if pruned or dense else source.name
     return ComparedModel(f"{what} ({', '.join(ran)})", predictor, weight_norms(source))
 

@@ -150,6 +150,15 @@ class PruneConfig:
             return threshold
         return self.curve.at(threshold).threshold(position, left)
 
+    def point(self, threshold: float | None = None) -> str:
+        """Return in words how far it prunes: "0.85", or a calibrated "60% of the FLOPs".
+
+        Args:
+            threshold: What the model was given. Default None: the configuration's own.
+        """
+        number = self.threshold if threshold is None else threshold
+        return f"{number:g}" if self.curve is None else f"{100 * number:.3g}% of the FLOPs"
+
     def capacity_of(self, position: int) -> int:
         """Return the operator's `capacity` attribute at the given prune layer (0: dynamic)."""
         return self.capacities[position] if self.capacities else 0

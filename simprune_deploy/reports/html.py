@@ -18,6 +18,7 @@ from simprune_deploy.reports.tables import (
     drop_of,
     names_of,
     not_measured,
+    numbers_of,
     percent,
     points,
     rows_of,
@@ -93,6 +94,7 @@ def render_html(result: SweepResult) -> str:
             for cell, row in zip(result.cells, rows_of(result.cells), strict=True)
         ],
         layers=shared_layers(result.cells),
+        numbers=numbers_of(result),
         classes=classes,
         class_settings=class_settings,
         class_count=class_count,

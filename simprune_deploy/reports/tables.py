@@ -130,6 +130,16 @@ def shared_layers(cells: Sequence[Measurement]) -> str | None:
     return f"pruned {shared[0]} blocks {shared[1]}" if shared else None
 
 
+def numbers_of(result: SweepResult) -> str | None:
+    """Return what the settings' numbers are where they are no cosines, as a sentence, or None."""
+    layers = result.model.get("calibrated_layers")
+    settings = [cell.setting for cell in result.cells if cell.setting.threshold is not None]
+    # elsewhere than where it was calibrated a model has one threshold for all layers
+    if layers is None or any(list(each.layers) != layers for each in settings):
+        return None
+    return "settings: shares of the blocks' FLOPs, for which every layer's threshold is calibrated"
+
+
 def _shared(cells: Sequence[Measurement]) -> tuple[str, str] | None:
     """Return the place and the blocks of all settings, if they are the same."""
     settings = [cell.setting for cell in cells if cell.setting.method != DENSE]
@@ -180,6 +190,8 @@ def print_sweep(console: Console, result: SweepResult) -> None:
     console.print(table)
     if same := shared_layers(result.cells):
         say(same)
+    if what := numbers_of(result):
+        say(what)
     for title in (column.title for column in columns):
         if title in LEGEND:
             say(f"{title}: {LEGEND[title]}")

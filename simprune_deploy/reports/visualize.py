@@ -234,7 +234,8 @@ def write_pictures(
             )
         many = len(drawing.entries) > 1
         if many:
-            heading = f"{title}, threshold {used:g}: after the last prune layer"
+            what = "" if metadata.pruning.curve else "threshold "
+            heading = f"{title}, {what}{metadata.pruning.point(used)}: after the last prune layer"
             draw_contact_sheet(drawing.thumbs, heading).save(staging / SHEET)
         numbers = {
             "model": title,

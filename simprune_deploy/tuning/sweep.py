@@ -335,6 +335,7 @@ def describe_source(source: ModelSource) -> dict[str, Any]:
         "precision": metadata.precision,
         "proportional_attention": metadata.pruning.proportional_attention,
         "multiple_of": metadata.pruning.multiple_of,
+        "calibrated_layers": list(metadata.pruning.layers) if metadata.pruning.curve else None,
     }
 
 
