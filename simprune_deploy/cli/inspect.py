@@ -37,7 +37,7 @@ def _with_short_curve(described: dict[str, Any]) -> dict[str, Any]:
     pruning = described.get("pruning")
     if not pruning or not pruning.get("curve"):
         return described
-    shares = ", ".join(f"{share:.3g}" for share in pruning["curve"]["shares"])
+    shares = ", ".join(f"{100 * share:.3g}%" for share in pruning["curve"]["shares"])
     curve = f"calibrated for {shares} of the blocks' FLOPs"
     return {**described, "pruning": {**pruning, "curve": curve}}
 

@@ -19,7 +19,7 @@ from simprune_deploy.common.requests import check_whole, request_of
 from simprune_deploy.onnx.metadata import preprocessing_of
 from simprune_deploy.predict.answers import classes_of
 from simprune_deploy.predict.source import ModelSource, open_source, source_of_model
-from simprune_deploy.pruning.config import Features, Place, check_threshold
+from simprune_deploy.pruning.config import Features, Place, PruneConfig, check_threshold
 from simprune_deploy.reports.clusters import Clusters, check_sizes, compose, grid_of
 from simprune_deploy.reports.pictures import (
     THUMB,
@@ -234,8 +234,7 @@ def write_pictures(
             )
         many = len(drawing.entries) > 1
         if many:
-            what = "" if metadata.pruning.curve else "threshold "
-            heading = f"{title}, {what}{metadata.pruning.point(used)}: after the last prune layer"
+            heading = f"{title}, {_how(metadata.pruning, used)}: after the last prune layer"
             draw_contact_sheet(drawing.thumbs, heading).save(staging / SHEET)
         numbers = {
             "model": title,
@@ -252,6 +251,13 @@ def write_pictures(
         }
         write_json(staging / NUMBERS, numbers)
     return numbers
+
+
+def _how(config: PruneConfig, threshold: float) -> str:
+    """Return in words how far was pruned, and by what if that is not tokens."""
+    what = "" if config.curve else "threshold "
+    by = "" if config.features == "tokens" else f" by {config.features}"
+    return f"{what}{config.point(threshold)}{by}"
 
 
 class _Drawing:

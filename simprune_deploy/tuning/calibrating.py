@@ -112,7 +112,8 @@ class CalibratedModel:
             "cosine to the dense output": (
                 f"{1 - found.losses.mean():.4f}, at worst {1 - found.losses.max():.4f}"
             ),
-            "patches left": " -> ".join(f"{each:.0f}" for each in found.kept.mean(0)),
+            "patches left": " -> ".join(f"{each:.0f}" for each in found.kept.mean(0))
+            + (", of every picture" if config.capacities else ""),
         }
         if self.calibrated.comparison:
             facts["by"] = self.calibrated.comparison.removeprefix("; ")

@@ -40,9 +40,11 @@ from simprune_deploy.evaluate.memory import MemoryRun, probe
 from simprune_deploy.evaluate.timing import (
     EachOnce,
     Latency,
+    LayerCost,
     Plan,
     Speedup,
     latency,
+    layer_cost,
     measure,
     speedup,
 )
@@ -163,6 +165,17 @@ def test_one_slow_block_does_not_carry_the_ratio() -> None:
 def test_with_few_blocks_there_is_no_interval() -> None:
     assert speedup([[2.0]] * 7, [[1.0]] * 7) == Speedup(2.0, None, None, 7)
     assert speedup([[2.0]] * 8, [[1.0]] * 8).low == 2.0
+
+
+def test_a_prune_layer_costs_its_part_of_what_the_speed_up_lacks() -> None:
+    found = layer_cost(Speedup(1.25, 1.0, 2.0, 20), 2.5, 4)
+    # of the dense time 0.8 were taken where 0.4 were allowed; at best 0.5, at worst all
+    assert found == LayerCost(*map(pytest.approx, (0.1, 0.025, 0.15)))
+    assert layer_cost(Speedup(2.0, None, None, 3), 2.0, 1) == LayerCost(0.0, None, None)
+    faster = layer_cost(Speedup(2.0, None, None, 3), 1.6, 1)
+    assert faster is not None
+    assert faster.share == pytest.approx(-0.125)
+    assert layer_cost(Speedup(1.0, 0.9, 1.1, 20), 1.0, 0) is None
 
 
 def test_percentiles_are_over_all_runs() -> None:
@@ -301,6 +314,11 @@ def test_the_report(exported: Path) -> None:
     assert mild["speedup"]["blocks"] == 1
     assert mild["tokens"]["processed_share"] > strong["tokens"]["processed_share"]
     assert 1 < mild["tokens"]["allowed_speedup"] < strong["tokens"]["allowed_speedup"]
+    assert "layer_cost" not in dense
+    for row in (mild, strong):
+        lacks = 1 / row["speedup"]["ratio"] - 1 / row["tokens"]["allowed_speedup"]
+        share = pytest.approx(lacks / len(LAYERS), abs=1e-4)
+        assert row["layer_cost"] == {"share": share, "low": None, "high": None}
 
 
 def test_tokens_are_those_of_the_golden_cases(exported: Path) -> None:
@@ -382,6 +400,26 @@ def test_much_that_padding_gives_back_is_told_with_the_way_out(
     report["models"][1]["tokens"]["padded"] = None
     print_benchmark(report)
     assert "FLOPs at" not in capsys.readouterr().out
+
+
+def test_what_a_prune_layer_costs_is_said_as_far_as_it_is_known(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = quick(exported, iterations=1, warm_up=0)
+    row = report["models"][1]
+    said = "a prune layer costs"
+    for share, low, high, told in (
+        (0.0049, 0.0021, 0.0078, "0.5% (0.2% to 0.8%)"),
+        (-0.0004, -0.0031, 0.0019, "0.0% (-0.3% to 0.2%)"),
+        (0.012, None, None, "1.2%"),
+    ):
+        row["layer_cost"] = {"share": share, "low": low, "high": high}
+        print_benchmark(report)
+        printed = capsys.readouterr().out
+        assert f"pruned: {said} {told} of the dense model's time here\n" in printed
+    row["layer_cost"] = None
+    print_benchmark(report)
+    assert said not in capsys.readouterr().out
 
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
