@@ -109,14 +109,16 @@ def test_one_command_calibrates_and_exports(tmp_path: Path) -> None:
 def test_fixed_counts_are_those_of_the_curve(tuned: Path, tmp_path: Path) -> None:
     folder = tmp_path / "of-config"
     called = cli(
-        *("export", MODEL, "--config", tuned, "--tokens", "fixed", "--flops", "70%", "-o", folder)
+        *("export", MODEL, "--config", tuned, "--tokens", "fixed", "--flops", "70%"),
+        *("--no-verify", "--batch", 1, "-o", folder),
     )
     assert called.code == 0, called.out + called.err
     graph = onnx.load(folder / "model.onnx")
     config = read_metadata(graph).pruning
     curve = CalibratedCurve.from_dict(json.loads(tuned.read_text())["pruning"]["curve"])
     assert config.capacities == curve.counts(0.7, 196)
-    # the parity check holds each layer's threshold to that of an image with all its patches
+    assert check_graph(graph, read_metadata(graph)).passed
+    # it holds each layer's threshold to that of an image with all its patches
     constant = next(
         each for each in graph.graph.initializer if each.name == prune_nodes(graph)[1].input[3]
     )
@@ -127,14 +129,14 @@ def test_fixed_counts_are_those_of_the_curve(tuned: Path, tmp_path: Path) -> Non
 
     folder = tmp_path / "of-flops"
     called = cli(
-        *("export", MODEL, "--flops", "60%", "--features", "tokens", "--layers", "1,2,3"),
-        *("--tokens", "fixed", "--no-verify", "-o", folder),
+        *("export", MODEL, "--flops", "80%", "--features", "tokens", "--layers", "2,3"),
+        *("--img-size", 20, "--tokens", "fixed", "--batch", 2, "-o", folder),
     )
     assert called.code == 0, called.out + called.err
     config = read_metadata(onnx.load(folder / "model.onnx")).pruning
     assert config.curve is not None
-    assert config.capacities == config.curve.counts(0.6, 196)
-    assert config.capacities[-1] < 196
+    assert config.capacities == config.curve.counts(0.8, 100)
+    assert config.capacities[-1] < 100
 
 
 def test_counts_of_a_curve_move_along_it_and_counts_of_the_users_stay(tuned: Path) -> None:
