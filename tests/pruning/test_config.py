@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from simprune_deploy.common.errors import SimpruneError
+from simprune_deploy.pruning.calibrated_curve import CalibratedCurve
 from simprune_deploy.pruning.config import (
     FEATURES,
     PruneConfig,
@@ -120,6 +121,13 @@ def test_place_and_features_of_older_files_are_the_defaults() -> None:
 def test_other_places_and_features_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SimpruneError, match=message):
         PruneConfig(**values)
+
+
+def test_how_far_is_pruned_is_said_as_what_it_is() -> None:
+    assert PruneConfig(0.85).point() == "0.85"
+    curve = CalibratedCurve((0.5,), ((0.2,),), ((0.6,),))
+    config = PruneConfig(0.655, layers=(1,), place="inside", curve=curve)
+    assert (config.point(), config.point(0.8)) == ("65.5% of the FLOPs", "80% of the FLOPs")
 
 
 def test_what_is_usual_falls_from_layer_to_layer_and_leaves_enough() -> None:

@@ -45,6 +45,7 @@ from simprune_deploy.reports.tables import (
     markdown_text,
     names_of,
     not_measured,
+    numbers_of,
     print_sweep,
     shared_layers,
     to_csv,
@@ -229,6 +230,23 @@ def test_curves_of_different_layers_are_told_apart(sweep: SweepResult) -> None:
     assert [curve.label for curve in curves] == ["ours before 1,3,4", "ours before 2"]
     assert len({(curve.color, curve.marker) for curve in curves}) == 2
     assert len(set(names_of(both))) == len(both)
+
+
+def test_numbers_that_are_shares_of_the_flops_are_called_so(sweep: SweepResult) -> None:
+    def of(layers: list[int] | None) -> SweepResult:
+        return dataclasses.replace(sweep, model={**sweep.model, "calibrated_layers": layers})
+
+    assert numbers_of(sweep) is None
+    assert numbers_of(of(None)) is None
+    # with other layers than those calibrated there is one cosine for all
+    assert numbers_of(of([2, 4])) is None
+    told = numbers_of(of([1, 3, 4]))
+    assert told is not None
+    assert "shares of the blocks' FLOPs" in told
+    file = io.StringIO()
+    print_sweep(Console(file=file, width=200), of([1, 3, 4]))
+    assert told in file.getvalue()
+    assert "for which every layer" in render_html(of([1, 3, 4]))
 
 
 def test_settings_inside_blocks_are_told_from_those_before(sweep: SweepResult) -> None:
