@@ -16,9 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from rival_results import OURS, methods_of, ratio
 from tracks import RESULTS
 
 TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.S)
+SPEEDUPS = (1.25, 1.5, 1.75, 2.0)
 Rows = list[dict[str, str]]
 
 
@@ -75,6 +78,28 @@ def losses(rows: Rows, measure: str) -> list[list[str]]:
     return lines
 
 
+def at_speedups(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every method, a column for every speed-up: mean and worst loss, and ours' part.
+
+    The loss of ours over the method's, with its interval; an asterisk if it does not hold 1.
+    """
+    methods = methods_of(rows)
+    lines = [["method", *(f"{speedup:g}x" for speedup in SPEEDUPS)]]
+    order = dict.fromkeys([OURS, *(row["method"] for row in rows)])
+    for method in (methods[name] for name in order if name in methods):
+        lines.append([method.name])
+        for speedup in SPEEDUPS:
+            mean = method.at(speedup, np.arange(method.losses.shape[1]))
+            worst = method.worst_at(speedup)
+            text = "-" if mean is None or worst is None else f"{float(mean):.1f}, worst {worst:.0f}"
+            if method.name != OURS and (part := ratio(methods[OURS], method, speedup)):
+                middle, low, high = part
+                sure = " *" if low > 1 or high < 1 else ""
+                text += f"; ours {middle:.2f} ({low:.2f} to {high:.2f}){sure}"
+            lines[-1].append(text)
+    return lines
+
+
 def number(text: str, measure: str) -> str:
     return f"{float(text):.1%}" if measure == "accuracy" else f"{float(text):.4f}"
 
@@ -95,7 +120,13 @@ def make_table(folder: Path, name: str, what: str) -> str:
     with (folder / name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     measure, _, form = what.partition(" ")
-    makers = {"value": curve_values, "lead": curve_leads, "": choices, "rivals": losses}
+    makers = {
+        "value": curve_values,
+        "lead": curve_leads,
+        "": choices,
+        "rivals": losses,
+        "speedups": at_speedups,
+    }
     maker = makers[form]
     head, *lines = maker(rows, measure)
     rule = ["---"] * len(head)
