@@ -3,7 +3,8 @@
     python experiments/tables.py
 
 A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
-("cosine", "accuracy", "loss") and for the curves "value" or "lead", for the rivals "rivals".
+("cosine", "accuracy", "loss") and for the curves "value" or "lead", for the rivals "rivals" (at
+equal FLOPs) or "speedups" (at equal measured speed-up).
 ``--check`` only compares, and fails if a number in the page is not that of its file.
 """
 
