@@ -3,9 +3,9 @@
     python experiments/tables.py
 
 A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
-("cosine", "accuracy", "loss") and for the curves "value" or "lead", for the rivals "rivals" (at
-equal FLOPs) or "speedups" (at equal measured speed-up).
-``--check`` only compares, and fails if a number in the page is not that of its file.
+("cosine", "accuracy", "loss") and for the rivals "rivals" (at equal FLOPs) or "speedups" (at equal
+measured speed-up). ``--check`` only compares, and fails if a number in the page is not that of its
+file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +23,6 @@ from tracks import RESULTS
 TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.S)
 SPEEDUPS = (1.25, 1.5, 1.75, 2.0)
 Rows = list[dict[str, str]]
-
-
-def curve_values(rows: Rows, measure: str) -> list[list[str]]:
-    """A line for every threshold, a column for every method."""
-    return by_threshold(rows, lambda row: number(row[measure], measure))
-
-
-def curve_leads(rows: Rows, measure: str) -> list[list[str]]:
-    """As :func:`curve_values`: ours minus the method, with its interval."""
-    others = [row for row in rows if row["method"] != "ours"]
-    return by_threshold(others, lambda row: difference(row, f"{measure} lead", measure))
-
-
-def by_threshold(rows: Rows, text: Callable[[dict[str, str]], str]) -> list[list[str]]:
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [["threshold", "tokens", *methods]]
-    for threshold in dict.fromkeys(row["threshold"] for row in rows):
-        found = {row["method"]: row for row in rows if row["threshold"] == threshold}
-        tokens = f"{float(found[methods[0]]['tokens']):.0%}"
-        lines.append([threshold, tokens, *(text(found[method]) for method in methods)])
-    return lines
 
 
 def choices(rows: Rows, measure: str) -> list[list[str]]:
@@ -122,8 +100,6 @@ def make_table(folder: Path, name: str, what: str) -> str:
         rows = list(csv.DictReader(file))
     measure, _, form = what.partition(" ")
     makers = {
-        "value": curve_values,
-        "lead": curve_leads,
         "": choices,
         "rivals": losses,
         "speedups": at_speedups,

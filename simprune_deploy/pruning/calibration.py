@@ -278,7 +278,7 @@ class _Search:
     def others(self, like: Candidate, every_block: bool) -> Iterator[Candidate]:
         """Give candidates that compare the same: other shapes, and fewer of the blocks."""
         layers = like.layers
-        fewer = [layers, layers[1:], layers[1::2], layers[::2]] if every_block else [layers]
+        fewer = [layers, layers[1:], layers[1::2]] if every_block else [layers]
         for chosen in (each for each in fewer if each):
             for weigh in SHAPES.values():
                 weights = [0.0] * len(like.weights)
