@@ -3,8 +3,9 @@
     python experiments/tables.py
 
 A table stands between ``<!-- table: FILE ... -->`` and ``<!-- end -->``, where ``...`` is a measure
-("cosine", "accuracy", "loss") and for the curves "value" or "lead", for the rivals "rivals".
-``--check`` only compares, and fails if a number in the page is not that of its file.
+("cosine", "accuracy", "loss") and for the rivals "rivals" (at equal FLOPs) or "speedups" (at equal
+measured speed-up). ``--check`` only compares, and fails if a number in the page is not that of its
+file.
 """
 
 from __future__ import annotations
@@ -13,34 +14,15 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from rival_results import OURS, methods_of, ratio
 from tracks import RESULTS
 
 TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.S)
+SPEEDUPS = (1.25, 1.5, 1.75, 2.0)
 Rows = list[dict[str, str]]
-
-
-def curve_values(rows: Rows, measure: str) -> list[list[str]]:
-    """A line for every threshold, a column for every method."""
-    return by_threshold(rows, lambda row: number(row[measure], measure))
-
-
-def curve_leads(rows: Rows, measure: str) -> list[list[str]]:
-    """As :func:`curve_values`: ours minus the method, with its interval."""
-    others = [row for row in rows if row["method"] != "ours"]
-    return by_threshold(others, lambda row: difference(row, f"{measure} lead", measure))
-
-
-def by_threshold(rows: Rows, text: Callable[[dict[str, str]], str]) -> list[list[str]]:
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [["threshold", "tokens", *methods]]
-    for threshold in dict.fromkeys(row["threshold"] for row in rows):
-        found = {row["method"]: row for row in rows if row["threshold"] == threshold}
-        tokens = f"{float(found[methods[0]]['tokens']):.0%}"
-        lines.append([threshold, tokens, *(text(found[method]) for method in methods)])
-    return lines
 
 
 def choices(rows: Rows, measure: str) -> list[list[str]]:
@@ -75,6 +57,28 @@ def losses(rows: Rows, measure: str) -> list[list[str]]:
     return lines
 
 
+def at_speedups(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every method, a column for every speed-up: mean and worst loss, and ours' part.
+
+    The loss of ours over the method's, with its interval; an asterisk if it does not hold 1.
+    """
+    methods = methods_of(rows)
+    lines = [["method", *(f"{speedup:g}x" for speedup in SPEEDUPS)]]
+    order = dict.fromkeys([OURS, *(row["method"] for row in rows)])
+    for method in (methods[name] for name in order if name in methods):
+        lines.append([method.name])
+        for speedup in SPEEDUPS:
+            mean = method.at(speedup, np.arange(method.losses.shape[1]))
+            worst = method.worst_at(speedup)
+            text = "-" if mean is None or worst is None else f"{float(mean):.1f}, worst {worst:.0f}"
+            if method.name != OURS and (part := ratio(methods[OURS], method, speedup)):
+                middle, low, high = part
+                sure = " *" if low > 1 or high < 1 else ""
+                text += f"; ours {middle:.2f} ({low:.2f} to {high:.2f}){sure}"
+            lines[-1].append(text)
+    return lines
+
+
 def number(text: str, measure: str) -> str:
     return f"{float(text):.1%}" if measure == "accuracy" else f"{float(text):.4f}"
 
@@ -95,7 +99,11 @@ def make_table(folder: Path, name: str, what: str) -> str:
     with (folder / name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     measure, _, form = what.partition(" ")
-    makers = {"value": curve_values, "lead": curve_leads, "": choices, "rivals": losses}
+    makers = {
+        "": choices,
+        "rivals": losses,
+        "speedups": at_speedups,
+    }
     maker = makers[form]
     head, *lines = maker(rows, measure)
     rule = ["---"] * len(head)

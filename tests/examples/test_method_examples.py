@@ -18,7 +18,7 @@ import simprune_deploy as sd
 
 SCRIPTS = ROOT / "experiments"
 RESULTS = ROOT / "docs" / "method"
-NAMES = ("tracks", "variants", "curves", "choices", "tables")
+NAMES = ("tracks", "variants", "choices", "rival_results", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +47,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_curves(
-    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["--images", "12", "--thresholds", "0.9,0.7", "-o", str(tmp_path)]
-    run(scripts["curves"], monkeypatch, "fashion", *options)
-    rows, shown = read(tmp_path / "curves-fashion.csv"), read(RESULTS / "curves-fashion.csv")
-    assert rows[0].keys() == shown[0].keys()
-    assert {row["method"] for row in rows} == {row["method"] for row in shown}
-    assert {row["threshold"] for row in rows} == {"0.9", "0.7"}
-    tokens = [float(row["tokens"]) for row in rows if row["threshold"] == "0.7"]
-    assert 0.1 < min(tokens) <= max(tokens) < min(tokens) + 0.005
-    ours = next(row for row in rows if row["method"] == "ours")
-    assert float(ours["cosine"]) > 0.97
-    assert float(ours["cosine lead"]) == 0
-    assert "<svg" in (tmp_path / "curves-fashion.svg").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("group", ["selection", "layers", "spread"])
 def test_choices(
     scripts: dict[str, ModuleType], group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +63,41 @@ def test_choices(
     assert list(dict.fromkeys(row["variant"] for row in shown)) == [v.name for v in every]
     assert all(float(row["gain"]) == 0 for row in rows[:6])
     assert any(row["gain"] not in ("", "0.0") for row in rows[6:])
+
+
+def test_losses_at_a_speedup_lie_between_those_measured(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    results = scripts["rival_results"]
+    measured = {
+        "tome": {"1.2": [1, 3], "1.6": [4, 12]},
+        "ours, 0.7": {"1.3": [1, 1]},
+        "ours, 0.5": {"1.7": [4, 4]},
+        "atc": {"": [5, 5]},
+    }
+    rows = [
+        {"method": name, "speedup": speedup, "losses": " ".join(map(str, losses))}
+        for name, settings in measured.items()
+        for speedup, losses in settings.items()
+    ]
+    methods = results.methods_of(rows)
+    assert list(methods) == ["ours", "tome"]  # what was not timed has no speed-up
+    every = np.arange(2)
+    assert methods["tome"].at(1.2, every) == pytest.approx(2)
+    assert methods["tome"].at(1.4, every) == pytest.approx(4)
+    assert methods["tome"].at(1.6, every) == pytest.approx(8)
+    assert methods["tome"].worst_at(1.4) == pytest.approx(6)
+    assert methods["tome"].at(1.61, every) is None
+    assert methods["ours"].at(1.25, every) is None
+    middle, low, high = results.ratio(methods["ours"], methods["tome"], 1.5)
+    assert middle == pytest.approx(2 / (2**0.5 * 4))
+    assert low < middle < high
+    assert results.ratio(methods["ours"], methods["tome"], 1.7) is None
+    results.draw(methods, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_bytes()
+    assert b"<svg" in drawn
+    results.draw(methods, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_bytes() == drawn
 
 
 def test_missing_weights_are_one_line(
