@@ -8,7 +8,6 @@ patches (:mod:`simprune_deploy.pruning.calibrated_curve`) is worth as much as al
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
