@@ -3,8 +3,9 @@
     python experiments/curves.py fashion
     python experiments/curves.py photographs --weights real-weights
 
-At every threshold ours (pairs, merge, layers "auto") says how many patches each image keeps after
-each prune layer, and every baseline keeps just as many of the same image at the same layer. Only
+At every threshold ours (pairs, merge, three layers at the quarters of the depth) says how many
+patches each image keeps after each prune layer, and every baseline keeps just as many of the same
+image at the same layer. Only
 "tome, fixed" and "ours, fixed" keep as many of every image, the mean of ours at each layer. Writes
 ``curves-TRACK.csv`` and ``curves-TRACK.svg`` into docs/method, or the folder of ``-o``.
 """
@@ -28,6 +29,7 @@ from tracks import (
     Track,
     bootstrap,
     load_track,
+    quarters,
     run,
     steps,
     summarize,
@@ -166,7 +168,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers: tuple[int, ...] = ()
     for threshold in map(float, (args.thresholds or THRESHOLDS[args.track]).split(",")):
-        model = sd.prune(track.vit, threshold=threshold)
+        model = sd.prune(track.vit, threshold=threshold, layers=quarters(track.vit))
         layers, found = model.config.layers, measure(track, model)
         rows += [to_row(threshold, name, each, found[OURS]) for name, each in found.items()]
     args.output.mkdir(parents=True, exist_ok=True)
