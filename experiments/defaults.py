@@ -9,7 +9,7 @@ images of the track at once: all 74 photographs, and the first 300 of Fashion-MN
 share, and ``mean at cost`` where the share and the prune layers' own work together are what was
 wished; both are interpolated, in the loss's logarithm, between the settings that were run.
 ``median`` and ``worst`` are of the setting with the ``threshold`` and the ``FLOPs`` of the row.
-Writes ``defaults.csv`` into docs/method, or the folder of ``-o``.
+Writes ``defaults.csv`` into docs, or the folder of ``-o``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from tracks import RESULTS, TRACKS, Track, load_halves, run, steps, write_csv
+from tracks import ROOT, TRACKS, Track, load_halves, run, steps, write_csv
 
 import simprune_deploy as sd
 from simprune_deploy.pruning import cost
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=TRACKS)
     parser.add_argument("--images", type=int, default=300, help="of Fashion-MNIST; default 300")
     parser.add_argument("--weights", type=Path, default=Path("real-weights"))
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     for name in args.tracks:
