@@ -6,10 +6,11 @@
 ``selection`` varies what goes, what becomes of it and the attention; ``layers`` the blocks before
 which it happens; ``spread`` adds a term that keeps patches spread over the image (variants.py).
 
-Every variant is compared with the default (pairs, merge, layers "auto", proportional attention)
-where both process the same mean share of tokens. The thresholds for about those shares are found on
-some of the images, all images are run at them, and between them, and the unpruned model, quality is
-interpolated. The 95 % interval is that of a bootstrap which draws the same images for both.
+Every variant is compared with the default (pairs, merge, proportional attention, three layers at
+the quarters of the depth) where both process the same mean share of tokens. The thresholds for
+about those shares are found on some of the images, all images are run at them, and between them,
+and the unpruned model, quality is interpolated. The 95 % interval is that of a bootstrap which
+draws the same images for both.
 Writes ``GROUP-TRACK.csv`` into docs/method, or the folder of ``-o``.
 """
 
@@ -32,6 +33,7 @@ from tracks import (
     Track,
     bootstrap,
     load_track,
+    quarters,
     run,
     steps,
     summarize,
@@ -82,7 +84,8 @@ class Variant:
     spread: tuple[float, float] | None = None
 
     def model(self, track: Track, threshold: float) -> PrunedViT:
-        model = sd.prune(track.vit, threshold=threshold, **self.options)
+        options = {"layers": quarters(track.vit), **self.options}
+        model = sd.prune(track.vit, threshold=threshold, **options)
         if self.spread:
             model = SpreadViT(model.vit, model.config, *self.spread)
         return model.eval()

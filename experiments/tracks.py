@@ -189,6 +189,12 @@ def _track(
     return Track(name, vit, tensor, labels, dense, batch)
 
 
+def quarters(vit: timm.models.VisionTransformer) -> list[int]:
+    """Return the blocks before which docs/method.md's tables prune: "auto" when they were made."""
+    depth = len(vit.blocks)
+    return sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)})
+
+
 def tokens_share(model: PrunedViT, kept: torch.Tensor) -> np.ndarray:
     """Return float64[n], the share of tokens processed, from int64[n, L] patches kept."""
     layers, depth = model.config.layers, len(model.vit.blocks)

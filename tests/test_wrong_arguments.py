@@ -176,7 +176,7 @@ def test_messages_name_what_the_function_has(deciding_demo: Path, tmp_path: Path
 
 
 def test_notes_and_reasons_speak_of_arguments(tmp_path: Path) -> None:
-    result = sd.export(MODEL, tmp_path / "out", verify=False, triton=True)
+    result = sd.export(MODEL, tmp_path / "out", layers=[1, 3, 4], verify=False, triton=True)
     assert result.triton is not None
     assert any("(verify=False)" in note for note in result.triton[0].notes)
     unpruned = sd.export(MODEL, tmp_path / "all", threshold=1.0)

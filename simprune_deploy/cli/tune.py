@@ -64,7 +64,7 @@ def tune(
         str | None,
         typer.Option(
             help="'auto' tries several sets of blocks; or name them: 3,6,9;2,5,8.  [default: the "
-            "model's, or three at the quarters of the depth]",
+            "model's, or five at the sixths of the depth]",
             show_default=False,
         ),
     ] = None,

@@ -191,15 +191,15 @@ def check_threshold(threshold: float) -> None:
 def resolve_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Turn "auto" or block indices into the blocks before or inside which tokens are pruned.
 
-    "auto" spreads three prune layers over the depth, at its quarters: 3, 6, 9 of 12.
+    "auto" spreads five prune layers over the depth, at its sixths: 2, 4, 6, 8, 10 of 12. Never the
+    first block, where tokens are alike that will not stay so.
 
     Raises:
         SimpruneError: an index is outside the depth, or the order is wrong.
     """
     if layers == "auto":
-        return tuple(
-            sorted({min(max(1, depth * quarter // 4), depth - 1) for quarter in (1, 2, 3)})
-        )
+        sixths = (depth * sixth // 6 for sixth in range(1, 6))
+        return tuple(sorted({min(max(1, block), depth - 1) for block in sixths}))
     if isinstance(layers, str):
         raise InvalidArgumentError(f"layers {layers!r}: use 'auto' or block indices such as 3,6,9")
     _check_whole("layers", layers)

@@ -334,7 +334,7 @@ def prune(
         model: A timm ``VisionTransformer`` or a :class:`PrunedViT`. Its weights are shared.
         threshold: Cosine similarity in [-1, 2] from which patches are the same. Default 0.85. With
             a `curve`, the share of the blocks' FLOPs that is wanted.
-        layers: "auto" (three, at the quarters of the depth) or block indices. Default "auto".
+        layers: "auto" (five, at the sixths of the depth) or block indices. Default "auto".
         selection: "pairs" or "redundancy". Default "pairs".
         reduction: "merge" or "drop". Default "merge".
         proportional_attention: Attend to a token as to the patches it stands for. Default True.

@@ -230,8 +230,8 @@ class TuneRequest(_Measured):
         max_drop: Most pruning whose accuracy surely drops by no more than this share.
         min_speedup: Least pruning that is so many times as fast as the dense model.
         target_latency: Least pruning that takes no more milliseconds for one picture.
-        layers: Sets of blocks; ("auto",) tries several. Default None: the model's, or three at
-            the quarters of the depth.
+        layers: Sets of blocks; ("auto",) tries several. Default None: the model's, or five at
+            the sixths of the depth.
         selection: "pairs" (the default) or "redundancy".
         reduction: "merge" (the default) or "drop".
         place: "before" or "inside" the blocks. Default None: the model's, or "before".

@@ -547,8 +547,16 @@ class TestFiles:
 
 class TestCommandLine:
     def export(self, tmp_path: Path, *arguments: str) -> Any:
-        command = ["export", str(DEMO), "-o", str(tmp_path / "demo"), "--triton", *arguments]
-        return CliRunner().invoke(app, command)
+        command = [
+            "export",
+            str(DEMO),
+            "--layers",
+            "1,3,4",
+            "-o",
+            str(tmp_path / "demo"),
+            "--triton",
+        ]
+        return CliRunner().invoke(app, [*command, *arguments])
 
     def test_export(self, tmp_path: Path) -> None:
         answer = self.export(tmp_path, "--no-verify", "--json")

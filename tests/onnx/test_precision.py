@@ -482,7 +482,9 @@ def simprune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @narrow
 def test_the_demo_model_from_export_to_verify(precision: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = simprune("export", DEMO, "--precision", precision, "-o", out, "--json")
+    done = simprune(
+        *("export", DEMO, "--layers", "1,3,4", "--precision", precision, "-o", out, "--json")
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     expected = "passed" if precision == "fp16" else "passed in emulation"

@@ -32,9 +32,18 @@ def test_other_thresholds_are_refused(threshold: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "layers"), [(12, (3, 6, 9)), (24, (6, 12, 18)), (6, (1, 3, 4)), (2, (1,)), (1, (0,))]
+    ("depth", "layers"),
+    [
+        (12, (2, 4, 6, 8, 10)),
+        (24, (4, 8, 12, 16, 20)),
+        (40, (6, 13, 20, 26, 33)),
+        (6, (1, 2, 3, 4, 5)),
+        (3, (1, 2)),
+        (2, (1,)),
+        (1, (0,)),
+    ],
 )
-def test_auto_layers_are_the_quarters_of_the_depth(depth: int, layers: tuple[int, ...]) -> None:
+def test_auto_layers_are_the_sixths_of_the_depth(depth: int, layers: tuple[int, ...]) -> None:
     assert resolve_layers("auto", depth) == layers
 
 

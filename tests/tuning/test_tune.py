@@ -237,7 +237,7 @@ def test_the_pages_commands_run_and_the_configuration_is_exported(
 
 def test_stored_cells_are_used_and_tokens_fixed(tmp_path: Path) -> None:
     common = ["tune", MODEL, "--data", IMAGES, "--limit", 200, "--timing", 0, "--backend", "torch"]
-    common += ["--cells", tmp_path / "cells", "--json", "--max-drop", "6%"]
+    common += ["--layers", "1,3,4", "--cells", tmp_path / "cells", "--json", "--max-drop", "6%"]
     code, out, err = call(*common, "-o", tmp_path / "a.json")
     assert code == 0, err
     lines = (tmp_path / "cells" / "cells.jsonl").read_text()
@@ -290,6 +290,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_a_speed_that_cannot_be_had_fails(tmp_path: Path) -> None:
     options = ["--data", IMAGES, "--limit", 20, "--timing", 10, "--backend", "torch"]
+    options += ["--layers", "1,3,4"]
     code, out, err = call("tune", MODEL, *options, "--min-speedup", 1000, "-o", tmp_path / "t.json")
     assert (code, out) == (1, "")
     assert "a speed-up of 1000 or more cannot be had: the fastest is" in err
@@ -298,6 +299,7 @@ def test_a_speed_that_cannot_be_had_fails(tmp_path: Path) -> None:
 
 def test_baselines_run_at_the_token_counts_of_ours(tmp_path: Path) -> None:
     options = ["--data", IMAGES, "--limit", 24, "--timing", 10, "--thresholds", "0.85"]
+    options += ["--layers", "1,3,4"]
     code, out, err = call("sweep", MODEL, *options, "--compare", "--json", "-o", tmp_path / "s")
     assert code == 0, err
     sweep = json.loads(out)
