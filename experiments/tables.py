@@ -57,6 +57,17 @@ def losses(rows: Rows, measure: str) -> list[list[str]]:
     return lines
 
 
+def parts(rows: Rows, measure: str) -> list[list[str]]:
+    """A line for every form and feature, a column for every share: mean and worst loss."""
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    lines = [["tolerance", "compared", *(f"{float(share):.0%} of the FLOPs" for share in shares)]]
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        text = f"{float(row[measure]):.1f}, worst {float(row[f'{measure} worst']):.0f}"
+        found.setdefault((row["tolerance"], row["features"]), []).append(text)
+    return lines + [[*name, *cells] for name, cells in found.items()]
+
+
 def at_speedups(rows: Rows, measure: str) -> list[list[str]]:
     """A line for every method, a column for every speed-up: mean and worst loss, and ours' part.
 
@@ -98,11 +109,12 @@ def difference(row: dict[str, str], key: str, measure: str) -> str:
 def make_table(folder: Path, name: str, what: str) -> str:
     with (folder / name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    measure, _, form = what.partition(" ")
+    measure, _, form = what.rpartition(" ") if " " in what else (what, "", "")
     makers = {
         "": choices,
         "rivals": losses,
         "speedups": at_speedups,
+        "parts": parts,
     }
     maker = makers[form]
     head, *lines = maker(rows, measure)
