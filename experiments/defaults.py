@@ -27,7 +27,7 @@ from tracks import TRACKS, Track, load_halves, run, steps, write_csv
 
 import simprune_deploy as sd
 from simprune_deploy.pruning import cost
-from simprune_deploy.pruning.calibration import LAYER_COST
+from simprune_deploy.pruning.calibrator import LAYER_COST
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace
 from simprune_deploy.tuning.baselines import kept_counts
 

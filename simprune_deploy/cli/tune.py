@@ -82,7 +82,7 @@ def tune(
         str | None,
         typer.Option(
             help="With --flops: what a prune layer costs, as a share of the dense model's time; "
-            "`bench` says it.  [default: 0.4%]",
+            "`bench` says it.  [default: 0.4% and its products]",
             show_default=False,
         ),
     ] = None,

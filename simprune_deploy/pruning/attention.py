@@ -25,7 +25,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional
 
-from simprune_deploy.pruning.operator import unit_features
+from simprune_deploy.pruning.operator import NORM_FLOOR
 
 KEY_CHANNELS = 8
 """More channels a head where sizes ride in the keys; kernels want widths in steps of 8."""
@@ -234,7 +234,8 @@ def features_of(kind: str, tokens: torch.Tensor, keys: torch.Tensor | None) -> t
 
     Args:
         kind: "tokens" (F = D), "keys" (all heads side by side), "mean-keys" (F = head width),
-            "tokens+keys" (F = D + head width, each part scaled to length one).
+            "tokens+keys" (F = D + head width: the token, then its mean key, scaled to the token's
+            length, so that the similarity is the mean of both cosines).
         tokens: [B, N, D].
         keys: [B, heads, N, head width].
     """
@@ -244,6 +245,8 @@ def features_of(kind: str, tokens: torch.Tensor, keys: torch.Tensor | None) -> t
     if kind == "mean-keys":
         return keys.mean(1)
     if kind == "tokens+keys":
-        parts = (unit_features(tokens.float()), unit_features(keys.mean(1).float()))
-        return torch.cat(parts, 2).to(tokens.dtype)
+        mean = keys.mean(1).float()
+        length, of_mean = (each.square().sum(2, True).sqrt() for each in (tokens.float(), mean))
+        scaled = mean * (length / of_mean.clamp_min(NORM_FLOOR))
+        return torch.cat([tokens, scaled.to(tokens.dtype)], 2)
     return keys.transpose(1, 2).flatten(2)

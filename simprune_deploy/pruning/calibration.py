@@ -41,9 +41,6 @@ SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the FLOPs: where a curve has its knots, as far as they can be reached."""
 
 RESAMPLES = 2000
-LAYER_COST = 0.004
-"""What a prune layer costs of a dense forward, in time: 0.3 to 0.6 % measured on a CPU."""
-
 HELD_OUT_FROM = 16
 """From so many pictures on half of them are held out, to be measured on."""
 
@@ -166,7 +163,7 @@ def calibrate(
     layers: Sequence[int] | None = None,
     batch: int = 1,
     tokens: Literal["dynamic", "fixed"] | None = None,
-    layer_cost: float = LAYER_COST,
+    layer_cost: float | None = None,
     hold_out: bool = True,
     progress: Progress = silent,
 ) -> Calibrated:
@@ -182,7 +179,8 @@ def calibrate(
             such batches. Default 1.
         tokens: "dynamic", by thresholds, or "fixed" counts. Default None: by thresholds for single
             images, for batches whichever loses less.
-        layer_cost: What a prune layer costs, as a share of the dense model's time. Default 0.004.
+        layer_cost: What a prune layer costs, as a share of the dense model's time. Default None:
+            0.004, and its products' share of the FLOPs.
         hold_out: Calibrate on every other picture only, and measure on the rest, where there are
             :data:`HELD_OUT_FROM` or more. Default True.
         progress: Called with a word on each step.
@@ -192,7 +190,8 @@ def calibrate(
             or the model has no block that can be pruned inside.
     """
     check_flops(share)
-    check_layer_cost(layer_cost)
+    if layer_cost is not None:
+        check_layer_cost(layer_cost)
     check_whole("batch", batch, 1)
     progress("running the dense model on the pictures")
     calibrator = Calibrator(vit, images)
@@ -257,7 +256,7 @@ class _Search:
         calibrator: Calibrator,
         images: list[int],
         share: float,
-        layer_cost: float,
+        layer_cost: float | None,
         batch: int,
         progress: Progress,
     ) -> None:
@@ -283,8 +282,8 @@ class _Search:
     def others(self, like: Candidate, every_block: bool) -> Iterator[Candidate]:
         """Give candidates that compare the same: other shapes, and fewer of the blocks."""
         layers = like.layers
-        fewer = [layers, layers[1:], layers[1::2]] if every_block else [layers]
-        for chosen in (each for each in fewer if each):
+        sets = [layers, layers[1:], layers[1::2], layers[1::3]] if every_block else [layers]
+        for chosen in (each for each in sets if each):
             for weigh in SHAPES.values():
                 weights = [0.0] * len(like.weights)
                 for number, block in enumerate(chosen):

@@ -20,7 +20,7 @@ PLACES = ("before", "inside")
 """Before a block, or inside it, between its attention and its MLP."""
 FEATURES = ("tokens", "keys", "mean-keys", "tokens+keys")
 """What is compared: tokens, the keys of all heads side by side, their mean over the heads, or a
-token and its mean key, each scaled to length one, side by side (the mean of both cosines)."""
+token and its mean key, as long as each other, side by side (the mean of both cosines)."""
 
 USUALLY_LEFT = 0.4
 """Of the patches, behind all prune layers of a model of which nothing better is known."""

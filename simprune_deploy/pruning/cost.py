@@ -90,9 +90,13 @@ def allowed_speedup(
     return dense / (embed_flops + flops_of(shape, tokens_by_block))
 
 
-def comparing_flops(patches: float, width: int) -> float:
-    """Return the FLOPs of comparing every other of n patches with the rest, by F numbers each."""
-    return patches**2 / 2 * width
+def pairing_flops(patches: float, embed_dim: int, width: int) -> float:
+    """Return the FLOPs of a prune layer's two products: ``n^2 / 2 (F + D)``.
+
+    Every other of n patches is compared with the rest, by F numbers each; and what goes is added to
+    its partner, in the portable body by a product with zeros and ones.
+    """
+    return patches**2 / 2 * (width + embed_dim)
 
 
 def spread_over_blocks(

@@ -14,7 +14,7 @@ from simprune_deploy.common.files import staged_file, write_json
 from simprune_deploy.common.progress import Progress
 from simprune_deploy.evaluate.datasets import DataSet, Skipped
 from simprune_deploy.predict.source import ModelSource, source_of_model
-from simprune_deploy.pruning.calibration import LAYER_COST, Calibrated, Pass, calibrate
+from simprune_deploy.pruning.calibration import Calibrated, Pass, calibrate
 from simprune_deploy.pruning.config import Features, format_numbers
 from simprune_deploy.pruning.model import PrunedViT
 from simprune_deploy.pruning.tuned_file import FORMAT
@@ -166,7 +166,7 @@ def calibrated_source(
         layers=layers,
         batch=batch,
         tokens=tokens,
-        layer_cost=LAYER_COST if layer_cost is None else layer_cost,
+        layer_cost=layer_cost,
         progress=progress,
     )
     return source_of_model(source.name, PrunedViT(source.model.vit, found.config)), found

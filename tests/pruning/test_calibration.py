@@ -15,7 +15,6 @@ from simprune_deploy.common.images import Preprocessing
 from simprune_deploy.pruning.calibrated_curve import FLOOR, CalibratedCurve
 from simprune_deploy.pruning.calibration import (
     HELD_OUT_FROM,
-    LAYER_COST,
     Calibrated,
     calibrate,
 )
@@ -127,10 +126,10 @@ def test_what_is_chosen_lost_least_on_its_own_pictures_at_equal_cost(
     calibrator = Calibrator(vit, few)
     layers = free.config.layers
     weights = tuple(float(block in layers) for block in range(calibrator.depth))
-    own = calibrator.cost_of_layers(Candidate(free.config.features, weights), LAYER_COST)
+    own = calibrator.cost_of_layers(Candidate(free.config.features, weights), None)
     for features in FEATURES:
         alike = Candidate(features, (1.0,) * 6)
-        more = calibrator.cost_of_layers(alike, LAYER_COST) - own
+        more = calibrator.cost_of_layers(alike, None) - own
         left = calibrator.left_at(alike, 0.6 - more)
         found = calibrator.run(alike, range(6), OnAverage(left, FLOOR * left[-1]))
         assert free.calibration.losses.mean() < 1.2 * found.losses.mean()

@@ -32,7 +32,7 @@ from simprune_deploy.pruning.attention import (
 )
 from simprune_deploy.pruning.config import FEATURES, PAD_LOG_SIZE, PruneConfig
 from simprune_deploy.pruning.model import PrunedViT, PruneTrace, prune
-from simprune_deploy.pruning.operator import similarity_prune, unit_features
+from simprune_deploy.pruning.operator import similarity_prune
 
 NORMED_KEYS = Architecture("norm of keys", "vit_tiny_patch16_224", with_args(qk_norm=True))
 KINDS = {each.what: each for each in (*ARCHITECTURES, NORMED_KEYS)}
@@ -335,6 +335,11 @@ def test_on_a_gpu_both_ways_are_the_same(
 # --- layers ---------------------------------------------------------------------------------------
 
 
+def scaled_to(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    mine, wanted = (each.square().sum(-1, keepdim=True).sqrt() for each in (rows, others))
+    return rows * (wanted / mine)
+
+
 def by_hand(pruned: PrunedViT, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the output and what each layer compared, of layers inside blocks, by timm's parts."""
     vit, config = pruned.vit, pruned.config
@@ -359,7 +364,7 @@ def by_hand(pruned: PrunedViT, images: torch.Tensor) -> tuple[torch.Tensor, list
                 "keys": lambda: keys[0].permute(0, 2, 1, 3).reshape(*x.shape[:2], -1),  # noqa: B023
                 "mean-keys": lambda: keys[0].mean(1),  # noqa: B023
                 "tokens+keys": lambda: torch.cat(
-                    [unit_features(each) for each in (x, keys[0].mean(1))],  # noqa: B023
+                    [x, scaled_to(keys[0].mean(1), x)],  # noqa: B023
                     2,
                 ),
             }[config.features]()
