@@ -337,7 +337,7 @@ def test_on_a_gpu_both_ways_are_the_same(
 
 def scaled_to(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     mine, wanted = (each.square().sum(-1, keepdim=True).sqrt() for each in (rows, others))
-    return rows * (wanted / mine)
+    return rows * (wanted / mine.clamp_min(1e-12))
 
 
 def by_hand(pruned: PrunedViT, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
