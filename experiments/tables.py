@@ -42,7 +42,7 @@ def choices(rows: Rows, measure: str) -> list[list[str]]:
 
 def losses(rows: Rows, measure: str) -> list[list[str]]:
     """A line for every method, a column for every share of FLOPs: mean, median, worst loss."""
-    targets = list(dict.fromkeys(row["target"] for row in rows))
+    targets = sorted({row["target"] for row in rows}, key=float, reverse=True)
     lines = [["method", *(f"{float(target):.0%} of the FLOPs" for target in targets)]]
     found: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -52,7 +52,8 @@ def losses(rows: Rows, measure: str) -> list[list[str]]:
             f"{float(row[measure]):.1f}, {middle:.1f}, {each[-1]:.0f} at {float(row['flops']):.3f}"
         )
         name = "ours" if row["method"].startswith("ours") else row["method"]
-        found.setdefault(name, {})[row["target"]] = text
+        cells = found.setdefault(name, {})  # of ours several may be nearest to one share
+        cells[row["target"]] = "; ".join(filter(None, [cells.get(row["target"]), text]))
     lines += [[name, *(cells.get(each, "-") for each in targets)] for name, cells in found.items()]
     return lines
 
@@ -81,13 +82,17 @@ def at_speedups(rows: Rows, measure: str) -> list[list[str]]:
         for speedup in SPEEDUPS:
             mean = method.at(speedup, np.arange(method.losses.shape[1]))
             worst = method.worst_at(speedup)
-            text = "-" if mean is None or worst is None else f"{float(mean):.1f}, worst {worst:.0f}"
+            text = "-" if mean is None or worst is None else loss_text(float(mean), worst)
             if method.name != OURS and (part := ratio(methods[OURS], method, speedup)):
                 middle, low, high = part
                 sure = " *" if low > 1 or high < 1 else ""
                 text += f"; ours {middle:.2f} ({low:.2f} to {high:.2f}){sure}"
             lines[-1].append(text)
-    return lines
+    return [line for line in lines if set(line[1:]) != {"-"}]
+
+
+def loss_text(mean: float, worst: float) -> str:
+    return f"{mean:.{1 if mean >= 1 else 2}f}, worst {worst:.{0 if worst >= 10 else 1}f}"
 
 
 def number(text: str, measure: str) -> str:
