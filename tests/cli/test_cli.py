@@ -568,7 +568,7 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("output", "index", "name"),
         [
-            ("slots_weighted", 1, "slots_own"),  # a patch takes in itself, not those that went to it
+            ("slots_weighted", 1, "slots_own"),  # a patch takes in itself, not those that went
             ("even_without_slot", 0, "even_padding"),  # what goes is kept as well
             ("slot_rows", 2, "dest"),  # slots are filled with other tokens
         ],
