@@ -34,8 +34,10 @@ from simprune_deploy.predict.records import Array, PruneRecord
 from simprune_deploy.pruning.config import PruneConfig
 from simprune_deploy.pruning.cost import BlockShape, flops_share, spread_over_blocks, tokens_share
 
-MAX_TURNED = 0.5
 SAME_THRESHOLD = 1e-6
+"""How near an image's threshold is to the model's own to be that one, rounded to float32."""
+
+MAX_TURNED = 0.5
 """If float noise turned a decision in more than this share of the images, what is left is too
 little to compare outputs on."""
 

@@ -20,6 +20,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,6 +197,21 @@ def check_flops(share: float) -> None:
             f"{argument('flops', share)} is outside (0, 1): give a share of the dense blocks' "
             "FLOPs, 0.6 or 60%"
         )
+
+
+def check_layer_cost(layer_cost: float) -> None:
+    """Refuse a cost of a prune layer that cannot be one.
+
+    Raises:
+        SimpruneError: it is outside [0, 0.1).
+    """
+    if isinstance(layer_cost, numbers.Real) and 0 <= layer_cost < 0.1:
+        return
+    typed = f"{100 * float(layer_cost):g}%" if isinstance(layer_cost, numbers.Real) else ""
+    raise InvalidArgumentError(
+        f"{argument('layer_cost', layer_cost, typed)} is outside [0, 0.1): give the share of the "
+        f"dense model's time that a prune layer takes, {argument('layer_cost', 0.004, '0.4%')}"
+    )
 
 
 def check_fits(curve: CalibratedCurve, layers: Sequence[int]) -> None:

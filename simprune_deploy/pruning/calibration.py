@@ -8,7 +8,6 @@ patches (:mod:`simprune_deploy.pruning.calibrated_curve`) is worth as much as al
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from simprune_deploy.pruning.calibrated_curve import (
     CalibratedCurve,
     Tolerances,
     check_flops,
+    check_layer_cost,
 )
 from simprune_deploy.pruning.calibrator import Calibrator, Candidate, OnAverage, Pass
 from simprune_deploy.pruning.config import Features, PruneConfig, format_numbers
@@ -107,7 +107,7 @@ class Calibrated:
             f"{found.padded(self.batch):.1%} of the blocks' FLOPs{padded}, a cosine of "
             f"{1 - found.losses.mean():.4f} to the dense model's output "
             f"({1 - high:.4f} to {1 - low:.4f}), of {1 - found.losses.max():.4f} at worst"
-            f"{self.comparison}"
+            f"{self.comparison and f'; {self.comparison}'}"
         )
 
     @property
@@ -119,7 +119,7 @@ class Calibrated:
         if self.config.capacities:
             taken, other = other, taken
         return (
-            f"; {taken} lose {self.calibration.losses.mean():.4f} in such batches, {other} "
+            f"{taken} lose {self.calibration.losses.mean():.4f} in such batches, {other} "
             f"{self.rejected:.4f}"
         )
 
@@ -195,9 +195,9 @@ def calibrate(
     check_whole("batch", batch, 1)
     progress("running the dense model on the pictures")
     calibrator = Calibrator(vit, images)
-    numbers = list(range(len(images)))
-    apart = hold_out and len(numbers) >= HELD_OUT_FROM
-    known, others = (numbers[::2], numbers[1::2]) if apart else (numbers, [])
+    every = list(range(len(images)))
+    apart = hold_out and len(every) >= HELD_OUT_FROM
+    known, others = (every[::2], every[1::2]) if apart else (every, [])
     search = _Search(calibrator, known, share, layer_cost, batch, progress)
     starts = list(search.starts(features, layers))
     if not starts:
@@ -230,21 +230,6 @@ def calibrate(
         len(search.seen),
         batch,
         *[float(found[way].losses.mean()) for way in rejected],
-    )
-
-
-def check_layer_cost(layer_cost: float) -> None:
-    """Refuse a cost of a prune layer that cannot be one.
-
-    Raises:
-        SimpruneError: it is outside [0, 0.1).
-    """
-    if isinstance(layer_cost, numbers.Real) and 0 <= layer_cost < 0.1:
-        return
-    typed = f"{100 * float(layer_cost):g}%" if isinstance(layer_cost, numbers.Real) else ""
-    raise InvalidArgumentError(
-        f"{argument('layer_cost', layer_cost, typed)} is outside [0, 0.1): give the share of the "
-        f"dense model's time that a prune layer takes, {argument('layer_cost', 0.004, '0.4%')}"
     )
 
 

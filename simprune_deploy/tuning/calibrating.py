@@ -116,7 +116,7 @@ class CalibratedModel:
             + (", of every picture" if config.capacities else ""),
         }
         if self.calibrated.comparison:
-            facts["by"] = self.calibrated.comparison.removeprefix("; ")
+            facts["by"] = self.calibrated.comparison
         if self.timed is not None and self.timed.speedup is not None:
             facts["speed-up"] = (
                 f"{self.timed.speedup:.2f} ({self.timed.milliseconds:.2f} ms, dense "

@@ -18,8 +18,7 @@ from simprune_deploy.evaluate.class_order import ClassOrder
 from simprune_deploy.evaluate.datasets import MAX_UNREADABLE, DataOptions, open_data
 from simprune_deploy.predict.answers import cut_of
 from simprune_deploy.predict.source import ModelSource, open_source
-from simprune_deploy.pruning.calibrated_curve import check_flops
-from simprune_deploy.pruning.calibration import check_layer_cost
+from simprune_deploy.pruning.calibrated_curve import check_flops, check_layer_cost
 from simprune_deploy.pruning.config import (
     Features,
     Place,
